@@ -1,0 +1,473 @@
+"""Recipes: every knob of a run as frozen dataclasses, read from one flat TOML file and checked in one place.
+
+First stage of a batch's path: everything downstream receives these objects and nothing else (no environment, no globals).
+Knows the standard library only: no torch, no files but the recipe itself.
+
+    python -m zaya.config recipes/quickstart.toml --train.steps=20     # validate and print the resolved recipe
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+DTYPES = ("fp32", "bf16", "fp64")
+ATTENTION_KINDS = ("full", "sliding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a ZAYA1 model (arXiv 2511.17127, section 3). Sizes are counts of elements unless said otherwise."""
+
+    vocab_size: int
+    """Token ids; embedding rows. ZAYA1: 262,272 (Gemma 3 tokenizer)."""
+    hidden_size: int
+    """Width D of the residual stream."""
+    num_layers: int
+    """Blocks, each one attention then one mixture of experts."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    """Channels per head; RoPE turns the first half of them."""
+    num_experts: int
+    """Experts per block; a token visits one (top-1)."""
+    moe_intermediate_size: int
+    """Width of an expert after SwiGLU."""
+    router_hidden_size: int
+    """Width R of the router's state, which is averaged over depth."""
+    skip_expert: bool = True
+    """One router class more than experts: a token that picks it gets a zero MoE output."""
+    attention_pattern: tuple[str, ...] = ("full",)
+    """"full" or "sliding" per block, repeated over the depth. ZAYA1-74B: ["sliding", "full"]."""
+    sliding_window: int = 0
+    """Tokens a sliding block sees, itself included. 0 where no block slides."""
+    rope_theta: float = 1e4
+    """RoPE base of full blocks: 1e4 in pretraining, 1e6 at 32k, 5e6 at 131k."""
+    rope_theta_sliding: float = 1e4
+    """RoPE base of sliding blocks."""
+    init_std: float = 0.02
+    """Standard deviation of initial matrices; output projections get init_std / sqrt(2 * num_layers)."""
+    router_init_std: float = 0.02
+    """Standard deviation of the router's matrices (docs/decisions.md records the sweep)."""
+    temperature_init: float = 1.0
+    """Initial key temperature; the released code starts at 0, which makes all keys zero."""
+
+    @property
+    def num_router_classes(self) -> int:
+        return self.num_experts + int(self.skip_expert)
+
+    def attention_kind(self, block: int) -> str:
+        return self.attention_pattern[block % len(self.attention_pattern)]
+
+    def validate(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
+                     "moe_intermediate_size", "router_hidden_size"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}; "
+                             f"use num_heads = {_next_multiple(self.num_heads, self.num_kv_heads)}")
+        if self.head_dim % 4:
+            raise ValueError(f"model.head_dim = {self.head_dim} is not a multiple of 4 (RoPE turns pairs in half of it); "
+                             f"use {_next_multiple(self.head_dim, 4)}")
+        if self.hidden_size % 2:
+            raise ValueError(f"model.hidden_size = {self.hidden_size} is odd; use {self.hidden_size + 1}")
+        if not self.attention_pattern:
+            raise ValueError('model.attention_pattern is empty; use ["full"]')
+        for kind in self.attention_pattern:
+            _one_of("model.attention_pattern", kind, ATTENTION_KINDS)
+        slides = any(self.attention_kind(i) == "sliding" for i in range(self.num_layers))
+        if slides and self.sliding_window < 1:
+            raise ValueError(f"model.attention_pattern has sliding blocks but model.sliding_window = {self.sliding_window}; "
+                             "set it to the tokens a block may see, e.g. 4096")
+        for name in ("rope_theta", "rope_theta_sliding", "init_std", "router_init_std"):
+            _positive(f"model.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from. A batch is a pure function of these keys, train.seed and an integer position."""
+
+    train: tuple[str, ...]
+    """Corpus prefixes: each names PREFIX.bin and PREFIX.idx (Megatron's format), and PREFIX.mask if there is a loss mask."""
+    weights: tuple[float, ...] = ()
+    """Share of the rows drawn from each corpus of train, any scale; empty = in proportion to their tokens."""
+    valid: str = ""
+    """Prefix of the held-out corpus; empty = no evaluation."""
+    tokenizer: str = ""
+    """A Hugging Face tokenizer.json, used to sample and to export; empty = none."""
+    source: str = ""
+    """"stdlib": build train, valid and tokenizer from Python's standard library where they do not exist; empty = they must exist."""
+
+    def validate(self) -> None:
+        if not self.train:
+            raise ValueError("data.train is empty; name at least one corpus prefix (tools.tokenize_corpus makes one)")
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} corpora in data.train; give one each")
+        for weight in self.weights:
+            _positive("data.weights", weight)
+        _one_of("data.source", self.source, ("", "stdlib"))
+        if self.source and (len(self.train) != 1 or not self.valid or not self.tokenizer):
+            raise ValueError(f"data.source = {self.source!r} builds one train corpus, one valid corpus and a tokenizer, "
+                             f"but data.train has {len(self.train)} entries, data.valid = {self.valid!r}, "
+                             f"data.tokenizer = {self.tokenizer!r}; name one of each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: batch, length, arithmetic."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    global_batch_size: int
+    """Rows per optimizer step over all ranks."""
+    micro_batch_size: int
+    """Rows per forward pass on one rank; the rest of a rank's share is accumulated."""
+    seq_len: int
+    """Tokens per row."""
+    seed: int
+    """Seed of initial weights (with the parameter's name) and of the data order."""
+    dtype: str = "fp32"
+    """fp32 | bf16 (with fp32 masters) | fp64; Newton-Schulz runs in it too."""
+    device: str = "auto"
+    """auto | cuda (ROCm too) | cpu."""
+    kernels: str = "auto"
+    """auto | triton | reference: implementation of the ops in zaya/kernels."""
+    recompute: str = "none"
+    """none | selective (attention and expert activations) | full (whole blocks) are recomputed in backward."""
+    eval_interval: int = 0
+    """Steps between evaluations on data.valid, the last step always included; 0 = never."""
+    eval_rows: int = 64
+    """Rows of data.valid per evaluation."""
+    log_interval: int = 1
+    """Steps between log lines; metrics.jsonl has every step."""
+
+    def validate(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size", "seq_len", "eval_rows", "log_interval"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("seed", "eval_interval"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        _one_of("train.dtype", self.dtype, DTYPES)
+        _one_of("train.device", self.device, ("auto", "cuda", "cpu"))
+        _one_of("train.kernels", self.kernels, ("auto", "triton", "reference"))
+        _one_of("train.recompute", self.recompute, ("none", "selective", "full"))
+        if self.kernels == "triton":
+            raise ValueError('train.kernels = "triton" is not built yet; use "auto" or "reference"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and its schedule. Which parameter gets which rule is the plan's business (zaya/plan.py)."""
+
+    name: str
+    """muon (matrices by Muon, the rest by AdamW) | adamw (everything by AdamW)."""
+    lr: float
+    """Peak learning rate, of both rules: Muon's update is scaled to AdamW's RMS."""
+    min_lr: float
+    """Learning rate at the end of the decay."""
+    warmup_steps: int
+    """Steps of linear warm-up."""
+    schedule: str = "cosine"
+    """cosine (from the warm-up to the last step) | wsd (constant, then linear to min_lr over decay_steps)."""
+    decay_steps: int = 0
+    """Length of the wsd decay in steps; unused by cosine."""
+    weight_decay: float = 0.1
+    """Decoupled; on matrices and the embedding only."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.95
+    """AdamW's second moment."""
+    eps: float = 1e-8
+    """AdamW's denominator."""
+    momentum: float = 0.95
+    """Muon's Nesterov momentum."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 = never."""
+    balance_lr: float = 1e-3
+    """Learning rate of the router's balance bias (an AdamW of its own)."""
+
+    def validate(self, steps: int) -> None:
+        _one_of("optim.name", self.name, ("muon", "adamw"))
+        _one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
+        _positive("optim.lr", self.lr)
+        for name in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip", "balance_lr", "eps"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"optim.{name} = {value} is outside [0, 1)")
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; lower it")
+        if self.schedule == "wsd" and not 0 < self.decay_steps <= steps - self.warmup_steps:
+            raise ValueError(f"optim.decay_steps = {self.decay_steps} must lie between 1 and train.steps - optim.warmup_steps = "
+                             f"{steps - self.warmup_steps} for the wsd schedule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks divide the work. Data parallelism is what is left of the world size."""
+
+    tp: int = 1
+    """Tensor (and sequence) parallel ranks."""
+    cp: int = 1
+    """Context parallel ranks."""
+    ep: int = 1
+    """Expert parallel ranks."""
+    pp: int = 1
+    """Pipeline parallelism does not exist here: anything but 1 is an error."""
+    zero_size: int = 0
+    """Ranks that share one set of optimizer shards; 0 = all."""
+    engine: str = "zaya"
+    """zaya | deepspeed."""
+
+    def validate(self) -> None:
+        _one_of("parallel.engine", self.engine, ("zaya", "deepspeed"))
+        for name in ("tp", "cp", "ep", "pp"):
+            _at_least(f"parallel.{name}", getattr(self, name), 1)
+        _at_least("parallel.zero_size", self.zero_size, 0)
+        if self.pp > 1:
+            raise ValueError(f"parallel.pp = {self.pp}: there is no pipeline parallelism; use pp = 1")
+        for name in ("tp", "cp", "ep"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"parallel.{name} = {getattr(self, name)} is not built yet; use {name} = 1 (data parallel)")
+        if self.zero_size:
+            raise ValueError(f"parallel.zero_size = {self.zero_size} is not built yet; use 0 (optimizer state on every rank)")
+        if self.engine != "zaya":
+            raise ValueError(f'parallel.engine = "{self.engine}" is not built yet; use "zaya"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, what to start from."""
+
+    interval: int = 0
+    """Save at every multiple of it and at the last step; 0 = never."""
+    resume: str = "auto"
+    """auto (newest complete checkpoint of run.dir, if any) | never | path of a checkpoint."""
+    keep: int = 0
+    """Newest checkpoints to keep; 0 = all."""
+
+    def validate(self) -> None:
+        _at_least("checkpoint.interval", self.interval, 0)
+        _at_least("checkpoint.keep", self.keep, 0)
+        if not self.resume:
+            raise ValueError('checkpoint.resume is empty; use "auto", "never" or the path of a checkpoint')
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives."""
+
+    dir: str
+    """Directory of recipe.toml, metrics.jsonl, checkpoints/, logs/, plots/."""
+
+    def validate(self) -> None:
+        if not self.dir:
+            raise ValueError("run.dir is empty; name the directory of the run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What the weights start from."""
+
+    checkpoint: str = ""
+    """A checkpoint whose weights (not optimizer state) a fresh run starts from; empty = random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. `load_recipe` makes it, `validate(world_size)` checks it, `to_toml` prints it."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    run: RunConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def validate(self, world_size: int) -> None:
+        """Raise ValueError naming the keys, their values and the fix, for anything that cannot run on world_size ranks."""
+        self.model.validate()
+        self.data.validate()
+        self.train.validate()
+        self.optim.validate(self.train.steps)
+        self.parallel.validate()
+        self.checkpoint.validate()
+        self.run.validate()
+        rows, micro = self.train.global_batch_size, self.train.micro_batch_size
+        if rows % world_size:
+            raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {world_size} data-parallel ranks; "
+                             f"use {_next_multiple(rows, world_size)}")
+        if rows // world_size % micro:
+            raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // world_size} rows "
+                             f"(train.global_batch_size = {rows} over {world_size} data-parallel ranks); "
+                             f"use {math.gcd(rows // world_size, micro)}")
+        if self.train.eval_interval and not self.data.valid:
+            raise ValueError(f"train.eval_interval = {self.train.eval_interval} but data.valid is empty; name a held-out corpus")
+        if self.train.eval_interval and self.train.eval_rows % world_size:
+            raise ValueError(f"train.eval_rows = {self.train.eval_rows} is not a multiple of the {world_size} data-parallel ranks; "
+                             f"use {_next_multiple(self.train.eval_rows, world_size)}")
+
+    def identity(self) -> dict[str, object]:
+        """What makes two recipes the same run: model, data, seed, optim. Layout, steps and checkpoint settings may change."""
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("model", "data", "optim")}
+        return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()} | {
+            "train.seed": self.train.seed, "train.seq_len": self.train.seq_len}
+
+    def to_toml(self) -> str:
+        lines = []
+        for section in fields(self):
+            lines.append(f"[{section.name}]")
+            lines += [f"{f.name} = {_toml(getattr(getattr(self, section.name), f.name))}" for f in fields(getattr(self, section.name))]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply `--section.key=value` overrides. ValueError: one line, naming the key and the nearest known one."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"cannot read recipe {path}: {reason}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(tables, override)
+    return recipe_from_tables(tables)
+
+
+def recipe_from_tables(tables: dict[str, typing.Any]) -> Recipe:
+    """A Recipe from nested dicts, as read from TOML or a manifest. ValueError for unknown, missing or mistyped keys."""
+    sections = _hints(Recipe)
+    for name in tables:
+        _known(name, sections, "section")
+    built = {}
+    for name, cls in sections.items():
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} = {table!r} is not a section; write [{name}]")
+        built[name] = _build(cls, name, table)
+    return Recipe(**built)
+
+
+def _build(cls: type, section: str, table: dict[str, typing.Any]) -> typing.Any:
+    hints = _hints(cls)
+    for key in table:
+        _known(f"{section}.{key}", [f"{section}.{k}" for k in hints], "recipe key")
+    missing = [f.name for f in fields(cls) if f.name not in table and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"recipe lacks {', '.join(f'{section}.{name}' for name in missing)}")
+    return cls(**{key: _typed(f"{section}.{key}", value, hints[key]) for key, value in table.items()})
+
+
+def _typed(key: str, value: typing.Any, hint: typing.Any) -> typing.Any:
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key} = {value!r} must be a list of {item.__name__}")
+        return tuple(_typed(key, v, item) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{key} = {value!r} must be {_a(hint.__name__)}, not {_a(type(value).__name__)}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{key} = {value} is not finite")
+    return value
+
+
+def _apply_override(tables: dict[str, typing.Any], override: str) -> None:
+    name, equals, text = override.removeprefix("--").partition("=")
+    section, dot, key = name.partition(".")
+    if not (override.startswith("--") and equals and dot and key):
+        raise ValueError(f"argument {override!r} is not of the form --section.key=value")
+    sections = _hints(Recipe)
+    _known(section, sections, "section")
+    hints = _hints(sections[section])
+    _known(name, [f"{section}.{k}" for k in hints], "recipe key")
+    if hints[key] is str:
+        value: typing.Any = text.strip("\"'") if text[:1] in "\"'" else text
+    else:
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = [part.strip().strip("\"'") for part in text.split(",")] if typing.get_origin(hints[key]) is tuple else text
+    tables.setdefault(section, {})
+    if isinstance(tables[section], dict):
+        tables[section][key] = value
+
+
+def _known(name: str, known: typing.Iterable[str], what: str) -> None:
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise ValueError(f"unknown {what} {name!r}; did you mean {near[0]!r}?" if near else f"unknown {what} {name!r}")
+
+
+def _hints(cls: type) -> dict[str, typing.Any]:
+    hints = typing.get_type_hints(cls)
+    assert not any(isinstance(h, types.UnionType) for h in hints.values()), "recipe fields have one type each"
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return max(1, -(-value // of)) * of
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{key} = {value} must be at least {least}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{key} = {value} must be above 0")
+
+
+def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} = {value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m zaya.config RECIPE.toml [--section.key=value ...]\n\nValidate a recipe and print it resolved.")
+        return 0 if argv else 2
+    try:
+        recipe = load_recipe(argv[0], argv[1:])
+        recipe.validate(world_size=1)
+    except ValueError as error:
+        print(f"zaya.config: {error}", file=sys.stderr)
+        return 2
+    print(recipe.to_toml(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
