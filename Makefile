@@ -1,0 +1,52 @@
+# Everything a user types. Each target sets .venv up first; the second time that costs nothing.
+#   make quickstart NPROC=2                train on two processes
+#   make setup PYTHON=python3.12           build .venv from another interpreter
+
+PYTHON ?= python3
+NPROC ?= 1
+BIN := .venv/bin
+RUN := runs/quickstart
+RECIPE := recipes/quickstart.toml
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help setup quickstart test test-full check lint clean
+
+help:
+	@echo "make quickstart   set up, train a tiny ZAYA1 on real text on this machine, plot, sample, export"
+	@echo "make test         set up, run the tests; those that need a GPU are skipped without one"
+	@echo "make check        lint, then test"
+	@echo "make test-full    test, with the slow ones"
+	@echo "make lint         ruff and mypy"
+	@echo "make setup        build .venv only"
+	@echo "make clean        remove caches and build leftovers; .venv, runs/ and corpora/ stay"
+
+# The stamp lies inside .venv, so deleting .venv is all it takes to start over.
+setup: .venv/.ready
+.venv/.ready: setup.py tools/setup_env.py
+	@command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON); sudo apt-get install python3 python3-venv, or name one: make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m tools.setup_env
+	@touch $@
+
+quickstart: setup
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m zaya.train $(RECIPE)
+	$(BIN)/python -m tools.bigram_baseline $(RECIPE)
+	$(BIN)/python -m tools.plot_run $(RUN)
+	$(BIN)/python -m tools.generate $(RUN) --prompt "def "
+	$(BIN)/python -m tools.export_hf $(RUN) $(RUN)/hf
+	$(BIN)/python -m tools.quickstart_report $(RUN)
+
+test: setup
+	$(PYTEST) tests/cpu tests/dist tests/gpu
+
+test-full: setup
+	$(PYTEST) -m "slow or not slow" tests/cpu tests/dist tests/gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find zaya tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""tools.plot_run draws a run of any shape, and leaves nothing behind when there is nothing to draw."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from tools import plot_run
+from zaya.metrics import MetricsWriter, routing_metrics
+
+
+def make_run(run: Path, steps: int, blocks: int, experts: int, *, evaluate: bool = True, loss: float | None = 3.0) -> Path:
+    run.mkdir()
+    writer = MetricsWriter(run / "metrics.jsonl", 0)
+    for step in range(1, steps + 1):
+        load = [[float(1 + (expert + block + step) % experts) for expert in range(experts)] for block in range(blocks)]
+        writer.append({"step": step, "tokens": 100 * step, "loss": loss, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1000.0,
+                       "step_time_s": 0.1, "mfu": None, **routing_metrics(load)})
+        if evaluate and step % 2 == 0:
+            writer.append({"step": step, "eval_loss": 3.5})
+    writer.close()
+    return run
+
+
+@pytest.mark.parametrize(("steps", "blocks", "experts", "evaluate", "loss"), [
+    (30, 4, 8, True, 3.0), (1, 1, 1, False, 3.0), (3, 2, 2, True, None)])
+def test_a_picture_appears(tmp_path: Path, steps: int, blocks: int, experts: int, evaluate: bool, loss: float | None) -> None:
+    run = make_run(tmp_path / "run", steps, blocks, experts, evaluate=evaluate, loss=loss)
+    assert plot_run.main([str(run)]) == 0
+    assert [path.name for path in (run / "plots").iterdir()] == ["run.png"]
+    height, width, _ = image.imread(run / "plots/run.png").shape
+    assert width == 1560 and height >= 1248
+
+
+def test_a_big_model_gets_a_taller_picture(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 5, 40, 16)
+    assert plot_run.main([str(run), "--out", str(tmp_path / "x.png")]) == 0
+    assert image.imread(tmp_path / "x.png").shape[0] > 1900
+    assert not (run / "plots").exists()
+
+
+def test_the_load_picture_shows_shares_of_even_block_by_block(tmp_path: Path) -> None:
+    rows = [{"expert_load": [[1.0, 0.0], [0.5, 0.5]]}] * 3 * plot_run.MAX_COLUMNS
+    picture = plot_run.load_picture(rows)
+    assert picture.shape == (4, plot_run.MAX_COLUMNS)
+    assert picture[:, 0].tolist() == [2.0, 0.0, 1.0, 1.0]
+
+
+def test_smoothing_neither_lags_nor_spreads_holes() -> None:
+    line = np.arange(400, dtype=float)
+    assert np.allclose(plot_run.smoothed(line), line)
+    line[100] = np.nan
+    assert abs(plot_run.smoothed(line)[100] - 100) < 1e-9
+    assert plot_run.smoothed(np.array([1.0, np.nan]))[0] == 1 and np.isnan(plot_run.smoothed(np.array([1.0, np.nan]))[1])
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "cannot read .*metrics.jsonl: No such file"),
+    ("", "no training step"),
+    ('{"step": 1, "eval_loss": 1.0}\n', "no training step"),
+    ("not json\n", "line 1 is not JSON"),
+    ('{"step": 1, "loss": 1.0}\n', "row of step 1 lacks expert_load, lr,"),
+])
+def test_nothing_to_draw_is_one_line_and_exit_2(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    before = sorted(tmp_path.iterdir())
+    assert plot_run.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tools.plot_run: ") and error.count("\n") == 1
+    assert re.search(message, error)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_places_are_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plot_run.main([str(tmp_path / "absent")]) == 2
+    assert "is not a directory" in capsys.readouterr().err
+    run = make_run(tmp_path / "run", 2, 1, 2)
+    (tmp_path / "file").write_text("")
+    assert plot_run.main([str(run), "--out", str(tmp_path / "file/x.png")]) == 2
+    assert capsys.readouterr().err.startswith("tools.plot_run: cannot write")

@@ -1,0 +1,71 @@
+"""Write the global batch of one optimizer step of a recipe: what a run trains on, without a run.
+
+    python -m tools.dump_batch recipes/quickstart.toml --step 1 --out batch.npz [--section.key=value ...]
+
+F.npz holds tokens, labels, positions, documents (int64) and loss_mask (bool: this token has a label), each [global_batch_size, seq_len].
+Step N, counted from 1, takes the rows [(N - 1) * global_batch_size, N * global_batch_size) of the run's order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from zaya.config import Recipe, load_recipe
+from zaya.data.loader import IGNORE, Loader
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _Parser(prog="tools.dump_batch", description="Write the global batch of one optimizer step as an .npz file.",
+                     epilog="Overrides of the recipe: --section.key=value", allow_abbrev=False)
+    parser.add_argument("recipe", help="recipe (.toml)")
+    parser.add_argument("--step", required=True, type=int, metavar="N", help="optimizer step, counted from 1")
+    parser.add_argument("--out", required=True, type=Path, metavar="F.npz", help="file to write (replaced if it exists)")
+    try:
+        args, overrides = parser.parse_known_args(argv)
+        if args.step < 1:
+            raise ValueError(f"--step = {args.step} must be at least 1: steps are counted from 1")
+        recipe = load_recipe(args.recipe, overrides)
+        _write(args.out, _arrays(recipe, args.step))
+    except (ValueError, OSError) as error:
+        print(f"tools.dump_batch: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _arrays(recipe: Recipe, step: int) -> dict[str, np.ndarray]:
+    for section in (recipe.model, recipe.data, recipe.train):  # not the layout: batches do not depend on it
+        section.validate()
+    if recipe.data.source == "stdlib":
+        from zaya.data import stdlib_corpus  # here, because only such recipes need the tokenizers library
+        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
+    loader = Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
+    rows = recipe.train.global_batch_size
+    batch = loader.batch((step - 1) * rows, rows)
+    return {"tokens": batch.tokens_BT.numpy(), "labels": batch.labels_BT.numpy(), "positions": batch.positions_BT.numpy(),
+            "documents": batch.documents_BT.numpy(), "loss_mask": batch.labels_BT.numpy() != IGNORE}
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the arrays for its own keyword
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror}; name a file in a directory that can be written") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Checkpoint in, transformers' Zaya directory out: AutoModelForCausalLM.from_pretrained loads it, and so do the servers built on it.
+
+Off the batch's path. Streams: one tensor is in memory at a time, whatever the size of the shards. The target appears complete or not
+at all.
+
+    python -m tools.export_hf RUN HF_DIR --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
+from zaya.checkpoint.manifest import MANIFEST
+from zaya.checkpoint.read import Checkpoint, newest
+from zaya.config import ModelConfig
+from zaya.data.tokenizer import end_token_id, load_tokenizer
+from zaya.model import hf
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+# Copied where they lie beside the tokenizer: what a directory that was imported brought along.
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A link and the dtype its tensors leave in."""
+
+    link: hf.Link
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(math.prod(named.shape) for named in self.link.theirs) * self.dtype.itemsize
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, or the newest one of a run."""
+    found = path if (path / MANIFEST).is_file() else newest(path / "checkpoints")
+    if found is None:
+        raise ValueError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one (no checkpoints/step-*/{MANIFEST})")
+    return Checkpoint.open(found)
+
+
+def model_config(recipe: dict[str, Any]) -> ModelConfig:
+    section: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.get("model", {}).items()}
+    try:
+        config = ModelConfig(**section)
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's recipe does not describe a model: {error}") from None
+    config.validate()
+    return config
+
+
+def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype | None) -> list[Item]:
+    """The table with dtypes, after a check that the checkpoint holds exactly the model."""
+    stored = {name.removeprefix("model."): entry for name, entry in checkpoint.manifest.tensors.items() if name.startswith("model.")}
+    items = []
+    for link in hf.links(config):
+        for named in link.ours:
+            if named.name not in stored:
+                raise ValueError(f"{checkpoint.path} has no tensor model.{named.name}, which its recipe asks for")
+            if stored[named.name].shape != named.shape:
+                raise ValueError(f"{checkpoint.path}: model.{named.name} has shape {list(stored[named.name].shape)}, "
+                                 f"its recipe asks for {list(named.shape)}")
+        as_stored = STORED_DTYPES[stored[link.ours[0].name].dtype]
+        items.append(Item(link, torch.float32 if link.always_fp32 else dtype or as_stored))
+    unexpected = stored.keys() - {named.name for item in items for named in item.link.ours}
+    if unexpected:
+        raise ValueError(f"{checkpoint.path} has the unexpected tensor model.{min(unexpected)}; its recipe does not ask for it")
+    return items
+
+
+def cut_into_shards(items: list[Item], max_bytes: int) -> list[list[Item]]:
+    """In order, as many to a shard as fit; an item that alone is larger gets a shard of its own."""
+    shards: list[list[Item]] = [[]]
+    room = max_bytes
+    for item in items:
+        if shards[-1] and item.num_bytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(item)
+        room -= item.num_bytes
+    # Wide elements first, so that every tensor begins at a multiple of its element's size.
+    return [sorted(shard, key=lambda item: -item.dtype.itemsize) for shard in shards]
+
+
+def write_shard(path: Path, shard: list[Item], checkpoint: Checkpoint, bar: tqdm) -> None:
+    """One safetensors file, front to back: the header is known before any tensor is read."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for item in shard:
+        for named in item.link.theirs:
+            begin, end = end, end + math.prod(named.shape) * item.dtype.itemsize
+            header[named.name] = {"dtype": SAFETENSORS_DTYPES[item.dtype], "shape": named.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for item in shard:
+            for tensor in item.link.to_theirs([checkpoint.read(f"model.{named.name}") for named in item.link.ours]):
+                file.write(tensor.to(item.dtype).view(torch.uint8).reshape(-1).numpy().data)
+            bar.update(item.num_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_weights(directory: Path, shards: list[list[Item]], checkpoint: Checkpoint) -> None:
+    total = sum(item.num_bytes for shard in shards for item in shard)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True, desc="export") as bar:
+        for name, shard in zip(names, shards, strict=True):
+            write_shard(directory / name, shard, Checkpoint(checkpoint.path, checkpoint.manifest), bar)
+            gc.collect()  # the shard's reader, a cycle, with the files it mapped: their pages count as this process' memory
+    if len(shards) > 1:
+        weight_map = {named.name: name for name, shard in zip(names, shards, strict=True) for item in shard for named in item.link.theirs}
+        _write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def hf_config(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> dict[str, Any]:
+    """What the model came with, if it was imported; else what the recipe knows. transformers' own defaults name tokens of another
+    vocabulary, so token ids are always written."""
+    rest = dict(checkpoint.manifest.hf_config)
+    if not rest:
+        rest = {"bos_token_id": None, "eos_token_id": _end_token(tokenizer), "pad_token_id": None}
+        length = checkpoint.manifest.recipe.get("train", {}).get("seq_len")
+        rest |= {"max_position_embeddings": length} if length else {}
+    if not checkpoint.manifest.hf_config or rest.get("dtype") is not None:  # a config that is silent leaves it to the weights
+        rest["dtype"] = str(dtype).removeprefix("torch.")
+    return hf.to_hf_config(config, rest)
+
+
+def _end_token(tokenizer: Path | None) -> int | None:
+    if tokenizer is None:
+        return None
+    loaded = load_tokenizer(tokenizer)
+    try:
+        return end_token_id(loaded)
+    except ValueError:  # a tokenizer without one is still good for text
+        return None
+
+
+def write_tokenizer(directory: Path, tokenizer: Path) -> None:
+    shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    for name in SIDE_FILES:
+        if (tokenizer.parent / name).is_file():
+            shutil.copyfile(tokenizer.parent / name, directory / name)
+    if not (directory / "tokenizer_config.json").exists():
+        end = _end_token(tokenizer)
+        special = {} if end is None else {"eos_token": load_tokenizer(tokenizer).id_to_token(end)}
+        _write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden sibling to fill; it takes the target's place at the end, or goes."""
+    hidden = target.with_name(f".{target.name}.tmp")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (overwrite and (target / "config.json").is_file()):
+        raise ValueError(f"{target} exists and is not empty; remove it, choose another name, or replace an older export with --overwrite")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(hidden, target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool) -> None:
+    """ValueError or OSError, with nothing left at `target`, if it cannot be done."""
+    checkpoint = open_checkpoint(source)
+    config = model_config(checkpoint.manifest.recipe)
+    items = plan_items(checkpoint, config, dtype)
+    named = Path(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or "")
+    tokenizer = named if named.is_file() else None
+    with complete_or_nothing(Path(os.path.abspath(target)), overwrite) as directory:
+        _write_json(directory / "config.json", hf_config(checkpoint, config, items[0].dtype, tokenizer))
+        if tokenizer is not None:
+            write_tokenizer(directory, tokenizer)
+        write_weights(directory, cut_into_shards(items, max_shard_bytes), checkpoint)
+
+
+def shard_size(text: str) -> int:
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in UNITS or not number.isdigit() or not int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(number) * UNITS[unit]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools.export_hf", description="Turn a checkpoint into a directory that transformers loads.")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
+    parser.add_argument("hf_dir", type=Path, help="directory to make; must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")
+    parser.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older export at HF_DIR")
+    options = parser.parse_args(argv)
+    try:
+        export_hf(options.checkpoint, options.hf_dir, DTYPES.get(options.dtype), options.max_shard_size, options.overwrite)
+    except ValueError as error:
+        print(f"tools.export_hf: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"tools.export_hf: cannot write {error.filename or options.hf_dir}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(options.hf_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

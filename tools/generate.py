@@ -1,0 +1,147 @@
+"""Sample text from a checkpoint with our own forward pass.
+
+Off the batch's path: shows a person what a run has learned. Every token costs a forward pass over all before it, without a cache, which is
+fine for a sample; for serving, export the model (tools.export_hf) and use transformers or what is built on it.
+
+    python -m tools.generate runs/quickstart --prompt "def "
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from zaya.checkpoint.manifest import DTYPES, MANIFEST
+from zaya.checkpoint.read import Checkpoint, newest
+from zaya.config import ModelConfig
+from zaya.data.tokenizer import end_token_id, load_tokenizer
+from zaya.model.transformer import Zaya
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, or the newest one of a run."""
+    found = path if (path / MANIFEST).is_file() else newest(path / "checkpoints")
+    if found is None:
+        raise ValueError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one (no checkpoints/step-*/{MANIFEST})")
+    return Checkpoint.open(found)
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> Zaya:
+    """The model in the dtype it is stored in. ValueError if the checkpoint does not hold the model of its recipe."""
+    section: dict[str, Any] = dict(checkpoint.manifest.recipe.get("model", {}))
+    try:
+        config = ModelConfig(**section | {"attention_pattern": tuple(section.get("attention_pattern", ("full",)))})
+    except TypeError as error:
+        raise ValueError(f"the recipe of {checkpoint.path} does not describe a model: {error}") from None
+    config.validate()
+    embedding = checkpoint.manifest.tensors.get("model.embedding.weight")
+    with device:
+        model = Zaya(config, dtype=DTYPES[embedding.dtype] if embedding else torch.float32)
+    for name, tensor in model.state_dict().items():
+        value = checkpoint.read(f"model.{name}")
+        if value.shape != tensor.shape:
+            raise ValueError(f"{checkpoint.path}: model.{name} has shape {list(value.shape)}, its recipe asks for {list(tensor.shape)}")
+        tensor.copy_(value)
+    return model.eval()
+
+
+@torch.no_grad()
+def generate(model: Zaya, tokens: Sequence[int], choose: Callable[[Tensor], int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+    """The new tokens, up to and with the first of `ends`. `choose` picks one from the logits (V,) of the last position."""
+    device = model.embedding.weight.device
+    row = torch.tensor([tokens], device=device)
+    for _ in tqdm(range(max_new_tokens), unit="token", disable=None, leave=False, dynamic_ncols=True, desc="generate"):
+        hidden_BTD = model(row, torch.arange(row.shape[1], device=device)[None]).hidden_BTD
+        token = choose(model.logits(hidden_BTD[:, -1])[0])
+        row = torch.cat([row, row.new_tensor([[token]])], dim=1)
+        if token in ends:
+            break
+    return row[0, len(tokens):].tolist()
+
+
+def greedy(logits_V: Tensor) -> int:
+    return int(logits_V.argmax())
+
+
+def sampler(temperature: float, top_k: int, seed: int) -> Callable[[Tensor], int]:
+    """Draws from softmax(logits / temperature) over the top_k likeliest tokens (0: over all), on the CPU, so that a seed means the same
+    everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits_V: Tensor) -> int:
+        scaled_V = logits_V.float().cpu() / temperature
+        values_K, tokens_K = scaled_V.topk(min(top_k, len(scaled_V)) if top_k else len(scaled_V))
+        return int(tokens_K[torch.multinomial(values_K.softmax(-1), 1, generator=generator)])
+
+    return choose
+
+
+def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> Tokenizer:
+    named = given or Path(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or "")
+    if named == Path(""):
+        raise ValueError(f"the recipe of {checkpoint.path} names no tokenizer; give one with --tokenizer")
+    return load_tokenizer(named)
+
+
+def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int]:
+    """What an imported model's config says, else the tokenizer's end token."""
+    ids = checkpoint.manifest.hf_config.get("eos_token_id")
+    if ids is not None:
+        return set(ids) if isinstance(ids, list) else {ids}
+    try:
+        return {end_token_id(tokenizer)}
+    except ValueError:  # nothing ends the text but max_new_tokens
+        return set()
+
+
+def sample(options: argparse.Namespace) -> str:
+    """The prompt and what follows it."""
+    if not options.greedy and not options.temperature > 0:
+        raise ValueError(f"--temperature = {options.temperature} must be above 0; for the likeliest token use --greedy")
+    if options.max_new_tokens < 1 or options.top_k < 0:
+        raise ValueError(f"--max-new-tokens = {options.max_new_tokens} must be at least 1 and --top-k = {options.top_k} at least 0")
+    device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = open_checkpoint(options.checkpoint)
+    tokenizer = find_tokenizer(checkpoint, options.tokenizer)
+    prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    if not prompt:
+        raise ValueError("--prompt is empty; a document's first token is never predicted, so give at least one")
+    model = load_model(checkpoint, device)
+    if max(prompt) >= model.config.vocab_size:
+        raise ValueError(f"the tokenizer gives token {max(prompt)}, the model knows {model.config.vocab_size} (0 to "
+                         f"{model.config.vocab_size - 1}); give the tokenizer it was trained with")
+    choose = greedy if options.greedy else sampler(options.temperature, options.top_k, options.seed)
+    ends = end_tokens(checkpoint, tokenizer)
+    new = generate(model, prompt, choose, options.max_new_tokens, ends)
+    return str(tokenizer.decode(prompt + [token for token in new if token not in ends], skip_special_tokens=False))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools.generate", description="Sample text from a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="stop after so many tokens (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the likeliest K tokens; 0 = all (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the one the recipe names)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute (default: auto)")
+    try:
+        print(sample(parser.parse_args(argv)))
+    except ValueError as error:
+        print(f"tools.generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

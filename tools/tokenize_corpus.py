@@ -1,0 +1,86 @@
+"""Tokenise text into a corpus: text files, .jsonl(.gz, .zst), .parquet or directories of them in, PREFIX.bin and PREFIX.idx out.
+
+    python -m tools.tokenize_corpus docs/*.jsonl.gz --output data/docs --tokenizer tokenizer.json --workers 8
+    python -m tools.tokenize_corpus text/ --output data/text --tokenizer data/tokenizer.json --train-bpe 32000
+
+A thin shell over zaya.data.documents, tokenizer and corpus_writer. Exit code 2 and one line on stderr for bad input; nothing half-written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from zaya.data.corpus_writer import Written, staged, write_corpus
+from zaya.data.documents import list_files, read_documents
+from zaya.data.tokenizer import end_token_id, load_tokenizer, train_bpe
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = _parse(argv)
+        written = _run(args)
+    except (ValueError, OSError) as error:
+        print(f"tools.tokenize_corpus: {error}", file=sys.stderr)
+        return 2
+    empty = f" ({written.num_empty} empty ones left out)" if written.num_empty else ""
+    print(f"{args.output}.bin, {args.output}.idx: {written.num_documents} documents, {written.num_tokens} tokens{empty}")
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="tools.tokenize_corpus", description="Tokenise text into a corpus in Megatron's format (PREFIX.bin, PREFIX.idx).")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
+                        help="text file (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet, or a directory of them")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="a Hugging Face tokenizer.json")
+    parser.add_argument("--train-bpe", type=int, metavar="VOCAB_SIZE",
+                        help="first train a byte-level BPE of exactly this many entries on the inputs and write it to --tokenizer")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="field or column that holds the text (default: text)")
+    parser.add_argument("--end-token", default="", metavar="TOKEN",
+                        help="token stored at the end of every document (default: the first common one that the tokenizer has)")
+    parser.add_argument("--plain-text", action="store_true",
+                        help="read a special token's spelling inside a document as ordinary text (default: as the token)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per CPU)")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        raise ValueError(f"--workers = {args.workers} must be at least 1")
+    return args
+
+
+def _run(args: argparse.Namespace) -> Written:
+    files = list_files(args.inputs)
+    outputs = [Path(f"{args.output}.bin"), Path(f"{args.output}.idx")]
+    if args.train_bpe is None:
+        tokenizer = load_tokenizer(args.tokenizer)
+        end_id = end_token_id(tokenizer, args.end_token)
+    else:
+        outputs.insert(0, args.tokenizer)
+    with staged(outputs, overwrite=args.overwrite) as temporary:
+        if args.train_bpe is not None:
+            with _bar("training the tokenizer", files) as bar:
+                tokenizer = train_bpe(read_documents(files, args.text_key, bar.update), args.train_bpe)
+            end_id = end_token_id(tokenizer, args.end_token)
+            tokenizer.save(str(temporary[0]))
+        with _bar("tokenizing", files) as bar:
+            return write_corpus(temporary[-2], temporary[-1], read_documents(files, args.text_key, bar.update), tokenizer, end_id,
+                                workers=args.workers, plain_text=args.plain_text)
+
+
+def _bar(task: str, files: list[Path]) -> tqdm:
+    return tqdm(total=sum(path.stat().st_size for path in files), desc=task, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

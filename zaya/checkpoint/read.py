@@ -1,0 +1,217 @@
+"""Read a checkpoint: any box of any tensor, only the bytes it needs, whatever layout wrote it.
+
+Start of a run that resumes, and every tool that looks into a checkpoint. Knows no model, no rank, no layout. Whatever a manifest or a
+file says is checked before it is used; damage is a CheckpointError that names the file and the tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from zaya.checkpoint.manifest import (
+    BITS,
+    DTYPES,
+    MANIFEST,
+    Box,
+    CheckpointError,
+    Manifest,
+    disk_errors,
+    hash_bytes,
+    load,
+    num_bytes,
+    parse_json,
+)
+
+CHUNK_BYTES = 8 << 20
+OPEN_FILES = 64  # mapped at a time; each costs a file descriptor
+_STEP = re.compile(r"step-([0-9]{8,18})")
+
+
+class Checkpoint:
+    """An open checkpoint. `manifest` is valid, its files exist and have their sizes; their contents are checked as they are read."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._boxes: dict[str, list[tuple[str, Box]]] = {file: [] for file in manifest.files}
+        for name, entry in manifest.tensors.items():
+            for box in entry.boxes:
+                self._boxes[box.file].append((name, box))
+        self._ranges: dict[str, dict[str, tuple[int, int]]] = {}
+        self._map = functools.lru_cache(OPEN_FILES)(self._map_file)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """CheckpointError unless `path` holds a valid manifest and every file it names, of the right size."""
+        path = Path(path)
+        with disk_errors("read", path / MANIFEST):
+            manifest = load(path)
+        for file, entry in manifest.files.items():
+            with disk_errors("read", path / file):
+                status = os.stat(path / file)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path / file} is not a file")
+            if status.st_size != entry.size:
+                raise CheckpointError(f"{path / file} has {status.st_size} bytes, its manifest says {entry.size}")
+        return cls(path, manifest)
+
+    def names(self) -> list[str]:
+        return list(self.manifest.tensors)
+
+    def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """Elements [offsets, offsets + sizes) of a tensor, on the CPU; all of it by default. Boxes that are read whole are checked
+        against their hash (`verify` checks the rest too)."""
+        if name not in self.manifest.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        entry = self.manifest.tensors[name]
+        start = tuple(offsets) if offsets is not None else (0,) * len(entry.shape)
+        shape = tuple(sizes) if sizes is not None else tuple(n - o for n, o in zip(entry.shape, start, strict=False))
+        if not len(start) == len(shape) == len(entry.shape) or any(
+                o < 0 or s < 0 or o + s > n for o, s, n in zip(start, shape, entry.shape, strict=True)):
+            raise ValueError(f"tensor {name!r} has shape {entry.shape}; offsets {start} and sizes {shape} are not inside it")
+        dtype = DTYPES[entry.dtype]
+        out = torch.empty(shape, dtype=dtype)
+        target = out.view(BITS[dtype.itemsize]).numpy()
+        for box in entry.boxes:
+            low = [max(o, b) for o, b in zip(start, box.offsets, strict=True)]
+            high = [min(o + s, b + n) for o, s, b, n in zip(start, shape, box.offsets, box.sizes, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            begin, end = self._range(box)
+            mapped = self._map(box.file)
+            if all(h - a == n for a, h, n in zip(low, high, box.sizes, strict=True)):
+                self._check(name, box, hash_bytes(memoryview(mapped)[begin:end]))
+            source = np.frombuffer(mapped, target.dtype, (end - begin) // dtype.itemsize, begin).reshape(box.sizes)
+            target[_window(low, high, start)] = source[_window(low, high, box.offsets)]
+        return out
+
+    def verify(self) -> None:
+        """Read every byte and compare every hash. CheckpointError names the file, and the tensor where it is one's."""
+        if Checkpoint.open(self.path).manifest != self.manifest:
+            raise CheckpointError(f"{self.path / MANIFEST} has changed since it was opened")
+        for file, boxes in self._boxes.items():
+            ranges = self._file_ranges(file)
+            with disk_errors("read", self.path / file), open(self.path / file, "rb", buffering=0) as stream:
+                for name, box in sorted(boxes, key=lambda item: ranges[item[1].key]):
+                    begin, end = ranges[box.key]
+                    stream.seek(begin)
+                    digest = xxhash.xxh3_128()
+                    for chunk in _chunks(stream.fileno(), end - begin):
+                        digest.update(chunk)
+                    self._check(name, box, digest.hexdigest())
+
+    def _check(self, name: str, box: Box, found: str) -> None:
+        if found != box.xxh3:
+            raise CheckpointError(f"{self.path / box.file}: tensor {name!r} (stored as {box.key!r}) does not match its hash; it is corrupt")
+
+    def _map_file(self, file: str) -> mmap.mmap:
+        with disk_errors("read", self.path / file), open(self.path / file, "rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) != self.manifest.files[file].size:
+            raise CheckpointError(f"{self.path / file} has {len(mapped)} bytes, its manifest says {self.manifest.files[file].size}")
+        return mapped
+
+    def _range(self, box: Box) -> tuple[int, int]:
+        if box.file not in self._ranges:
+            self._ranges[box.file] = self._file_ranges(box.file)
+        return self._ranges[box.file][box.key]
+
+    def _file_ranges(self, file: str) -> dict[str, tuple[int, int]]:
+        """Where in a file each key's bytes lie: from its header, which must agree with the manifest to the byte."""
+        path, tensors = self.path / file, self.manifest.tensors
+        expected = {box.key: (tensors[name].dtype, list(box.sizes)) for name, box in self._boxes[file]}
+        start = self.manifest.files[file].size - sum(num_bytes(dtype, sizes) for dtype, sizes in expected.values())
+        with disk_errors("read", path), open(path, "rb", buffering=0) as stream:
+            header = b"".join(_chunks(stream.fileno(), start))
+        if hash_bytes(header) != self.manifest.files[file].xxh3_header:
+            raise CheckpointError(f"{path}: the header does not match its hash; it is corrupt")
+        try:
+            found = parse_json(header[8:].decode("latin-1"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: the header {error}") from None
+        if int.from_bytes(header[:8], "little") != start - 8 or not isinstance(found, dict):
+            raise CheckpointError(f"{path}: the header is not of {start - 8} bytes")
+        found.pop("__metadata__", None)
+        odd = set(found) ^ set(expected)
+        if odd:
+            raise CheckpointError(f"{path}: tensor {min(odd)!r} is in the {'file' if min(odd) in found else 'manifest'} only")
+        ranges = {}
+        for key, (dtype, sizes) in expected.items():
+            begin = _begin(found[key])
+            end = begin + num_bytes(dtype, sizes)
+            if found[key] != {"dtype": dtype, "shape": sizes, "data_offsets": [begin, end]}:
+                raise CheckpointError(f"{path}: tensor {key!r} is not of dtype {dtype} and shape {sizes}, as its manifest says")
+            ranges[key] = (start + begin, start + end)
+        reached = start
+        for key, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
+            if begin != reached:
+                raise CheckpointError(f"{path}: tensor {key!r} begins at byte {begin}, not at {reached}")
+            reached = end
+        return ranges
+
+
+def newest(root: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None. Complete = has a manifest; whether it is sound, `Checkpoint` tells."""
+    complete = [path for _, path, whole in _steps(Path(root)) if whole]
+    return complete[-1] if complete else None
+
+
+def prune(root: str | Path, keep: int) -> None:
+    """Keep the newest `keep` complete checkpoints; 0 keeps all. Remains of killed saves older than the newest go too."""
+    if keep < 0:
+        raise ValueError(f"keep = {keep} must be at least 0")
+    steps = _steps(Path(root))
+    complete = [step for step, _, whole in steps if whole]
+    if not keep or not complete:
+        return
+    oldest = complete[-keep:][0]
+    for step, path, whole in steps:
+        if step < (oldest if whole else complete[-1]):
+            with disk_errors("remove", path):
+                if whole:
+                    os.unlink(path / MANIFEST)  # first, so that a half-removed checkpoint does not exist
+                shutil.rmtree(path)
+
+
+def _steps(root: Path) -> list[tuple[int, Path, bool]]:
+    """(step, path, complete) of every checkpoint directory, by step."""
+    found: list[tuple[int, Path, bool]] = []
+    with disk_errors("read", root):
+        entries = list(root.iterdir()) if root.exists() else []
+    for path in entries:
+        match = _STEP.fullmatch(path.name)
+        if match and path.name == f"step-{int(match[1]):08d}" and path.is_dir():
+            found.append((int(match[1]), path, (path / MANIFEST).is_file()))
+    return sorted(found)
+
+
+def _begin(entry: object) -> int:
+    """First byte of a header's entry; the caller compares the entry as a whole, so anything odd may become 0 here."""
+    if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list) and entry["data_offsets"][:1]:
+        begin = entry["data_offsets"][0]
+        return begin if type(begin) is int else 0
+    return 0
+
+
+def _window(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+def _chunks(fd: int, length: int) -> Iterator[bytes]:
+    while length:
+        chunk = os.read(fd, min(length, CHUNK_BYTES))
+        if not chunk:
+            raise OSError(0, "it ended early")
+        length -= len(chunk)
+        yield chunk

@@ -1,0 +1,1 @@
+"""Data: from text on disk to batches of packed rows, each a pure function of (recipe, integer position)."""

@@ -1,0 +1,164 @@
+"""Documents to a corpus: tokenised by one or many processes into Megatron's PREFIX.bin / PREFIX.idx, the same bytes for any number of them.
+
+Stands before a batch's path: its files are what corpus.py reads. Knows nothing of where the documents come from.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from zaya.data.corpus import megatron_indexed_dataset
+from zaya.data.tokenizer import vocabulary_size
+
+_PORTION_CHARS = 1 << 18  # characters sent to a process at once: about 0.1 s of work
+_WAITING_PORTIONS = 4  # per process, read ahead but not yet written: bounds memory on inputs of any size
+_UINT16_VOCAB = 65500  # Megatron's own rule (DType.optimal_dtype), so that its tools write the same bytes
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a corpus holds."""
+
+    num_documents: int
+    num_tokens: int
+    num_empty: int
+    """Documents without a token, which are left out."""
+
+
+@contextlib.contextmanager
+def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]]:
+    """Temporary paths beside `paths`, renamed to them if the block succeeds, removed if it does not, with any directory made for them.
+
+    The last path is the one without which the others mean nothing: it appears last. ValueError if a path exists (and may not be
+    overwritten) or cannot be written.
+    """
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"output {existing[0]} exists; remove it, name another one or pass --overwrite")
+    made: list[Path] = []
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
+    try:
+        for path, temp in zip(paths, temporary, strict=True):
+            try:
+                for parent in reversed([p for p in path.parents if not p.exists()]):
+                    parent.mkdir()
+                    made.append(parent)
+                temp.touch()
+            except OSError as error:
+                raise ValueError(f"cannot write {path}: {error.strerror}; name an output in a directory that can be written") from None
+        yield temporary
+        paths[-1].unlink(missing_ok=True)  # never a new .bin under an old .idx
+        for temp, path in zip(temporary, paths, strict=True):
+            os.replace(temp, path)
+        made = []
+    finally:
+        for temp in temporary:
+            with contextlib.suppress(OSError):  # the directory may be gone or read-only, which is reported above
+                temp.unlink(missing_ok=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: someone else uses it by now
+                parent.rmdir()
+
+
+def write_corpus(bin_path: Path, idx_path: Path, documents: Iterable[str], tokenizer: Tokenizer, end_id: int, *, workers: int = 1,
+                 plain_text: bool = False, advance: Callable[[int], object] = lambda _: None) -> Written:
+    """Tokenise documents in order, each followed by `end_id`, as one sequence per document. advance(n): n more documents are written.
+
+    plain_text: the spelling of a special token inside a document is ordinary text, not the token. ValueError if there is no token at all.
+    """
+    vocab_size = vocabulary_size(tokenizer)
+    dtype = np.uint16 if vocab_size < _UINT16_VOCAB else np.int32
+    encoder = _Encoder(tokenizer.to_str(), end_id, dtype, plain_text)
+    builder = megatron_indexed_dataset()[1](str(bin_path), dtype=dtype)
+    num_documents = num_tokens = num_empty = 0
+    try:
+        for portion in _in_order(_portions(documents), encoder, workers):
+            for ids in portion:
+                if len(ids):
+                    builder.add_document(ids, [len(ids)])
+                num_documents, num_tokens, num_empty = num_documents + bool(len(ids)), num_tokens + len(ids), num_empty + (len(ids) == 0)
+            advance(len(portion))
+    finally:
+        builder.data_file.close()
+    if num_tokens == 0:
+        raise ValueError(f"the corpus would be empty: {num_empty} documents and no text in them; check the inputs")
+    builder.finalize(str(idx_path))
+    return Written(num_documents, num_tokens, num_empty)
+
+
+def _portions(documents: Iterable[str]) -> Iterator[list[str]]:
+    portion: list[str] = []
+    size = 0
+    for document in documents:
+        portion.append(document)
+        size += len(document) + 1
+        if size >= _PORTION_CHARS:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+class _Encoder:
+    """Texts to ids. Pickles as the tokenizer's own text, so that it can be sent to a process once."""
+
+    def __init__(self, tokenizer: str, end_id: int, dtype: type[np.integer], plain_text: bool) -> None:
+        self._settings = (tokenizer, end_id, dtype, plain_text)
+        self._end_id, self._dtype = end_id, dtype
+        self._tokenizer = Tokenizer.from_str(tokenizer)
+        self._tokenizer.encode_special_tokens = plain_text
+
+    def __reduce__(self) -> tuple[type[_Encoder], tuple[str, int, type[np.integer], bool]]:
+        return _Encoder, self._settings
+
+    def __call__(self, texts: list[str]) -> list[NDArray]:
+        """Ids per text, ended by the end token (once, where the tokenizer's own template ends with it); an empty text stays empty."""
+        encoded = []
+        for text, encoding in zip(texts, self._tokenizer.encode_batch_fast(texts), strict=True):
+            ids = encoding.ids if text else []
+            encoded.append(np.array(ids if not ids or ids[-1] == self._end_id else ids + [self._end_id], dtype=self._dtype))
+        return encoded
+
+
+def _in_order(portions: Iterator[list[str]], encoder: _Encoder, workers: int) -> Iterator[list[NDArray]]:
+    """encoder(portion) in the order of the portions, by `workers` processes (in this one if it is 1)."""
+    if workers == 1:
+        yield from map(encoder, portions)
+        return
+    # spawn, not fork: the parent has threads (tokenizers', torch's) whose locks a forked child would inherit held.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,)) as pool:
+        waiting: collections.deque[Future[list[NDArray]]] = collections.deque()
+        try:
+            for portion in portions:
+                waiting.append(pool.submit(_encode_in_worker, portion))
+                if len(waiting) >= _WAITING_PORTIONS * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker_encoder: _Encoder
+"""In a worker process only: arrives with its start, not with every portion."""
+
+
+def _start_worker(encoder: _Encoder) -> None:
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism; the library looks at its first batch
+    _worker_encoder = encoder
+
+
+def _encode_in_worker(texts: list[str]) -> list[NDArray]:
+    return _worker_encoder(texts)

@@ -1,0 +1,109 @@
+"""Compressed convolutional grouped-query attention (CCGQA, arXiv 2510.04476): project, convolve, norm, rotate, attend, project back.
+
+On a batch's path: x from the block's norm -> q~, k~, v (narrow) -> reference.cca -> `context.attend` -> the branch added to the stream.
+Head counts come from weight shapes and `delayed_rows`, so a module holding a part of the heads runs the same lines. Seams that can be
+replaced from outside: each Linear's map, `context` (where the rest of the sequence is) and `group_mean` (where the rest of a group is).
+
+Letters: B batch, T tokens on this device, S tokens of the sequence, D hidden, C channels, H head dim, N query heads, G KV heads, K chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zaya.config import ModelConfig
+from zaya.kernels import reference
+from zaya.model.layers import Linear, parameter
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What attention must know of the rows on this device: made once per forward pass, shared by all blocks."""
+
+    positions_BT: Tensor
+    """Index of each token inside its document."""
+    index_T: Tensor
+    """Index of each token inside its row, chunks one after the other."""
+    offsets: tuple[int, ...]
+    """Index in the row at which each chunk starts."""
+    rope: dict[str, tuple[Tensor, Tensor]]
+    """cos and sin per kind of attention."""
+    first_key_BT: dict[str, Tensor]
+    """Index in the row of the first key each query sees, per kind of attention."""
+
+    @staticmethod
+    def of(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype, offsets: tuple[int, ...] = (0,)) -> Sequence:
+        chunk = positions_BT.shape[1] // len(offsets)
+        index_T = torch.cat([torch.arange(offset, offset + chunk, device=positions_BT.device) for offset in offsets])
+        start_BT = index_T - positions_BT
+        bases = {"full": config.rope_theta, "sliding": config.rope_theta_sliding}
+        kinds = sorted({config.attention_kind(block) for block in range(config.num_layers)})
+        # A window of W tokens counts the token itself: keys j with i - W < j <= i.
+        first = {"full": start_BT, "sliding": torch.maximum(start_BT, index_T - config.sliding_window + 1)}
+        return Sequence(positions_BT, index_T, offsets,
+                        {kind: reference.rope_table(positions_BT, config.head_dim, bases[kind], dtype) for kind in kinds},
+                        {kind: first[kind] for kind in kinds})
+
+
+class LocalContext:
+    """The whole sequence is here: nothing precedes a row, keys and values are already complete."""
+
+    def halo(self, x_BTC: Tensor, n: int) -> Tensor:
+        """The n tokens before each chunk (B, K, n, C): zeros, as before any document."""
+        return x_BTC.new_zeros(x_BTC.shape[0], 1, n, x_BTC.shape[-1])
+
+    def attend(self, q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:
+        return reference.attention(q_BTNH, k_BTGH, v_BTGH, first_key_BT, offsets)
+
+
+def local_group_mean(q_BTNH: Tensor, num_groups: int) -> Tensor:
+    """Mean of the query heads of each KV group (B, T, G, H)."""
+    B, T, _, H = q_BTNH.shape
+    return q_BTNH.view(B, T, num_groups, -1, H).mean(3)
+
+
+class Convolution(nn.Module):
+    """Weight and bias of one causal convolution; `reference.causal_convolutions` applies two of them at once."""
+
+    def __init__(self, channels: int, *trailing: int) -> None:
+        super().__init__()
+        self.weight = parameter(channels, *trailing)
+        self.bias = parameter(channels)
+
+
+class Attention(nn.Module):
+    """x (B, T, D) -> branch (B, T, D)."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        D, H = config.hidden_size, config.head_dim
+        q_channels, kv_channels = config.num_heads * H, config.num_kv_heads * H
+        self.kind, self.head_dim = kind, H
+        self.q, self.k, self.v = Linear(D, q_channels), Linear(D, kv_channels), Linear(D, kv_channels)
+        self.q_depthwise, self.q_grouped = Convolution(q_channels, 2), Convolution(q_channels, H, 2)
+        self.k_depthwise, self.k_grouped = Convolution(kv_channels, 2), Convolution(kv_channels, H, 2)
+        self.temperature = parameter(config.num_kv_heads)
+        self.o = Linear(q_channels, D)
+        self.delayed_rows = (kv_channels // 2, kv_channels)
+        self.context = LocalContext()
+        self.group_mean = local_group_mean
+
+    def forward(self, x_BTD: Tensor, sequence: Sequence) -> Tensor:
+        q_BTC, k_BTC, v_BTC = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        out_BTNH = self.mix(q_BTC, k_BTC, v_BTC, sequence)
+        return self.o(out_BTNH.flatten(-2))
+
+    def mix(self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, sequence: Sequence) -> Tensor:
+        """From projections to the heads' outputs (B, T, N, H): everything that mixes tokens."""
+        start, end = self.delayed_rows
+        halos = (self.context.halo(q_BTC, 2), self.context.halo(k_BTC, 2), self.context.halo(v_BTC[..., start:end], 1))
+        q_mean_BTGH = self.group_mean(q_BTC.unflatten(-1, (-1, self.head_dim)), k_BTC.shape[-1] // self.head_dim)
+        q, k, v = reference.cca(
+            q_BTC, k_BTC, v_BTC, q_mean_BTGH,
+            (self.q_depthwise.weight, self.q_depthwise.bias, self.q_grouped.weight, self.q_grouped.bias),
+            (self.k_depthwise.weight, self.k_depthwise.bias, self.k_grouped.weight, self.k_grouped.bias),
+            self.temperature, sequence.positions_BT, sequence.rope[self.kind], halos, self.delayed_rows)
+        return self.context.attend(q, k, v, sequence.first_key_BT[self.kind], sequence.offsets)

@@ -1,0 +1,80 @@
+"""The small parts of the transformer: linear maps, norm weights, residual scales, the tied embedding.
+
+Between them and parallelism stand seams: `Linear.apply_weight`, `Embedding.lookup` and `Embedding.cross_entropy` hold the local function
+by default and can be replaced from outside. Parameters are left uninitialised here; their names and shapes are the plan's (zaya/plan.py).
+
+Letters: B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zaya.kernels import reference
+
+RMS_NORM_EPS = 1e-5  # ZAYA1's released configuration
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter in the default dtype and on the default device."""
+    return nn.Parameter(torch.empty(*shape))
+
+
+class Linear(nn.Module):
+    """y = x @ weight.T + bias; weight (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = parameter(out_features, in_features)
+        self.bias = parameter(out_features) if bias else None
+        self.apply_weight = F.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_weight(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Norm over the last dim; forward is used where no residual precedes it, else its weight enters `ResidualScale`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = parameter(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.rms_norm(x, self.weight, RMS_NORM_EPS)
+
+
+class ResidualScale(nn.Module):
+    """Joins a sub-layer's output with the stream, per channel scaled and shifted, and norms the sum for the next sub-layer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.branch_scale, self.branch_bias = parameter(size), parameter(size)
+        self.stream_scale, self.stream_bias = parameter(size), parameter(size)
+
+    def forward(self, stream_BTD: Tensor, branch_BTD: Tensor, next_norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        scales = (self.branch_scale, self.branch_bias, self.stream_scale, self.stream_bias)
+        return reference.residual_norm(stream_BTD, branch_BTD, scales, next_norm.weight, RMS_NORM_EPS)
+
+
+class Embedding(nn.Module):
+    """Token embedding, scaled per channel, tied to the output head."""
+
+    def __init__(self, vocab_size: int, size: int) -> None:
+        super().__init__()
+        self.weight = parameter(vocab_size, size)
+        self.scale, self.bias = parameter(size), parameter(size)
+        self.lookup = F.embedding
+        self.cross_entropy = reference.cross_entropy
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """The first residual stream (B, T, D), in fp32 (fp64)."""
+        embedded_BTD = self.lookup(tokens_BT, self.weight)
+        wide = reference.wide(embedded_BTD.dtype)
+        return (embedded_BTD.to(wide) + self.bias.to(wide)) * self.scale.to(wide)
+
+    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Sum of the cross-entropy over labelled tokens, in nats."""
+        return self.cross_entropy(hidden_BTD.flatten(0, -2), self.weight, labels_BT.flatten())

@@ -1,0 +1,93 @@
+"""The mixture of experts: a router that averages its state over depth, and top-1 SwiGLU experts.
+
+On a batch's path: x from the block's norm -> router (class and gate per token) -> `dispatcher` sorts, computes, combines -> branch.
+Balance is kept by a bias on the choice alone, moved by zaya/optim.py from the counts returned here: there is no auxiliary loss.
+Seam: `dispatcher`, which by default finds all experts on this device.
+
+Letters: B batch, T tokens (of all rows), D hidden, E experts, C router classes (E, or E + 1 with skip), F expert width, R rows routed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zaya.config import ModelConfig
+from zaya.kernels import reference
+from zaya.model.layers import Linear, RMSNorm, parameter
+
+SKIP_BIAS = -1.0  # the skip class' balance bias: where released training started it, and where it stays
+
+
+class Router(nn.Module):
+    """x (B, T, D) and the previous block's state (B, T, R) -> class, gate, counts and the state for the next block."""
+
+    def __init__(self, config: ModelConfig, *, first: bool) -> None:
+        super().__init__()
+        R = config.router_hidden_size
+        self.down = Linear(config.hidden_size, R, bias=True)
+        self.depth_scale = None if first else parameter(R)
+        self.norm = RMSNorm(R)
+        self.fc1, self.fc2 = Linear(R, R, bias=True), Linear(R, R, bias=True)
+        self.out = Linear(R, config.num_router_classes)
+        self.balance_bias: Tensor
+        self.register_buffer("balance_bias", torch.empty(config.num_router_classes, dtype=reference.wide(torch.get_default_dtype())))
+
+    def forward(self, x_BTD: Tensor, state_BTR: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hidden = self.down(x_BTD)
+        if self.depth_scale is not None:
+            hidden = torch.addcmul(hidden, state_BTR, self.depth_scale)  # exponential depth averaging
+        logits = self.out(F.gelu(self.fc2(F.gelu(self.fc1(self.norm(hidden))))))
+        choice_T, gate_T, counts_C = reference.route(logits.flatten(0, 1), self.balance_bias)
+        return choice_T, gate_T, counts_C, hidden
+
+
+class Experts(nn.Module):
+    """Weights of the experts on this device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up = parameter(E, 2 * width, D)
+        self.down = parameter(E, D, width)
+
+    def forward(self, rows_RD: Tensor, sizes_E: Tensor) -> Tensor:
+        return reference.experts(rows_RD, sizes_E, self.gate_up, self.down)
+
+
+class LocalDispatcher:
+    """All experts are here: sort the rows, compute, put them back."""
+
+    def sort(self, x_TD: Tensor, choice_T: Tensor, counts_C: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows in the order of their experts (R, D), rows of each expert (E,), and the order (R,) to undo it."""
+        order_R = reference.sort_by_expert(choice_T)
+        return x_TD.index_select(0, order_R), counts_C[:num_experts], order_R
+
+    def experts(self, experts: Experts, rows_RD: Tensor, sizes_E: Tensor) -> Tensor:
+        return experts(rows_RD, sizes_E)
+
+    def combine(self, rows_RD: Tensor, gate_T: Tensor, order_R: Tensor) -> Tensor:
+        return reference.combine(rows_RD, gate_T, order_R)
+
+
+class MoE(nn.Module):
+    """x (B, T, D) -> branch (B, T, D), next router state, tokens per router class (C,)."""
+
+    def __init__(self, config: ModelConfig, *, first: bool) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.router = Router(config, first=first)
+        self.experts = Experts(config)
+        self.dispatcher = LocalDispatcher()
+
+    def forward(self, x_BTD: Tensor, state_BTR: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        choice_T, gate_T, counts_C, state_BTR = self.router(x_BTD, state_BTR)
+        branch_TD = self.compute(x_BTD.flatten(0, 1), choice_T, gate_T, counts_C)
+        return branch_TD.view_as(x_BTD), state_BTR, counts_C
+
+    def compute(self, x_TD: Tensor, choice_T: Tensor, gate_T: Tensor, counts_C: Tensor) -> Tensor:
+        """The experts' output per token, gated."""
+        rows_RD, sizes_E, order_R = self.dispatcher.sort(x_TD, choice_T, counts_C, self.num_experts)
+        rows_RD = self.dispatcher.experts(self.experts, rows_RD, sizes_E)
+        return self.dispatcher.combine(rows_RD, gate_T, order_R)

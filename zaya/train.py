@@ -1,0 +1,85 @@
+"""The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
+
+Turns a command line into a Trainer and its end into an exit code: 0 done, 2 bad recipe or arguments (one clear line, nothing half-written).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from zaya.config import Recipe, load_recipe
+from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, world_size_from_environment
+
+USAGE = "usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]\n\nTrain the run that a recipe describes, " \
+        "or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."
+log = logging.getLogger("zaya")
+
+
+def prepare_run_directory(recipe: Recipe, mesh: Mesh) -> None:
+    """Make run.dir and its recipe.toml. ValueError: it cannot be written, or holds the run of another recipe."""
+    run_dir = Path(recipe.run.dir)
+    saved = run_dir / "recipe.toml"
+    if saved.exists():
+        theirs, ours = load_recipe(saved).identity(), recipe.identity()
+        for key, value in ours.items():
+            if theirs[key] != value:
+                raise ValueError(f"{run_dir} holds another run: its {key} = {theirs[key]!r}, this recipe's is {value!r}; "
+                                 "use another run.dir, or the recipe it was made with")
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        if mesh.rank == 0:
+            temporary = run_dir / "recipe.toml.tmp"
+            temporary.write_text(recipe.to_toml(), encoding="utf-8")
+            os.replace(temporary, saved)
+    except OSError as error:
+        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.strerror}") from None
+
+
+def start_logging(recipe: Recipe, mesh: Mesh) -> None:
+    """Every rank writes RUN/logs/rank-R.log; rank 0 speaks on stdout too, above the progress bar."""
+    handlers: list[logging.Handler] = [logging.FileHandler(Path(recipe.run.dir) / "logs" / f"rank-{mesh.rank}.log")]
+    if mesh.rank == 0:
+        handlers.append(_ConsoleHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.info("%s", mesh)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above tqdm's bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    try:
+        recipe = load_recipe(argv[0], argv[1:])
+        recipe.validate(world_size_from_environment())
+        mesh = open_mesh(recipe.train.device)
+        prepare_run_directory(recipe, mesh)
+        start_logging(recipe, mesh)
+        from zaya.trainer import Trainer  # after the recipe is known to be good: the import takes seconds
+
+        Trainer(recipe, mesh).fit()
+    except ValueError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
+        return 2
+    close_mesh(mesh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,238 @@
+"""The training loop: build the pieces of a recipe, take optimizer steps, evaluate, save, resume.
+
+Read `Trainer.train_step` to see the algorithm. A batch comes from zaya/data, goes through zaya/model, its gradients through
+zaya/parallel, the update is zaya/optim's, the record zaya/metrics', the state zaya/checkpoint's. This file joins them, nothing more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zaya.checkpoint.read import Checkpoint, newest, prune
+from zaya.checkpoint.write import save
+from zaya.config import Recipe
+from zaya.data import stdlib_corpus
+from zaya.data.loader import IGNORE, Batch, Loader
+from zaya.metrics import MetricsWriter, format_line, routing_metrics
+from zaya.model import flops
+from zaya.model.init import init_weights
+from zaya.model.transformer import Zaya
+from zaya.optim import Optimizer, RouterBalance
+from zaya.parallel.collectives import all_reduce_sum, barrier, gather_objects
+from zaya.parallel.mesh import Mesh
+from zaya.plan import plan
+from zaya.schedule import learning_rate
+
+log = logging.getLogger("zaya")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class StepResult(NamedTuple):
+    """Device tensors of one optimizer step, over the global batch."""
+
+    loss: Tensor
+    """Mean nats per labelled token, before the update."""
+    grad_norm: Tensor
+    """Of the mean loss, before clipping."""
+    committed: Tensor
+    """False where loss or gradient was not finite and nothing was updated."""
+    shares_LE: Tensor
+    """p_e per block, over the real experts."""
+
+
+class Trainer:
+    """One rank's part of a run. `position` counts rows consumed by the whole job: with the recipe it determines every batch to come."""
+
+    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+        self.recipe, self.mesh = recipe, mesh
+        train = recipe.train
+        self.loader = _open_data(recipe, mesh)
+        with mesh.device:
+            self.model = Zaya(recipe.model, DTYPES[train.dtype], train.recompute)
+        self.table = plan(recipe.model)
+        init_weights(self.model, recipe.model, train.seed)
+        self.optimizer = Optimizer(dict(self.model.named_parameters()), self.table, recipe.optim)
+        self.balance = RouterBalance([block.moe.router.balance_bias for block in self.model.blocks], recipe.model.num_experts,
+                                     recipe.optim.balance_lr)
+        self.step, self.position = 0, 0
+
+    # ------------------------------------------------------------------------------------------------------------ one step
+
+    def train_step(self) -> StepResult:
+        """Forward and backward over this rank's rows, one all-reduce, one update. Collectives: gradients, then the step's sums."""
+        recipe, group = self.recipe, self.mesh.dp
+        self.optimizer.start_step()
+        loss_sum, labelled, counts_LC = 0, 0, 0
+        for batch in self._micro_batches():
+            output = self.model(batch.tokens_BT, batch.positions_BT)
+            loss = self.model.loss(output.hidden_BTD, batch.labels_BT)
+            loss.backward()
+            loss_sum += loss.detach()
+            labelled += (batch.labels_BT != IGNORE).sum()
+            counts_LC += output.counts_LC
+        for gradient in self.optimizer.gradients():
+            all_reduce_sum(gradient, group)
+        # One small fp64 tensor carries loss, token count and routing counts: integers up to 2^53 are exact in it.
+        sums = torch.cat([torch.stack([loss_sum, labelled]).double(), counts_LC.double().flatten()])
+        all_reduce_sum(sums, group)
+        loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[2:].view_as(counts_LC)
+
+        # Gradients are those of the summed loss; the mean over the global token count enters here, with the clipping.
+        grad_norm = self.optimizer.norm() / labelled
+        committed = grad_norm.isfinite() & loss_sum.isfinite()
+        clip = recipe.optim.clip
+        clip_scale = (clip / (grad_norm + 1e-6)).clamp_max(1.0) if clip else torch.ones_like(grad_norm)
+        lr = learning_rate(self.step + 1, recipe.train.steps, recipe.optim)
+        self.optimizer.update(lr=lr, grad_scale=(clip_scale / labelled).to(self.balance.exp_avg.dtype), commit=committed)
+        self.balance.update(counts_LC, commit=committed)
+        self.step += 1
+        self.position += recipe.train.global_batch_size
+        return StepResult(loss_sum / labelled, grad_norm, committed, self.balance.shares(counts_LC))
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        train = self.recipe.train
+        share = train.global_batch_size // self.mesh.world_size
+        first = self.position + self.mesh.rank * share
+        for row in range(first, first + share, train.micro_batch_size):
+            yield self.loader.batch(row, train.micro_batch_size).to(self.mesh.device)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean nats per labelled token over the first train.eval_rows rows of data.valid; changes nothing (one all-reduce)."""
+        train = self.recipe.train
+        share = train.eval_rows // self.mesh.world_size
+        first = self.mesh.rank * share
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for row in range(first, first + share, train.micro_batch_size):
+            batch = self.loader.evaluation(row, min(train.micro_batch_size, first + share - row)).to(self.mesh.device)
+            loss = self.model.loss(self.model(batch.tokens_BT, batch.positions_BT).hidden_BTD, batch.labels_BT)
+            sums += torch.stack([loss.double(), (batch.labels_BT != IGNORE).sum().double()])
+        all_reduce_sum(sums, self.mesh.dp)
+        return (sums[0] / sums[1].clamp_min(1)).item()
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state by checkpoint name; writing into these tensors restores it."""
+        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return model | self.optimizer.tensors() | self.balance.tensors()
+
+    def save(self, root: Path) -> Path:
+        """Write checkpoint root/step-N on all ranks together."""
+        tokens = self.position * self.recipe.train.seq_len
+        path = save(root, self.tensors(), step=self.step, tokens=tokens, tokens_by_corpus=self.loader.tokens_by_corpus(self.position),
+                    position=self.position, recipe=dataclasses.asdict(self.recipe), layout={"dp": self.mesh.world_size},
+                    rank=self.mesh.rank, world_size=self.mesh.world_size, gather=lambda value: gather_objects(value, self.mesh.dp))
+        if self.mesh.rank == 0:
+            prune(root, self.recipe.checkpoint.keep)
+        return path
+
+    @torch.no_grad()
+    def load(self, path: Path, *, weights_only: bool = False) -> None:
+        """Take the state of a checkpoint; of its weights alone where a new run starts from it. ValueError: a tensor is missing or misshapen."""
+        checkpoint = Checkpoint.open(path)
+        names = set(checkpoint.names())
+        for name, tensor in self.tensors().items():
+            if weights_only and not name.startswith(("model.", "optim.master.")):
+                continue
+            stored = _stored_name(name, tensor, names)
+            if stored not in names:
+                raise ValueError(f"checkpoint {path} has no tensor {name}; it belongs to another model or optimizer")
+            value = checkpoint.read(stored)
+            if value.shape != tensor.shape:
+                raise ValueError(f"checkpoint {path}: {stored} has shape {tuple(value.shape)}, this recipe needs {tuple(tensor.shape)}")
+            tensor.copy_(value)
+        if not weights_only:
+            self.step, self.position = checkpoint.manifest.step, checkpoint.manifest.position
+
+    # ------------------------------------------------------------------------------------------------------------ the run
+
+    def fit(self) -> None:
+        """Train to train.steps from wherever the run stands, recording every step."""
+        recipe, run_dir = self.recipe, Path(self.recipe.run.dir)
+        self._start(run_dir / "checkpoints")
+        if self.step >= recipe.train.steps:
+            log.info("run %s is finished at step %d; nothing to do", run_dir, self.step)
+            return
+        primary = self.mesh.rank == 0
+        metrics = MetricsWriter(run_dir / "metrics.jsonl", resume_step=self.step) if primary else None
+        bar = tqdm(total=recipe.train.steps, initial=self.step, unit="step", disable=None if primary else True, dynamic_ncols=True)
+        while self.step < recipe.train.steps:
+            started = time.perf_counter()
+            result = self.train_step()
+            row = self._row(result, time.perf_counter() - started) if primary else {}
+            if metrics is not None:
+                metrics.append(row)
+                if self.step % recipe.train.log_interval == 0 or self.step == recipe.train.steps:
+                    log.info(format_line(row, recipe.train.steps))
+            if _due(self.step, recipe.train.eval_interval, recipe.train.steps):
+                eval_row = {"step": self.step, "eval_loss": self.evaluate()}
+                if metrics is not None:
+                    metrics.append(eval_row)
+                    log.info(format_line(eval_row, recipe.train.steps))
+            if _due(self.step, recipe.checkpoint.interval, recipe.train.steps):
+                path = self.save(run_dir / "checkpoints")
+                log.info("step %d/%d | saved %s", self.step, recipe.train.steps, path)
+            bar.update()
+        bar.close()
+        if metrics is not None:
+            metrics.close()
+
+    def _start(self, checkpoints: Path) -> None:
+        recipe = self.recipe
+        resume = recipe.checkpoint.resume
+        path = newest(checkpoints) if resume == "auto" else None if resume == "never" else Path(resume)
+        if path is not None:
+            self.load(path)
+            log.info("resumed from %s at step %d", path, self.step)
+        elif recipe.init.checkpoint:
+            self.load(Path(recipe.init.checkpoint), weights_only=True)
+            log.info("weights from %s", recipe.init.checkpoint)
+
+    def _row(self, result: StepResult, seconds: float) -> dict[str, object]:
+        """One line of metrics.jsonl; waits for the step's results."""
+        train, loss = self.recipe.train, result.loss.item()
+        tokens_per_second = train.global_batch_size * train.seq_len / seconds
+        peak = flops.peak_flops(torch.cuda.get_device_name(self.mesh.device)) if self.mesh.device.type == "cuda" else None
+        per_token = flops.train_flops_per_token(self.recipe.model, train.seq_len)
+        return {
+            "step": self.step, "tokens": self.position * train.seq_len, "loss": loss, "grad_norm": result.grad_norm.item(),
+            "lr": learning_rate(self.step, train.steps, self.recipe.optim), "tokens_per_second": tokens_per_second,
+            "step_time_s": seconds, "mfu": tokens_per_second * per_token / (peak * self.mesh.world_size) if peak else None,
+            **routing_metrics(result.shares_LE.tolist()), "committed": bool(result.committed),
+        }
+
+
+def _due(step: int, interval: int, steps: int) -> bool:
+    return interval > 0 and (step % interval == 0 or step == steps)
+
+
+def _stored_name(name: str, tensor: Tensor, names: set[str]) -> str:
+    """Where a state tensor is found when the checkpoint was written in another dtype: a wide run keeps no separate master weights."""
+    master = name.replace("model.", "optim.master.", 1)
+    if name.startswith("model.") and master in names and tensor.dtype != torch.bfloat16:
+        return master
+    if name.startswith("optim.master.") and name not in names:
+        return name.replace("optim.master.", "model.", 1)
+    return name
+
+
+def _open_data(recipe: Recipe, mesh: Mesh) -> Loader:
+    """The loader, once rank 0 has built what data.source asks for (one barrier)."""
+    if recipe.data.source == "stdlib" and mesh.rank == 0:
+        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
+    barrier(mesh.dp)
+    loader = Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
+    if recipe.train.eval_interval and recipe.train.eval_rows > loader.num_evaluation_rows:
+        raise ValueError(f"train.eval_rows = {recipe.train.eval_rows} but data.valid = {recipe.data.valid!r} has "
+                         f"{loader.num_evaluation_rows} rows of {recipe.train.seq_len} tokens; lower it")
+    return loader
