@@ -135,15 +135,11 @@ def write_weights(directory: Path, shards: list[list[Item]], checkpoint: Checkpo
 
 
 def hf_config(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> dict[str, Any]:
-    """What the model came with, if it was imported; else what the recipe knows. transformers' own defaults name tokens of another
-    vocabulary, so token ids are always written."""
-    rest = dict(checkpoint.manifest.hf_config)
-    if not rest:
-        rest = {"bos_token_id": None, "eos_token_id": _end_token(tokenizer), "pad_token_id": None}
-        length = checkpoint.manifest.recipe.get("train", {}).get("seq_len")
-        rest |= {"max_position_embeddings": length} if length else {}
-    if not checkpoint.manifest.hf_config or rest.get("dtype") is not None:  # a config that is silent leaves it to the weights
-        rest["dtype"] = str(dtype).removeprefix("torch.")
+    """What the model came with, if it was imported; else what the recipe knows."""
+    manifest = checkpoint.manifest
+    rest = manifest.hf_config or hf.rest_of_new_model(_end_token(tokenizer), manifest.recipe.get("train", {}).get("seq_len"))
+    if not manifest.hf_config or rest.get("dtype") is not None:  # a config that was silent leaves it to the weights
+        rest = rest | {"dtype": str(dtype).removeprefix("torch.")}
     return hf.to_hf_config(config, rest)
 
 

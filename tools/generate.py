@@ -54,7 +54,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Zaya:
 
 
 @torch.no_grad()
-def generate(model: Zaya, tokens: Sequence[int], choose: Callable[[Tensor], int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+def generate(model: Zaya, tokens: Sequence[int], choose: Callable[[Tensor], int], max_new_tokens: int,
+             ends: Collection[int] = ()) -> list[int]:
     """The new tokens, up to and with the first of `ends`. `choose` picks one from the logits (V,) of the last position."""
     device = model.embedding.weight.device
     row = torch.tensor([tokens], device=device)
@@ -108,6 +109,8 @@ def sample(options: argparse.Namespace) -> str:
         raise ValueError(f"--temperature = {options.temperature} must be above 0; for the likeliest token use --greedy")
     if options.max_new_tokens < 1 or options.top_k < 0:
         raise ValueError(f"--max-new-tokens = {options.max_new_tokens} must be at least 1 and --top-k = {options.top_k} at least 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device = cuda, but this machine has no GPU that torch can use; use cpu")
     device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = open_checkpoint(options.checkpoint)
     tokenizer = find_tokenizer(checkpoint, options.tokenizer)
@@ -135,8 +138,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the one the recipe names)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute (default: auto)")
+    options = parser.parse_args(argv)
     try:
-        print(sample(parser.parse_args(argv)))
+        print(sample(options))
     except ValueError as error:
         print(f"tools.generate: {error}", file=sys.stderr)
         return 2

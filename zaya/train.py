@@ -14,28 +14,33 @@ from tqdm import tqdm
 
 from zaya.config import Recipe, load_recipe
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, world_size_from_environment
+from zaya.trainer import Trainer
 
 USAGE = "usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]\n\nTrain the run that a recipe describes, " \
         "or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."
 log = logging.getLogger("zaya")
 
 
-def prepare_run_directory(recipe: Recipe, mesh: Mesh) -> None:
-    """Make run.dir and its recipe.toml. ValueError: it cannot be written, or holds the run of another recipe."""
-    run_dir = Path(recipe.run.dir)
-    saved = run_dir / "recipe.toml"
+def check_run_directory(recipe: Recipe) -> None:
+    """ValueError: run.dir holds the run of another recipe. Writes nothing."""
+    saved = Path(recipe.run.dir) / "recipe.toml"
     if saved.exists():
         theirs, ours = load_recipe(saved).identity(), recipe.identity()
         for key, value in ours.items():
             if theirs[key] != value:
-                raise ValueError(f"{run_dir} holds another run: its {key} = {theirs[key]!r}, this recipe's is {value!r}; "
+                raise ValueError(f"{recipe.run.dir} holds another run: its {key} = {theirs[key]!r}, this recipe's is {value!r}; "
                                  "use another run.dir, or the recipe it was made with")
+
+
+def write_run_directory(recipe: Recipe, rank: int) -> None:
+    """Make run.dir with its recipe.toml, once everything else about the recipe proved good. ValueError: it cannot be written."""
+    run_dir = Path(recipe.run.dir)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        if mesh.rank == 0:
+        if rank == 0:
             temporary = run_dir / "recipe.toml.tmp"
             temporary.write_text(recipe.to_toml(), encoding="utf-8")
-            os.replace(temporary, saved)
+            os.replace(temporary, run_dir / "recipe.toml")
     except OSError as error:
         raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.strerror}") from None
 
@@ -49,7 +54,6 @@ def start_logging(recipe: Recipe, mesh: Mesh) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
-    log.info("%s", mesh)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -67,12 +71,13 @@ def main(argv: list[str]) -> int:
     try:
         recipe = load_recipe(argv[0], argv[1:])
         recipe.validate(world_size_from_environment())
+        check_run_directory(recipe)
         mesh = open_mesh(recipe.train.device)
-        prepare_run_directory(recipe, mesh)
+        trainer = Trainer(recipe, mesh)
+        trainer.restore()
+        write_run_directory(recipe, mesh.rank)
         start_logging(recipe, mesh)
-        from zaya.trainer import Trainer  # after the recipe is known to be good: the import takes seconds
-
-        Trainer(recipe, mesh).fit()
+        trainer.fit()
     except ValueError as error:
         rank = int(os.environ.get("RANK", "0"))
         print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)

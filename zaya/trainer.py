@@ -64,6 +64,7 @@ class Trainer:
         self.balance = RouterBalance([block.moe.router.balance_bias for block in self.model.blocks], recipe.model.num_experts,
                                      recipe.optim.balance_lr)
         self.step, self.position = 0, 0
+        self.origin = f"new weights from seed {train.seed}"
 
     # ------------------------------------------------------------------------------------------------------------ one step
 
@@ -136,6 +137,18 @@ class Trainer:
             prune(root, self.recipe.checkpoint.keep)
         return path
 
+    def restore(self) -> None:
+        """Start from where the recipe says: the run's own newest checkpoint, a given one, other weights, or random ones."""
+        resume, init = self.recipe.checkpoint.resume, self.recipe.init.checkpoint
+        own = newest(Path(self.recipe.run.dir) / "checkpoints") if resume == "auto" else None
+        path = own if resume in ("auto", "never") else Path(resume)
+        if path is not None:
+            self.load(path)
+            self.origin = f"resumed from {path} at step {self.step}"
+        elif init:
+            self.load(Path(init), weights_only=True)
+            self.origin = f"weights from {init}"
+
     @torch.no_grad()
     def load(self, path: Path, *, weights_only: bool = False) -> None:
         """Take the state of a checkpoint; of its weights alone where a new run starts from it. ValueError: a tensor is missing or misshapen."""
@@ -159,7 +172,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to train.steps from wherever the run stands, recording every step."""
         recipe, run_dir = self.recipe, Path(self.recipe.run.dir)
-        self._start(run_dir / "checkpoints")
+        log.info("%s | %s", self.mesh, self.origin)
         if self.step >= recipe.train.steps:
             log.info("run %s is finished at step %d; nothing to do", run_dir, self.step)
             return
@@ -186,17 +199,6 @@ class Trainer:
         bar.close()
         if metrics is not None:
             metrics.close()
-
-    def _start(self, checkpoints: Path) -> None:
-        recipe = self.recipe
-        resume = recipe.checkpoint.resume
-        path = newest(checkpoints) if resume == "auto" else None if resume == "never" else Path(resume)
-        if path is not None:
-            self.load(path)
-            log.info("resumed from %s at step %d", path, self.step)
-        elif recipe.init.checkpoint:
-            self.load(Path(recipe.init.checkpoint), weights_only=True)
-            log.info("weights from %s", recipe.init.checkpoint)
 
     def _row(self, result: StepResult, seconds: float) -> dict[str, object]:
         """One line of metrics.jsonl; waits for the step's results."""

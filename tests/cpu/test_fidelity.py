@@ -1,4 +1,4 @@
-"""Proof of fidelity: our model computes what transformers' Zaya computes, over random configurations in which nothing is at its start value.
+"""Proof of fidelity: our model computes what transformers' Zaya computes, over random configurations, nothing at its start value.
 
 The reference is ZayaForCausalLM in fp32 with eager attention. pad_token_id is None there, because an Embedding with a padding row drops
 that row's gradient. RMS(difference) / RMS(reference) is the measure throughout.
@@ -55,7 +55,8 @@ def draw(seed: int) -> Case:
 def reference_model(config: ModelConfig, seed: int) -> ZayaForCausalLM:
     """transformers' model with every parameter and balance bias moved away from its initial value."""
     rest = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    model = ZayaForCausalLM(ZayaConfig(**hf.to_hf_config(config, rest), attn_implementation="eager", experts_implementation="eager")).eval()
+    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = ZayaForCausalLM(ZayaConfig(**hf.to_hf_config(config, rest), **eager)).eval()
     generator = torch.Generator().manual_seed(seed)
 
     def noise(shape: Sequence[int], std: float) -> Tensor:
@@ -126,8 +127,9 @@ def watch_reference(model: ZayaForCausalLM) -> Routing:
 
 def watch_ours(model: Zaya) -> Routing:
     routing = Routing()
-    for block in model.blocks:
-        block.moe.router.register_forward_hook(lambda _module, _inputs, output: routing.chosen.append(output[0]))
+    routers: list[Any] = [block.moe.router for block in model.blocks]  # type: ignore[union-attr]  # what a ModuleList holds is not typed
+    for router in routers:
+        router.register_forward_hook(lambda _module, _inputs, output: routing.chosen.append(output[0]))
     return routing
 
 
@@ -136,6 +138,11 @@ def relative(value: Tensor, reference: Tensor) -> float:
     value, reference = value.detach(), reference.detach()
     difference = (value.double() - reference.double()).square().mean().sqrt()
     return float(difference / reference.double().square().mean().sqrt()) if reference.any() else float(difference != 0)
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def gradients(reference: ZayaForCausalLM, ours: Zaya, config: ModelConfig) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -147,8 +154,8 @@ def gradients(reference: ZayaForCausalLM, ours: Zaya, config: ModelConfig) -> It
             continue  # the balance bias is state
         seen_mine |= {named.name for named in link.ours}
         seen_yours |= {named.name for named in link.theirs}
-        our_grads = [mine[named.name].grad for named in link.ours]
-        their_grads = [yours[named.name].grad for named in link.theirs]
+        our_grads = [gradient(mine[named.name]) for named in link.ours]
+        their_grads = [gradient(yours[named.name]) for named in link.theirs]
         if len(link.theirs) > len(link.ours):
             yield from zip((named.name for named in link.theirs), link.to_theirs(our_grads), their_grads, strict=True)
         else:
@@ -217,13 +224,13 @@ def test_packed_row_equals_each_document_alone(seed: int) -> None:
     logits = ours.logits(ours(tokens, positions).hidden_BTD)
     (mean_loss(logits, labels) * labels.numel()).backward()
     expected = torch.empty_like(logits)
-    for row, lengths in enumerate(rows):
+    for index, lengths in enumerate(rows):
         start = 0
         for length in lengths:
             document = slice(start, start + length)
-            alone = reference(tokens[row: row + 1, document]).logits
-            (mean_loss(alone, labels[row: row + 1, document]) * length).backward()
-            expected[row, document] = alone[0].detach()
+            alone = reference(tokens[index: index + 1, document]).logits
+            (mean_loss(alone, labels[index: index + 1, document]) * length).backward()
+            expected[index, document] = alone[0].detach()
             start += length
 
     assert routing.margin > TIE, f"seed {seed} has a near-tie in routing; draw another"
@@ -233,7 +240,7 @@ def test_packed_row_equals_each_document_alone(seed: int) -> None:
 
 
 class Widths(TorchDispatchMode):
-    """Collects the dtypes of all floating tensors that any operation makes, backward too. Scalars (0-dim) are exempt: they promote nothing."""
+    """Collects the dtypes of all floating tensors that any operation makes, backward too. Scalars (0-dim) promote nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +266,7 @@ def test_fp64_stays_fp64_and_agrees_with_fp32(seed: int) -> None:
         wide.loss(out.hidden_BTD, labels).backward()
     assert set(widths.made) == {torch.float64}, widths.made
     assert {tensor.dtype for tensor in wide.state_dict().values()} == {torch.float64}
-    assert {parameter.grad.dtype for parameter in wide.parameters()} == {torch.float64}
+    assert {gradient(parameter).dtype for parameter in wide.parameters()} == {torch.float64}
     assert relative(narrow.logits(narrow(tokens, positions).hidden_BTD), logits) < 1e-5
 
 

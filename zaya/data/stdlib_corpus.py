@@ -25,7 +25,7 @@ _HELD_OUT_EVERY = 20
 
 
 def build(data: DataConfig, vocab_size: int) -> None:
-    """Make what is missing of data.train[0], data.valid and data.tokenizer: a byte-level BPE of `vocab_size` entries, of the training files.
+    """Make what is missing of data.train[0], data.valid and data.tokenizer: a byte-level BPE of `vocab_size` entries, of training files.
 
     All appear together or not at all. ValueError where an existing tokenizer has another vocabulary, or a corpus lacks its tokenizer.
     """

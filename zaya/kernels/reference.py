@@ -305,7 +305,7 @@ def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """Sum over the labelled tokens of -log softmax(hidden @ weight.T)[label], in fp32 (fp64); labels of IGNORE count nothing."""
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, torch.is_grad_enabled())
 
 
 LOSS_BLOCK = 1 << 19  # logits at a time: 2 MiB in fp32, so that they stay in cache from the product to its gradients
@@ -315,10 +315,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Blocks of tokens: logits, loss, and at once both gradients (softmax - onehot), so that logits are never kept."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden_TD, weight_VD, labels_T, training):  # type: ignore[no-untyped-def, override]
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
-        training = any(ctx.needs_input_grad)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
         for h, labels, dh in zip(*(x.split(max(LOSS_BLOCK // V, 1)) for x in (hidden_TD, labels_T, dhidden_TD))):
             logits = F.linear(h, weight_VD).to(dtype)  # a fresh tensor, which the partials overwrite
@@ -330,7 +329,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits.scatter_add_(-1, labels.clamp_min(0)[:, None], -labelled.to(dtype)[:, None])
                 dlogits = dlogits.to(hidden_TD.dtype)
                 torch.mm(dlogits, weight_VD, out=dh)
-                dweight_VD.addmm_(dlogits.t().to(dtype), h.to(dtype))
+                torch.addmm(dweight_VD, dlogits.t().to(dtype), h.to(dtype), out=dweight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -338,7 +337,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[no-untyped-def, override]
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        return (dhidden_TD * dloss).to(dhidden_TD.dtype), (dweight_VD * dloss).to(ctx.weight_dtype), None
+        return (dhidden_TD * dloss).to(dhidden_TD.dtype), (dweight_VD * dloss).to(ctx.weight_dtype), None, None
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 

@@ -189,8 +189,13 @@ def to_hf_config(model: ModelConfig, rest: dict[str, Any]) -> dict[str, Any]:
         if kind in kinds or not template:
             entry = {"rope_type": "default", "partial_rotary_factor": PARTIAL_ROTARY_FACTOR} | (rope.get(LAYER_TYPES[kind]) or {})
             rope[LAYER_TYPES[kind]] = entry | {"rope_theta": theta}
-    base = {"architectures": ["ZayaForCausalLM"], "model_type": MODEL_TYPE, "use_cache": True}
-    return base | FIXED | rest | shape | {"rope_parameters": rope}
+    return {"model_type": MODEL_TYPE} | FIXED | rest | shape | {"rope_parameters": rope}
+
+
+def rest_of_new_model(eos_token_id: int | None, max_length: int | None) -> dict[str, Any]:
+    """The rest for a model that never was a config.json. Token ids are always written: transformers' defaults are of another vocabulary."""
+    rest: dict[str, Any] = {"architectures": ["ZayaForCausalLM"], "bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None}
+    return rest | ({"max_position_embeddings": max_length} if max_length else {})
 
 
 def _number(key: str, value: Any, kind: type) -> Any:
@@ -215,18 +220,20 @@ def _attention_kinds(layer_types: Any, num_layers: int) -> list[str]:
 
 
 def _rope_theta(rope_parameters: Any, layer_type: str, used: bool) -> float:
-    """The base of one kind of block; entries that no block uses are neither checked nor needed."""
-    default = ROPE_DEFAULTS[layer_type]
-    if rope_parameters is None or not used:
-        return default
+    """The base of one kind of block. An entry that no block uses may be anything or nothing, as in transformers."""
+    if rope_parameters is None:
+        return ROPE_DEFAULTS[layer_type]
     entry = rope_parameters.get(layer_type) if isinstance(rope_parameters, dict) else None
-    if not isinstance(entry, dict) or "rope_theta" not in entry:
+    theta = entry.get("rope_theta") if isinstance(entry, dict) else None
+    if not used:
+        return float(theta) if isinstance(theta, (int, float)) else ROPE_DEFAULTS[layer_type]
+    if not isinstance(entry, dict) or theta is None:
         raise ValueError(f"rope_parameters = {rope_parameters!r} gives no rope_theta for {layer_type!r} blocks; write one per layer type")
     for key, value, silent in (("rope_type", "default", "default"), ("partial_rotary_factor", PARTIAL_ROTARY_FACTOR, 1.0)):
         if entry.get(key, silent) != value:
             raise ValueError(f"rope_parameters.{layer_type}.{key} = {entry.get(key, silent)!r} is not supported; only {value!r} is")
-    theta: float = _number(f"rope_parameters.{layer_type}.rope_theta", entry["rope_theta"], float)
-    return theta
+    number: float = _number(f"rope_parameters.{layer_type}.rope_theta", theta, float)
+    return number
 
 
 def _shortest_period(kinds: list[str]) -> tuple[str, ...]:

@@ -1,0 +1,206 @@
+"""The reference ops against independent, literal compositions in fp64: values and every gradient, ragged shapes, document borders."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zaya.kernels import reference
+
+TIGHT = 1e-10  # RMS(difference) / RMS(expected) in fp64
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt().clamp_min(1e-300)).item()
+
+
+def compare(op, literal, inputs: list[Tensor], tight: float = TIGHT) -> None:  # type: ignore[no-untyped-def]
+    """Same output and same gradient of every floating input, for a random output gradient."""
+    results = []
+    for function in (op, literal):
+        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+        output = function(*leaves)
+        torch.manual_seed(0)
+        output.backward(torch.randn(output.shape, dtype=output.dtype))  # not randn_like: it follows strides
+        results.append([output.detach(), *(x.grad for x in leaves if x.requires_grad)])
+    for got, expected in zip(*results):
+        assert relative(got, expected) < tight
+
+
+def documents(*lengths: int) -> Tensor:
+    """Positions of a row packed from documents of these lengths."""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+PACKINGS = [documents(17), documents(1, 1, 2, 3, 10), documents(16, 1), documents(1, 16)]
+
+
+def literal_convolutions(x_TC: Tensor, positions: Tensor, w: Tensor, b: Tensor, W: Tensor, c: Tensor, head_dim: int) -> Tensor:
+    """The two convolutions as the paper draws them, token by token, restarting where positions are 0."""
+    y, z = [], []
+    for t, position in enumerate(positions.tolist()):
+        previous = x_TC[t - 1] if position >= 1 else torch.zeros_like(x_TC[t])
+        y.append(w[:, 1] * x_TC[t] + w[:, 0] * previous + b)
+        y_previous = y[t - 1] if position >= 1 else b  # y of a token whose inputs are all zero padding
+        heads = [W[h : h + head_dim, :, 1] @ y[t][h : h + head_dim] + W[h : h + head_dim, :, 0] @ y_previous[h : h + head_dim]
+                 for h in range(0, len(c), head_dim)]
+        z.append(torch.cat(heads) + c)
+    return torch.stack(z).unflatten(-1, (-1, head_dim))
+
+
+@pytest.mark.parametrize("positions", PACKINGS)
+def test_one_convolution_of_width_three_equals_the_two(positions: Tensor) -> None:
+    torch.manual_seed(1)
+    T, H, heads = len(positions), 8, 3
+    C = H * heads
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((T, C), (C, 2), (C,), (C, H, 2), (C,))]
+
+    def op(x: Tensor, w: Tensor, b: Tensor, W: Tensor, c: Tensor) -> Tensor:
+        halo = torch.full((1, 1, 2, C), math.nan, dtype=x.dtype).nan_to_num(0.0)
+        return reference.causal_convolutions(x[None], halo, positions[None], (w, b), (W, c), H)[0]
+
+    compare(op, lambda x, w, b, W, c: literal_convolutions(x, positions, w, b, W, c, H), inputs)
+
+
+def test_convolutions_on_two_chunks_with_halos_equal_the_whole_row() -> None:
+    torch.manual_seed(2)
+    H, C, T = 4, 8, 12
+    positions = documents(5, 7)
+    x, w, b, W, c = (torch.randn(s, dtype=torch.float64) for s in ((1, T, C), (C, 2), (C,), (C, H, 2), (C,)))
+    whole = reference.causal_convolutions(x, x.new_zeros(1, 1, 2, C), positions[None], (w, b), (W, c), H)
+    halo = torch.stack([x.new_zeros(2, C), x[0, 4:6]])[None]
+    chunked = reference.causal_convolutions(x, halo, positions[None], (w, b), (W, c), H)
+    assert relative(chunked, whole) < TIGHT
+    without = reference.causal_convolutions(x, torch.zeros_like(halo), positions[None], (w, b), (W, c), H)
+    assert relative(without, whole) > 1e-2, "the halo matters inside a document"
+
+
+@pytest.mark.parametrize("positions", PACKINGS)
+def test_delayed_values_come_from_the_previous_token_of_the_document(positions: Tensor) -> None:
+    v = torch.randn(1, len(positions), 6, dtype=torch.float64)
+    got = reference.shifted(v, v.new_zeros(1, 1, 1, 6), positions[None] >= 1, 1)[0]
+    for t, position in enumerate(positions.tolist()):
+        assert torch.equal(got[t], v[0, t - 1] if position else torch.zeros(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("positions", PACKINGS)
+@pytest.mark.parametrize("window", [1, 4, 100])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_equals_a_masked_softmax(positions: Tensor, window: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "QUERY_BLOCK", 5)  # several ragged blocks in 17 tokens
+    torch.manual_seed(3)
+    T, H = len(positions), 4
+    index = torch.arange(T)
+    first = torch.maximum(index - positions, index - window + 1)
+    visible = (index >= first[:, None]) & (index <= index[:, None])
+
+    def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(heads // groups, dim=2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(H)
+        return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
+
+    shapes = [(2, T, heads, H), (2, T, groups, H), (2, T, groups, H)]
+    first_BT = first.expand(2, T)
+    compare(lambda q, k, v: reference.attention(q, k, v, first_BT, (0,)), literal, [torch.randn(s, dtype=torch.float64) for s in shapes])
+
+
+def test_attention_of_zigzag_chunks_equals_their_part_of_the_whole() -> None:
+    torch.manual_seed(4)
+    T, positions = 16, documents(6, 10)
+    q, k, v = (torch.randn(1, T, 2, 4, dtype=torch.float64) for _ in range(3))
+    first = (torch.arange(T) - positions)[None]
+    whole = reference.attention(q, k, v, first, (0,))
+    mine = torch.cat([torch.arange(4, 8), torch.arange(8, 12)])  # rank 1 of 2 holds chunks 1 and 2 of 4
+    part = reference.attention(q[:, mine], k, v, first[:, mine], (4, 8))
+    assert relative(part, whole[:, mine]) < TIGHT
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 7, 1], [13, 0, 0, 0], [0, 0, 0, 0], [3, 3, 3, 2]])
+def test_experts_equal_a_loop_over_tokens(sizes: list[int]) -> None:
+    torch.manual_seed(5)
+    R, D, width = 13, 6, 5
+    owners = [e for e, size in enumerate(sizes) for _ in range(size)]
+
+    def literal(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        rows = []
+        for r in range(R):
+            if r >= len(owners):
+                rows.append(0.0 * (x[r] + gate_up.sum() + down.sum()))
+                continue
+            gate, up = (gate_up[owners[r]] @ x[r]).split(width)
+            rows.append(down[owners[r]] @ (gate * torch.sigmoid(gate) * up))
+        return torch.stack(rows)
+
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((R, D), (4, 2 * width, D), (4, D, width))]
+    compare(lambda x, g, d: reference.experts(x, torch.tensor(sizes), g, d), literal, inputs)
+
+
+def test_sort_then_combine_is_the_identity_times_the_gate() -> None:
+    choice = torch.tensor([2, 0, 3, 0, 2, 1])
+    order = reference.sort_by_expert(choice)
+    assert choice[order].tolist() == [0, 0, 1, 2, 2, 3] and order.tolist() == [1, 3, 5, 0, 4, 2]
+    x, gate = torch.randn(6, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    assert torch.equal(reference.combine(x[order], gate, order), x * gate[:, None])
+
+
+def test_route_takes_the_biased_choice_and_the_raw_gate() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+    choice, gate, counts = reference.route(logits, torch.tensor([0.0, 0.9, -1.0]))
+    assert choice.tolist() == [1, 1] and counts.tolist() == [0, 2, 0]
+    assert torch.equal(gate, logits.softmax(-1)[:, 1])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_cross_entropy_equals_torch(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "LOSS_BLOCK", 11 * 3)  # blocks of 3 tokens
+    torch.manual_seed(6)
+    labels = torch.randint(0, 11, (tokens,))
+    labels[::3] = reference.IGNORE
+    inputs = [5 * torch.randn(tokens, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)]
+    compare(lambda h, w: reference.cross_entropy(h, w, labels),
+            lambda h, w: F.cross_entropy(h @ w.T, labels, ignore_index=reference.IGNORE, reduction="sum"), inputs)
+
+
+def test_cross_entropy_partials_of_two_shards_combine_to_the_whole() -> None:
+    torch.manual_seed(7)
+    logits, labels = 5 * torch.randn(9, 10, dtype=torch.float64), torch.randint(0, 10, (9,))
+    parts = [reference.cross_entropy_partials(logits[:, s : s + 5].clone(), labels, s) for s in (0, 5)]
+    largest = torch.maximum(parts[0][0], parts[1][0])
+    total = sum(part[1] * (part[0] - largest).exp() for part in parts)
+    losses = total.log() + largest - parts[0][2] - parts[1][2]
+    assert relative(losses, F.cross_entropy(logits, labels, reduction="none")) < TIGHT
+
+
+def test_residual_norm_equals_its_definition() -> None:
+    torch.manual_seed(8)
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, 3, 6), (2, 3, 6), (6,), (6,), (6,), (6,), (6,))]
+
+    def both(outputs: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat(outputs)
+
+    def literal(x: Tensor, h: Tensor, a_h: Tensor, b_h: Tensor, a_x: Tensor, b_x: Tensor, w: Tensor) -> Tensor:
+        new = (h + b_h) * a_h + (x + b_x) * a_x
+        return both((new, new / (new.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w))
+
+    compare(lambda x, h, a_h, b_h, a_x, b_x, w: both(reference.residual_norm(x, h, (a_h, b_h, a_x, b_x), w, 1e-5)), literal, inputs)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 5, 16), (2, 16, 5)])
+def test_newton_schulz_flattens_singular_values(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(9)
+    singular = torch.linalg.svdvals(reference.newton_schulz(torch.randn(shape, dtype=torch.float64)))
+    assert singular.min() > 0.6 and singular.max() < 1.25
+
+
+def test_rope_turns_the_first_half_by_the_angle() -> None:
+    cos, sin = reference.rope_table(torch.tensor([[0, 3]]), 8, 100.0, torch.float64)
+    x = torch.zeros(1, 2, 1, 8, dtype=torch.float64)
+    x[..., 1] = x[..., 7] = 1.0
+    got = reference.rotate(x, cos, sin)
+    angle = 3 * 100.0 ** (-2 / 4)  # pair 1 of 2: base^(-2 i / (H / 2))
+    expected = torch.tensor([0, math.cos(angle), 0, math.sin(angle), 0, 0, 0, 1.0], dtype=torch.float64)
+    assert torch.equal(got[0, 0], x[0, 0]) and relative(got[0, 1, 0], expected) < TIGHT

@@ -1,0 +1,172 @@
+"""The loop on one process: bitwise repeatable, bitwise resumable, the same under accumulation and recomputation; bad input is one line."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from zaya.config import Recipe
+from zaya.metrics import read_rows
+from zaya.parallel.mesh import open_mesh
+from zaya.train import check_run_directory, main, write_run_directory
+from zaya.trainer import Trainer
+
+TIMED = {"tokens_per_second", "step_time_s", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+def trainer(recipe: Recipe) -> Trainer:
+    return Trainer(recipe, open_mesh("cpu"))
+
+
+def run(recipe: Recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Train to the end; the record without timings, and the final state."""
+    check_run_directory(recipe)
+    built = trainer(recipe)
+    built.restore()
+    write_run_directory(recipe, rank=0)
+    built.fit()
+    rows, evals = read_rows(Path(recipe.run.dir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows + evals], built.tensors()
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_two_runs_are_bitwise_equal_and_so_is_a_resumed_one(folder: Path, dtype: str) -> None:
+    runs = [tiny.recipe(folder, train__dtype=dtype, checkpoint__interval=2, run__dir=str(folder / f"{dtype}-{i}")) for i in range(3)]
+    rows, state = run(runs[0])
+    rows_again, state_again = run(runs[1])
+    assert rows == rows_again and equal(state, state_again)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    run(tiny.variant(runs[2], train__steps=6, checkpoint__interval=2))
+    for step in (4, 6):  # as if killed in step 5, after it was recorded but not saved
+        checkpoint = folder / f"{dtype}-2" / "checkpoints" / f"step-{step:08d}"
+        (checkpoint / "manifest.json").unlink() if step == 6 else None
+    rows_resumed, state_resumed = run(runs[2])
+    assert rows_resumed == rows and equal(state_resumed, state)
+
+
+def test_a_finished_run_does_nothing(folder: Path) -> None:
+    recipe = tiny.recipe(folder, checkpoint__interval=3, run__dir=str(folder / "finished"))
+    run(recipe)
+    record = (folder / "finished" / "metrics.jsonl").read_bytes()
+    run(recipe)
+    assert (folder / "finished" / "metrics.jsonl").read_bytes() == record
+
+
+@pytest.mark.parametrize("change", [{"train__micro_batch_size": 8}, {"train__micro_batch_size": 1}, {"train__recompute": "selective"},
+                                    {"train__recompute": "full"}])
+def test_accumulation_and_recomputation_change_no_result(folder: Path, change: dict[str, object]) -> None:
+    """fp64: 1e-10 on losses; routing counts, and so the balance biases, identical: recomputation counts no token twice."""
+    base = tiny.recipe(folder, train__dtype="fp64")
+    a, b = trainer(base), trainer(tiny.variant(base, **change))
+    for _ in range(4):
+        ours, theirs = a.train_step(), b.train_step()
+        assert abs(ours.loss - theirs.loss) < 1e-10 and abs(ours.grad_norm - theirs.grad_norm) < 1e-10
+        assert torch.equal(ours.shares_LE, theirs.shares_LE)
+        assert ours.shares_LE.sum(-1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_loss_is_the_token_sum_over_the_global_count(folder: Path) -> None:
+    built = trainer(tiny.recipe(folder, train__dtype="fp64"))
+    batch = built.loader.batch(0, 8)
+    logits = built.model.logits(built.model(batch.tokens_BT, batch.positions_BT).hidden_BTD)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=-100)
+    assert (batch.labels_BT == -100).any(), "a batch without borders proves little"
+    assert abs(built.train_step().loss - expected) < 1e-12
+
+
+def test_training_learns_and_evaluation_changes_nothing(folder: Path) -> None:
+    built = trainer(tiny.recipe(folder, train__steps=40))
+    first = built.evaluate()
+    before = {name: tensor.clone() for name, tensor in built.tensors().items()}
+    assert built.evaluate() == first and equal(before, built.tensors())
+    for _ in range(40):
+        built.train_step()
+    assert first == pytest.approx(math.log(tiny.VOCABULARY), abs=0.6) and built.evaluate() < first - 0.8
+
+
+def test_a_poisoned_gradient_leaves_the_state_alone(folder: Path) -> None:
+    built = trainer(tiny.recipe(folder))
+    built.train_step()
+    before = {name: tensor.clone() for name, tensor in built.tensors().items()}
+    handle = built.model.final_norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    assert not built.train_step().committed
+    assert equal(before, built.tensors())
+    handle.remove()
+    assert built.train_step().committed
+
+
+def test_weights_of_a_checkpoint_start_a_new_run(folder: Path) -> None:
+    first = tiny.recipe(folder, checkpoint__interval=6, run__dir=str(folder / "source"))
+    _, state = run(first)
+    second = trainer(tiny.recipe(folder, init__checkpoint=str(folder / "source/checkpoints/step-00000006"), run__dir=str(folder / "second")))
+    second.restore()
+    assert second.step == 0 and all(torch.equal(tensor, state[name]) for name, tensor in second.tensors().items() if name.startswith("model."))
+    assert not second.tensors()["optim.momentum.blocks.0.attention.q.weight"].any()
+
+
+def test_a_checkpoint_of_another_dtype_or_model_resumes_or_says_why_not(folder: Path) -> None:
+    _, state = run(tiny.recipe(folder, train__dtype="bf16", checkpoint__interval=6, run__dir=str(folder / "low")))
+    path = folder / "low/checkpoints/step-00000006"
+    wide = trainer(tiny.recipe(folder, train__dtype="fp32"))
+    wide.load(path)
+    name = "blocks.0.attention.q.weight"
+    assert torch.equal(wide.tensors()[f"model.{name}"], state[f"optim.master.{name}"]), "a wide run takes the master weights"
+    with pytest.raises(ValueError, match=r"has no tensor model\.blocks\.2"):
+        trainer(tiny.recipe(folder, model__num_layers=3)).load(path)
+    with pytest.raises(ValueError, match=r"has shape .* this recipe needs"):
+        trainer(tiny.recipe(folder, model__moe_intermediate_size=32)).load(path)
+
+
+def errors(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    recipe = folder / "recipe.toml"
+    recipe.write_text(tiny.recipe(folder, run__dir=str(folder / "bad")).to_toml())
+    assert main([str(recipe), *overrides]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("zaya.train: ") and "\n" not in message, message
+    assert not (folder / "bad").exists(), "a run that cannot start leaves nothing behind"
+    return message
+
+
+@pytest.mark.parametrize(("override", "says"), [
+    ("--train.stepps=3", "did you mean 'train.steps'"), ("--train.steps=many", "must be an int"), ("--parallel.pp=2", "no pipeline"),
+    ("--parallel.tp=2", "not built yet"), ("--parallel.zero_size=2", "not built yet"), ("--parallel.engine=deepspeed", "not built yet"),
+    ("--train.kernels=triton", "not built yet"), ("--train.micro_batch_size=3", "does not divide"), ("--train.device=cuda", "no GPU"),
+    ("--run.dir=/proc/nowhere", "cannot write run.dir"), ("--data.train=[\"/nowhere/x\"]", "/nowhere/x"), ("--model.vocab_size=50", "50"),
+    ("--train.eval_rows=100000", "lower it"), ("--checkpoint.resume=/nowhere", "/nowhere"), ("--init.checkpoint=/nowhere", "/nowhere"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(folder: Path, capsys: pytest.CaptureFixture[str], override: str, says: str) -> None:
+    if override == "--train.device=cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert says in errors(folder, capsys, override)
+
+
+def test_a_directory_of_another_run_is_refused_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny.recipe(folder, train__steps=1, run__dir=str(folder / "mine")))
+    record = (folder / "mine/metrics.jsonl").read_bytes()
+    message = errors(folder, capsys, f"--run.dir={folder / 'mine'}", "--optim.lr=0.5")
+    assert "optim.lr" in message and "0.02" in message and "0.5" in message
+    assert (folder / "mine/metrics.jsonl").read_bytes() == record
+
+
+def test_the_command_line_trains(folder: Path) -> None:
+    recipe = folder / "command.toml"
+    recipe.write_text(tiny.recipe(folder, train__steps=2, run__dir=str(folder / "command")).to_toml())
+    done = subprocess.run([sys.executable, "-m", "zaya.train", str(recipe)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2 | loss" in done.stdout and "Warning" not in done.stderr
+    assert "step 2/2" in (folder / "command/logs/rank-0.log").read_text()
