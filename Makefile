@@ -29,11 +29,11 @@ setup: .venv/.ready
 
 quickstart: setup
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m zaya.train $(RECIPE)
-	$(BIN)/python -m tools.bigram_baseline $(RECIPE)
+	$(BIN)/python -m tools.bigram_baseline $(RECIPE) --json > $(RUN)/bigram.json
 	$(BIN)/python -m tools.plot_run $(RUN)
+	$(BIN)/python -m tools.export_hf $(RUN) $(RUN)/hf --overwrite
 	$(BIN)/python -m tools.generate $(RUN) --prompt "def "
-	$(BIN)/python -m tools.export_hf $(RUN) $(RUN)/hf
-	$(BIN)/python -m tools.quickstart_report $(RUN)
+	$(BIN)/python -m tools.quickstart_report $(RUN) --bigram $(RUN)/bigram.json
 
 test: setup
 	$(PYTEST) tests/cpu tests/dist tests/gpu
@@ -48,5 +48,5 @@ lint: setup
 check: lint test
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find zaya tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

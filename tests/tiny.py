@@ -39,7 +39,8 @@ def recipe(folder: Path, **overrides: object) -> Recipe:
         "model": dict(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4,
                       moe_intermediate_size=24, router_hidden_size=16, attention_pattern=["sliding", "full"], sliding_window=6),
         "data": dict(train=[str(folder / "train")], valid=str(folder / "valid")),
-        "train": dict(steps=6, global_batch_size=8, micro_batch_size=2, seq_len=SEQ_LEN, seed=3, device="cpu", eval_interval=3, eval_rows=8),
+        "train": dict(steps=6, global_batch_size=8, micro_batch_size=2, seq_len=SEQ_LEN, seed=3, device="cpu", eval_interval=3,
+                      eval_rows=8),
         "optim": dict(name="muon", lr=2e-2, min_lr=2e-3, warmup_steps=2, balance_lr=1e-2),
         "run": dict(dir=str(folder / "run")),
     }

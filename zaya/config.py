@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import tomllib
@@ -108,8 +109,8 @@ class DataConfig:
     """"stdlib": build train, valid and tokenizer from Python's standard library where they do not exist; empty = they must exist."""
 
     def validate(self) -> None:
-        if not self.train:
-            raise ValueError("data.train is empty; name at least one corpus prefix (tools.tokenize_corpus makes one)")
+        if not self.train or "" in self.train:
+            raise ValueError(f"data.train = {list(self.train)} names no corpus; name at least one prefix (tools.tokenize_corpus makes one)")
         if self.weights and len(self.weights) != len(self.train):
             raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} corpora in data.train; give one each")
         for weight in self.weights:
@@ -204,6 +205,8 @@ class OptimConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{name} = {value} is outside [0, 1)")
+        if self.warmup_steps > steps:
+            raise ValueError(f"optim.warmup_steps = {self.warmup_steps} is more than train.steps = {steps}: the peak rate is never reached")
         if self.min_lr > self.lr:
             raise ValueError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; lower it")
         if self.schedule == "wsd" and not 0 < self.decay_steps <= steps - self.warmup_steps:
@@ -425,8 +428,7 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for one character
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return repr(value)

@@ -1,7 +1,7 @@
 """Optimizers: Muon for matrices, AdamW for the rest, and the AdamW that balances the router.
 
-After backward on a batch's path. Parameters of one rule lie end to end in flat buffers (`FlatGroup`), so that a gradient all-reduce, the norm
-and AdamW see one tensor. Updates are two-phase: the trainer computes a verdict, and where `commit` is false nothing changes.
+After backward on a batch's path. Parameters of one rule lie end to end in flat buffers (`FlatGroup`), so that a gradient all-reduce, the
+norm and AdamW see one tensor. Updates are two-phase: the trainer computes a verdict, and where `commit` is false nothing changes.
 Which parameter gets which rule is the plan's business; ranks and groups are unknown here.
 """
 
@@ -81,7 +81,10 @@ class FlatGroup:
 
 
 class Optimizer:
-    """The plan's rules over a model's parameters. Per step: `start_step`, backward passes, (all-reduce of `gradients`), `norm`, `update`."""
+    """The plan's rules over a model's parameters.
+
+    Per step: `start_step`, backward passes, (all-reduce of `gradients`), `norm`, `update`.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], table: Mapping[str, ParameterPlan], config: OptimConfig) -> None:
         self.config = config

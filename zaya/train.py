@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from zaya.config import Recipe, load_recipe
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, world_size_from_environment
-from zaya.trainer import Trainer
+from zaya.trainer import Trainer, open_data
 
-USAGE = "usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]\n\nTrain the run that a recipe describes, " \
-        "or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."
+USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
+
+Train the run that a recipe describes, or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."""
 log = logging.getLogger("zaya")
 
 
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
         recipe.validate(world_size_from_environment())
         check_run_directory(recipe)
         mesh = open_mesh(recipe.train.device)
-        trainer = Trainer(recipe, mesh)
+        trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
         write_run_directory(recipe, mesh.rank)
         start_logging(recipe, mesh)

@@ -36,6 +36,18 @@ log = logging.getLogger("zaya")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
+def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
+    """The loader, once rank 0 has built what data.source asks for (one barrier)."""
+    if recipe.data.source == "stdlib" and mesh.rank == 0:
+        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
+    barrier(mesh.dp)
+    loader = Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
+    if recipe.train.eval_interval and recipe.train.eval_rows > loader.num_evaluation_rows:
+        raise ValueError(f"train.eval_rows = {recipe.train.eval_rows} but data.valid = {recipe.data.valid!r} has "
+                         f"{loader.num_evaluation_rows} rows of {recipe.train.seq_len} tokens; lower it")
+    return loader
+
+
 class StepResult(NamedTuple):
     """Device tensors of one optimizer step, over the global batch."""
 
@@ -52,10 +64,9 @@ class StepResult(NamedTuple):
 class Trainer:
     """One rank's part of a run. `position` counts rows consumed by the whole job: with the recipe it determines every batch to come."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
-        self.recipe, self.mesh = recipe, mesh
+    def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader) -> None:
+        self.recipe, self.mesh, self.loader = recipe, mesh, loader
         train = recipe.train
-        self.loader = _open_data(recipe, mesh)
         with mesh.device:
             self.model = Zaya(recipe.model, DTYPES[train.dtype], train.recompute)
         self.table = plan(recipe.model)
@@ -72,18 +83,19 @@ class Trainer:
         """Forward and backward over this rank's rows, one all-reduce, one update. Collectives: gradients, then the step's sums."""
         recipe, group = self.recipe, self.mesh.dp
         self.optimizer.start_step()
-        loss_sum, labelled, counts_LC = 0, 0, 0
+        counts_LC = torch.zeros(recipe.model.num_layers, recipe.model.num_router_classes, dtype=torch.int64, device=self.mesh.device)
+        loss_sum, labelled = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for batch in self._micro_batches():
             output = self.model(batch.tokens_BT, batch.positions_BT)
             loss = self.model.loss(output.hidden_BTD, batch.labels_BT)
             loss.backward()
-            loss_sum += loss.detach()
+            loss_sum += loss.detach()  # rows of one small tensor, summed in place
             labelled += (batch.labels_BT != IGNORE).sum()
             counts_LC += output.counts_LC
         for gradient in self.optimizer.gradients():
             all_reduce_sum(gradient, group)
         # One small fp64 tensor carries loss, token count and routing counts: integers up to 2^53 are exact in it.
-        sums = torch.cat([torch.stack([loss_sum, labelled]).double(), counts_LC.double().flatten()])
+        sums = torch.cat([torch.stack([loss_sum, labelled]), counts_LC.double().flatten()])
         all_reduce_sum(sums, group)
         loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[2:].view_as(counts_LC)
 
@@ -151,7 +163,7 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, path: Path, *, weights_only: bool = False) -> None:
-        """Take the state of a checkpoint; of its weights alone where a new run starts from it. ValueError: a tensor is missing or misshapen."""
+        """Take the state of a checkpoint, or its weights alone. ValueError: a tensor is missing or misshapen."""
         checkpoint = Checkpoint.open(path)
         names = set(checkpoint.names())
         for name, tensor in self.tensors().items():
@@ -193,6 +205,8 @@ class Trainer:
                     metrics.append(eval_row)
                     log.info(format_line(eval_row, recipe.train.steps))
             if _due(self.step, recipe.checkpoint.interval, recipe.train.steps):
+                if metrics is not None:
+                    metrics.sync()  # a checkpoint never reaches the disk before the rows it follows
                 path = self.save(run_dir / "checkpoints")
                 log.info("step %d/%d | saved %s", self.step, recipe.train.steps, path)
             bar.update()
@@ -226,15 +240,3 @@ def _stored_name(name: str, tensor: Tensor, names: set[str]) -> str:
     if name.startswith("optim.master.") and name not in names:
         return name.replace("optim.master.", "model.", 1)
     return name
-
-
-def _open_data(recipe: Recipe, mesh: Mesh) -> Loader:
-    """The loader, once rank 0 has built what data.source asks for (one barrier)."""
-    if recipe.data.source == "stdlib" and mesh.rank == 0:
-        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
-    barrier(mesh.dp)
-    loader = Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
-    if recipe.train.eval_interval and recipe.train.eval_rows > loader.num_evaluation_rows:
-        raise ValueError(f"train.eval_rows = {recipe.train.eval_rows} but data.valid = {recipe.data.valid!r} has "
-                         f"{loader.num_evaluation_rows} rows of {recipe.train.seq_len} tokens; lower it")
-    return loader

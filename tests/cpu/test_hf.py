@@ -43,6 +43,8 @@ def write_checkpoint(path: Path, config: ModelConfig, recipe: dict[str, Any] | N
     """A checkpoint of a fresh model of ours, as a run leaves it, optimizer state included."""
     model = Zaya(config, dtype=dtype)
     init_weights(model, config, seed=1)
+    for name, buffer in model.named_buffers():  # balance biases that bf16 cannot hold
+        buffer.normal_(generator=torch.Generator().manual_seed(len(name)))
     with CheckpointWriter(path, recipe={"model": dataclasses.asdict(config), **(recipe or {})}) as writer:
         for name, tensor in model.state_dict().items():
             writer.add(f"model.{name}", tensor)

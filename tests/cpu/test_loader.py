@@ -222,6 +222,7 @@ def test_evaluation_is_consecutive_and_ends(corpora: Path) -> None:
     assert [token for row in rows for token in row[0]] == stream[:96].tolist()
     assert rows == [slow_row(corpora, row[0][0]) for row in rows]
     assert rows_of(it.evaluation(5, 2)) == rows[5:7]
+    assert loader(corpora, "a", seq_len=51).num_evaluation_rows == 1, "the second row's last label would lie behind the corpus"
     with pytest.raises(ValueError, match=r"has 12 rows of 8 tokens, but evaluation asks for 13; use train\.eval_rows <= 12"):
         it.evaluation(11, 2)
 

@@ -20,14 +20,14 @@ def losses(rank: int, world_size: int, tables: dict) -> list[tuple[float, float,
 
     from zaya.parallel.collectives import Group
     from zaya.parallel.mesh import Mesh, open_mesh
-    from zaya.trainer import Trainer
+    from zaya.trainer import Trainer, open_data
 
     recipe = recipe_from_tables(tables)
     recipe.validate(world_size)
     import torch
 
     mesh = open_mesh("cpu") if world_size == 1 else Mesh(Group(dist.group.WORLD, rank, world_size), torch.device("cpu"), rank)
-    trainer = Trainer(recipe, mesh)
+    trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
     results = [trainer.train_step() for _ in range(STEPS)]
     return [(r.loss.item(), r.grad_norm.item(), r.shares_LE.tolist()) for r in results]
 

@@ -11,5 +11,5 @@ def test_bf16_matmul_agrees_with_the_cpu() -> None:
     b = torch.randn(1024, 256, generator=generator).bfloat16()
     expected = a.float() @ b.float()
     got = (a.cuda() @ b.cuda()).float().cpu()
-    # The products are exact in fp32 and summed in fp32; what is left is the result's rounding to bf16: 2^-9 at most, 2^-9 / sqrt(3) in RMS.
-    assert (got - expected).norm() / expected.norm() < 2**-9
+    # The products are exact in fp32 and summed in fp32; what is left is the result's rounding to bf16, 2^-8 at most (1.7e-3 in RMS here).
+    assert (got - expected).norm() / expected.norm() < 2**-8

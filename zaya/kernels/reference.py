@@ -170,7 +170,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):
         out_BTNH = torch.empty_like(q_BTNH)
         ctx.blocks, ctx.lse = _query_blocks(first_key_BT, offsets), []
         for row, queries, keys, visible in ctx.blocks:
@@ -184,7 +184,7 @@ class _Attention(torch.autograd.Function):
         return out_BTNH
 
     @staticmethod
-    def backward(ctx, dout_BTNH):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dout_BTNH):
         q_BTNH, k_BSGH, v_BSGH, out_BTNH = ctx.saved_tensors
         G, N, scale = k_BSGH.shape[2], q_BTNH.shape[2], q_BTNH.shape[-1] ** -0.5
         dq_BTNH = torch.empty_like(q_BTNH)
@@ -244,7 +244,7 @@ class _GroupedLinear(torch.autograd.Function):
     """y[rows of e] = x[rows of e] @ weight[e].T, with one weight-gradient buffer for all experts."""
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_EFD: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x_RD: Tensor, weight_EFD: Tensor, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(x_RD, weight_EFD)
         ctx.sizes = sizes
         y_RF = x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1])
@@ -254,7 +254,7 @@ class _GroupedLinear(torch.autograd.Function):
         return y_RF
 
     @staticmethod
-    def backward(ctx, dy_RF: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx, dy_RF: Tensor) -> tuple[Tensor, Tensor, None]:
         x_RD, weight_EFD = ctx.saved_tensors
         dy_RF = dy_RF.contiguous()
         dx_RD, dweight_EFD = torch.empty_like(x_RD), torch.empty_like(weight_EFD)
@@ -315,7 +315,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Blocks of tokens: logits, loss, and at once both gradients (softmax - onehot), so that logits are never kept."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, training):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden_TD, weight_VD, labels_T, training):
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
@@ -335,7 +335,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, dloss):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dloss):
         dhidden_TD, dweight_VD = ctx.saved_tensors
         return (dhidden_TD * dloss).to(dhidden_TD.dtype), (dweight_VD * dloss).to(ctx.weight_dtype), None, None
 

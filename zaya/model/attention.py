@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from zaya.config import ModelConfig
 from zaya.kernels import reference
-from zaya.model.layers import Linear, parameter
+from zaya.model.layers import Linear, parameter, recomputed
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Packing:
     """What attention must know of the rows on this device: made once per forward pass, shared by all blocks."""
 
     positions_BT: Tensor
@@ -35,7 +35,7 @@ class Sequence:
     """Index in the row of the first key each query sees, per kind of attention."""
 
     @staticmethod
-    def of(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype, offsets: tuple[int, ...] = (0,)) -> Sequence:
+    def of(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype, offsets: tuple[int, ...] = (0,)) -> Packing:
         chunk = positions_BT.shape[1] // len(offsets)
         index_T = torch.cat([torch.arange(offset, offset + chunk, device=positions_BT.device) for offset in offsets])
         start_BT = index_T - positions_BT
@@ -43,7 +43,7 @@ class Sequence:
         kinds = sorted({config.attention_kind(block) for block in range(config.num_layers)})
         # A window of W tokens counts the token itself: keys j with i - W < j <= i.
         first = {"full": start_BT, "sliding": torch.maximum(start_BT, index_T - config.sliding_window + 1)}
-        return Sequence(positions_BT, index_T, offsets,
+        return Packing(positions_BT, index_T, offsets,
                         {kind: reference.rope_table(positions_BT, config.head_dim, bases[kind], dtype) for kind in kinds},
                         {kind: first[kind] for kind in kinds})
 
@@ -77,11 +77,11 @@ class Convolution(nn.Module):
 class Attention(nn.Module):
     """x (B, T, D) -> branch (B, T, D)."""
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: ModelConfig, kind: str, *, recompute: bool = False) -> None:
         super().__init__()
         D, H = config.hidden_size, config.head_dim
         q_channels, kv_channels = config.num_heads * H, config.num_kv_heads * H
-        self.kind, self.head_dim = kind, H
+        self.kind, self.head_dim, self.recompute = kind, H, recompute
         self.q, self.k, self.v = Linear(D, q_channels), Linear(D, kv_channels), Linear(D, kv_channels)
         self.q_depthwise, self.q_grouped = Convolution(q_channels, 2), Convolution(q_channels, H, 2)
         self.k_depthwise, self.k_grouped = Convolution(kv_channels, 2), Convolution(kv_channels, H, 2)
@@ -91,12 +91,13 @@ class Attention(nn.Module):
         self.context = LocalContext()
         self.group_mean = local_group_mean
 
-    def forward(self, x_BTD: Tensor, sequence: Sequence) -> Tensor:
+    def forward(self, x_BTD: Tensor, packing: Packing) -> Tensor:
         q_BTC, k_BTC, v_BTC = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
-        out_BTNH = self.mix(q_BTC, k_BTC, v_BTC, sequence)
+        mix = recomputed(self.mix) if self.recompute else self.mix
+        out_BTNH = mix(q_BTC, k_BTC, v_BTC, packing)
         return self.o(out_BTNH.flatten(-2))
 
-    def mix(self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, sequence: Sequence) -> Tensor:
+    def mix(self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, packing: Packing) -> Tensor:
         """From projections to the heads' outputs (B, T, N, H): everything that mixes tokens."""
         start, end = self.delayed_rows
         halos = (self.context.halo(q_BTC, 2), self.context.halo(k_BTC, 2), self.context.halo(v_BTC[..., start:end], 1))
@@ -105,5 +106,5 @@ class Attention(nn.Module):
             q_BTC, k_BTC, v_BTC, q_mean_BTGH,
             (self.q_depthwise.weight, self.q_depthwise.bias, self.q_grouped.weight, self.q_grouped.bias),
             (self.k_depthwise.weight, self.k_depthwise.bias, self.k_grouped.weight, self.k_grouped.bias),
-            self.temperature, sequence.positions_BT, sequence.rope[self.kind], halos, self.delayed_rows)
-        return self.context.attend(q, k, v, sequence.first_key_BT[self.kind], sequence.offsets)
+            self.temperature, packing.positions_BT, packing.rope[self.kind], halos, self.delayed_rows)
+        return self.context.attend(q, k, v, packing.first_key_BT[self.kind], packing.offsets)

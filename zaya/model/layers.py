@@ -8,9 +8,13 @@ Letters: B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zaya.kernels import reference
 
@@ -20,6 +24,15 @@ RMS_NORM_EPS = 1e-5  # ZAYA1's released configuration
 def parameter(*shape: int) -> nn.Parameter:
     """An uninitialised parameter in the default dtype and on the default device."""
     return nn.Parameter(torch.empty(*shape))
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose inner activations backward computes again instead of keeping. There is no dropout, so no RNG state is kept."""
+
+    def run(*args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
 
 
 class Linear(nn.Module):

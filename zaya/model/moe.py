@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zaya.config import ModelConfig
 from zaya.kernels import reference
-from zaya.model.layers import Linear, RMSNorm, parameter
+from zaya.model.layers import Linear, RMSNorm, parameter, recomputed
 
 SKIP_BIAS = -1.0  # the skip class' balance bias: where released training started it, and where it stays
 
@@ -37,6 +37,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor, state_BTR: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden = self.down(x_BTD)
         if self.depth_scale is not None:
+            assert state_BTR is not None
             hidden = torch.addcmul(hidden, state_BTR, self.depth_scale)  # exponential depth averaging
         logits = self.out(F.gelu(self.fc2(F.gelu(self.fc1(self.norm(hidden))))))
         choice_T, gate_T, counts_C = reference.route(logits.flatten(0, 1), self.balance_bias)
@@ -74,16 +75,17 @@ class LocalDispatcher:
 class MoE(nn.Module):
     """x (B, T, D) -> branch (B, T, D), next router state, tokens per router class (C,)."""
 
-    def __init__(self, config: ModelConfig, *, first: bool) -> None:
+    def __init__(self, config: ModelConfig, *, first: bool, recompute: bool = False) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts, self.recompute = config.num_experts, recompute
         self.router = Router(config, first=first)
         self.experts = Experts(config)
         self.dispatcher = LocalDispatcher()
 
     def forward(self, x_BTD: Tensor, state_BTR: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         choice_T, gate_T, counts_C, state_BTR = self.router(x_BTD, state_BTR)
-        branch_TD = self.compute(x_BTD.flatten(0, 1), choice_T, gate_T, counts_C)
+        compute = recomputed(self.compute) if self.recompute else self.compute
+        branch_TD = compute(x_BTD.flatten(0, 1), choice_T, gate_T, counts_C)
         return branch_TD.view_as(x_BTD), state_BTR, counts_C
 
     def compute(self, x_TD: Tensor, choice_T: Tensor, gate_T: Tensor, counts_C: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ Letters: B batch, T tokens, D hidden, L blocks, C router classes, R router width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zaya.config import ModelConfig
-from zaya.model.attention import Attention, Sequence
-from zaya.model.layers import Embedding, ResidualScale, RMSNorm
+from zaya.model.attention import Attention, Packing
+from zaya.model.layers import Embedding, ResidualScale, RMSNorm, recomputed
 from zaya.model.moe import MoE
 
 
@@ -34,18 +34,16 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, recompute: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size)
-        self.attention = Attention(config, config.attention_kind(index))
+        selective = recompute == "selective"
+        self.attention = Attention(config, config.attention_kind(index), recompute=selective)
         self.attention_residual = ResidualScale(config.hidden_size)
         self.moe_norm = RMSNorm(config.hidden_size)
-        self.moe = MoE(config, first=index == 0)
+        self.moe = MoE(config, first=index == 0, recompute=selective)
         self.moe_residual = ResidualScale(config.hidden_size)
-        if recompute == "selective":
-            self.attention.mix = _recomputed(self.attention.mix)
-            self.moe.compute = _recomputed(self.moe.compute)
 
-    def forward(self, stream_BTD: Tensor, x_BTD: Tensor, state_BTR: Tensor | None, sequence: Sequence,
+    def forward(self, stream_BTD: Tensor, x_BTD: Tensor, state_BTR: Tensor | None, packing: Packing,
                 next_norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        branch_BTD = self.attention(x_BTD, sequence)
+        branch_BTD = self.attention(x_BTD, packing)
         stream_BTD, x_BTD = self.attention_residual(stream_BTD, branch_BTD, self.moe_norm)
         branch_BTD, state_BTR, counts_C = self.moe(x_BTD, state_BTR)
         stream_BTD, x_BTD = self.moe_residual(stream_BTD, branch_BTD, next_norm)
@@ -62,21 +60,21 @@ class Zaya(nn.Module):
         torch.set_default_dtype(dtype)
         try:
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
-            self.blocks = nn.ModuleList([Block(config, index, recompute) for index in range(config.num_layers)])
+            blocks = nn.ModuleList([Block(config, index, recompute) for index in range(config.num_layers)])
+            self.blocks: Sequence[Block] = blocks  # type: ignore[assignment]  # ModuleList does not say what it holds
             self.final_norm = RMSNorm(config.hidden_size)
         finally:
             torch.set_default_dtype(default)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor) -> Output:
         """tokens, positions (index inside the document; a document starts at every 0): (B, T) int64."""
-        blocks = list(self.blocks)
-        norms = [*(block.attention_norm for block in blocks), self.final_norm]
-        sequence = Sequence.of(positions_BT, self.config, self.embedding.weight.dtype)
+        norms = [*(block.attention_norm for block in self.blocks), self.final_norm]
+        packing = Packing.of(positions_BT, self.config, self.embedding.weight.dtype)
         stream_BTD = self.embedding(tokens_BT)
         x_BTD, state_BTR, counts = norms[0](stream_BTD), None, []
-        for block, next_norm in zip(blocks, norms[1:]):
-            run = _recomputed(block) if self.recompute == "full" else block
-            stream_BTD, x_BTD, state_BTR, counts_C = run(stream_BTD, x_BTD, state_BTR, sequence, next_norm)
+        for block, next_norm in zip(self.blocks, norms[1:]):
+            run = recomputed(block) if self.recompute == "full" else block
+            stream_BTD, x_BTD, state_BTR, counts_C = run(stream_BTD, x_BTD, state_BTR, packing, next_norm)
             counts.append(counts_C)
         return Output(x_BTD, torch.stack(counts))
 
@@ -87,12 +85,3 @@ class Zaya(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """(B, T, V), for sampling and tests: training never holds them for a whole batch on a GPU."""
         return nn.functional.linear(hidden_BTD, self.embedding.weight)
-
-
-def _recomputed(function):  # type: ignore[no-untyped-def]  # any signature in, the same out
-    """`function`, whose inner activations backward computes again. There is no dropout, so no RNG state is kept."""
-
-    def run(*args):  # type: ignore[no-untyped-def]
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-    return run
