@@ -87,6 +87,13 @@ def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype |
     return items
 
 
+def stored_name(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> str:
+    """A bf16 run keeps fp32 masters beside its weights: they are what a wider export means."""
+    model, master = f"model.{name}", f"optim.master.{name}"
+    tensors = checkpoint.manifest.tensors
+    return master if master in tensors and dtype.itemsize > STORED_DTYPES[tensors[model].dtype].itemsize else model
+
+
 def cut_into_shards(items: list[Item], max_bytes: int) -> list[list[Item]]:
     """In order, as many to a shard as fit; an item that alone is larger gets a shard of its own."""
     shards: list[list[Item]] = [[]]
@@ -114,7 +121,7 @@ def write_shard(path: Path, shard: list[Item], checkpoint: Checkpoint, bar: tqdm
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for item in shard:
-            for tensor in item.link.to_theirs([checkpoint.read(f"model.{named.name}") for named in item.link.ours]):
+            for tensor in item.link.to_theirs([checkpoint.read(stored_name(checkpoint, named.name, item.dtype)) for named in item.link.ours]):
                 file.write(tensor.to(item.dtype).view(torch.uint8).reshape(-1).numpy().data)
             bar.update(item.num_bytes)
         file.flush()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from zaya.config import OptimConfig
 from zaya.kernels import reference
@@ -19,7 +20,6 @@ from zaya.plan import AdamW, Muon, ParameterPlan
 
 NEWTON_SCHULZ_STEPS = 5
 MUON_SCALE = 0.2  # update RMS of AdamW (Liu et al. 2025, "Muon is scalable"): one learning rate serves both rules
-BLOCK = 1 << 17  # elements updated at a time: 7 arrays x 128 Ki x 4 B = 3.5 MiB stay in cache between the passes of one update
 
 
 class FlatGroup:
@@ -95,7 +95,7 @@ class Optimizer:
         self.muon = [FlatGroup(muon, parameters, ("momentum",))] if muon else []
         self.adamw = [FlatGroup(group, parameters, ("exp_avg", "exp_avg_sq")) for group in (decayed, plain) if group]
         master = self.adamw[0].master
-        self.step = torch.zeros((), dtype=torch.float64, device=master.device)
+        self.step = torch.zeros((), dtype=torch.float32, device=master.device)
 
     def _rule(self, row: ParameterPlan) -> Muon | AdamW:
         return row.optimizer if self.config.name == "muon" else AdamW()
@@ -121,14 +121,12 @@ class Optimizer:
     @torch.no_grad()
     def update(self, *, lr: float, grad_scale: Tensor, commit: Tensor) -> None:
         """One step from grad * grad_scale (0-dim); nothing changes where commit (0-dim bool) is false."""
-        self.step += commit
         config = self.config
         for group in self.adamw:
             decay = config.weight_decay if group.rows[0].decay else 0.0
             arrays = (group.master, group.grad, group.state["exp_avg"], group.state["exp_avg_sq"])
-            for param, grad, first, second in zip(*(array.split(BLOCK) for array in arrays)):
-                reference.adamw_(param, grad * grad_scale, first, second, lr=lr, beta1=config.beta1, beta2=config.beta2, eps=config.eps,
-                                 weight_decay=decay, step=self.step, commit=commit)
+            adamw_(*arrays, lr=lr, beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=decay, grad_scale=grad_scale,
+                   step=self.step, commit=commit)
         for group in self.muon:
             for row in group.rows:
                 assert isinstance(row.optimizer, Muon)
@@ -136,6 +134,7 @@ class Optimizer:
                 decay = config.weight_decay if row.decay else 0.0
                 muon_(*views, blocks=row.optimizer.blocks, lr=lr, momentum=config.momentum, weight_decay=decay, grad_scale=grad_scale,
                       dtype=group.param.dtype, commit=commit)
+        self.step += commit
         for group in self.groups:
             group.publish()
 
@@ -143,6 +142,16 @@ class Optimizer:
         """State by checkpoint name; writing into these tensors restores it."""
         named = {name: tensor for group in self.groups for name, tensor in group.tensors()}
         return named | {"optim.step": self.step}
+
+
+def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float, beta2: float, eps: float,
+           weight_decay: float, grad_scale: Tensor, step: Tensor, commit: Tensor) -> None:
+    """AdamW in place (Loshchilov & Hutter 2019) from grad * grad_scale, by torch's fused kernel; nothing changes where commit is false.
+
+    step: 0-dim fp32, updates so far; the caller counts this one. The kernel may leave grad scaled.
+    """
+    adamw([param], [grad], [exp_avg], [exp_avg_sq], [], [step.clone()], fused=True, grad_scale=grad_scale.reciprocal().float(),
+          found_inf=(~commit).float(), amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
 
 
 def muon_(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, blocks: int, lr: float, momentum: float, weight_decay: float,
@@ -173,16 +182,16 @@ class RouterBalance:
         self.biases, self.num_experts, self.lr = list(biases), num_experts, lr
         self.exp_avg = torch.zeros(len(biases), num_experts, dtype=biases[0].dtype, device=biases[0].device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        self.step = torch.zeros((), dtype=torch.float64, device=self.exp_avg.device)
+        self.step = torch.zeros((), dtype=torch.float32, device=self.exp_avg.device)
 
     @torch.no_grad()
     def update(self, counts_LC: Tensor, commit: Tensor) -> None:
         """counts (L, C) int64: tokens of the global batch per block and router class."""
         bias_LE = torch.stack([bias[: self.num_experts] for bias in self.biases])
+        excess_LE = self.shares(counts_LC) - 1 / self.num_experts
+        adamw_(bias_LE, excess_LE, self.exp_avg, self.exp_avg_sq, lr=self.lr, beta1=self.BETA1, beta2=self.BETA2, eps=self.EPS,
+               weight_decay=0.0, grad_scale=torch.ones_like(self.step), step=self.step, commit=commit)
         self.step += commit
-        reference.adamw_(bias_LE.view(-1), (self.shares(counts_LC) - 1 / self.num_experts).view(-1), self.exp_avg.view(-1),
-                         self.exp_avg_sq.view(-1), lr=self.lr, beta1=self.BETA1, beta2=self.BETA2, eps=self.EPS, weight_decay=0.0,
-                         step=self.step, commit=commit)
         for bias, new in zip(self.biases, torch.where(commit, bias_LE - bias_LE.mean(-1, keepdim=True), bias_LE)):
             bias[: self.num_experts] = new
 

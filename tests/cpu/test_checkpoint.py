@@ -243,9 +243,30 @@ def test_no_failed_save_costs_a_checkpoint(tmp_path: Path, how: str, before: str
         assert sorted(p.name for p in root.iterdir()) == sorted({found.name, "step-00000003", "step-00000002"} - (
             {"step-00000002"} if before == "same step" else set()))
         assert len(list((root / "step-00000003").iterdir())) == 2
+        # Remains are gone before anything is written, as the plain name shows: a full disk may need their room.
+        assert before == "same step" or held is new or (root / "step-00000003" / "shard-00000-of-00001.safetensors").exists()
     else:
         raise AssertionError("the save never came through")
     assert outcomes == {True, False} and at > 8  # struck before and after the rename
+
+
+def test_everything_is_on_disk_before_the_manifest_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def fsync(fd: int) -> None:
+        events.append("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        sync(fd)
+
+    def replace(old: Path, new: Path) -> None:
+        events.append(f"rename {old.name} {new.name}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save_alone(tmp_path / "root", {"x": torch.ones(9)}, max_file_bytes=1)
+    assert events == ["fsync shard-00000-of-00001.safetensors", "fsync step-00000003", f"fsync {MANIFEST}.tmp",
+                      f"rename {MANIFEST}.tmp {MANIFEST}", "fsync step-00000003", "fsync root"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -290,7 +311,7 @@ def test_newest_sees_complete_checkpoints_only(tmp_path: Path) -> None:
         save_alone(tmp_path, {"x": torch.ones(1)}, step=step)
     shutil.copytree(tmp_path / "step-00000009", tmp_path / "step-999999999999")
     (tmp_path / "step-999999999999" / MANIFEST).unlink()
-    for odd in ("step-0000000999", "step-99999999x", "xstep-99999999", "step-999", ".step-99999999.tmp"):
+    for odd in ("step-0999999999", "step-99999999x", "xstep-99999999", "step-999", ".step-99999999.tmp"):
         shutil.copytree(tmp_path / "step-00000009", tmp_path / odd)
     (tmp_path / "step-88888888").write_text("a file")
     assert newest(str(tmp_path)) == tmp_path / "step-123456789"
@@ -390,6 +411,7 @@ def test_writer_leaves_nothing_half_written(tmp_path: Path) -> None:
         if not struck():
             break
     assert 10 < at < 99
+    (target.parent / ".out.tmp").mkdir(exist_ok=True)  # a killed process may leave this
     target.mkdir(parents=True, exist_ok=True)  # an empty directory may be filled
     with CheckpointWriter(target, recipe={}) as writer:
         writer.add("x", torch.ones(3))

@@ -184,6 +184,7 @@ def test_specific_manifests_are_refused(tmp_path: Path) -> None:
         "holds no box": [changed(body, ("files",), body["files"] | {"other.safetensors": body["files"][file]})],
         "and a header": [changed(body, ("files", file, "size"), size) for size in (96, 97, 104, 105, 2**40, 2**63 - 1)] + [huge],
         "16 levels": [changed(body, ("recipe",), {"x": json.loads("[" * 20 + "]" * 20)})],
+        "not text": [changed(body, ("recipe",), {"x": ["\ud800"]}), changed(body, ("tokens_by_corpus",), {"\udfff": 1})],
         "world_size": [changed(body, ("layout",), {"dp": 1})],
         "format_version": [changed(body, ("format_version",), version) for version in (0, 2, True, 1.0, "1")],
     }

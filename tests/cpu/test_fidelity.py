@@ -127,7 +127,7 @@ def watch_reference(model: ZayaForCausalLM) -> Routing:
 
 def watch_ours(model: Zaya) -> Routing:
     routing = Routing()
-    routers: list[Any] = [block.moe.router for block in model.blocks]  # type: ignore[union-attr]  # what a ModuleList holds is not typed
+    routers: list[Any] = [block.moe.router for block in model.blocks]
     for router in routers:
         router.register_forward_hook(lambda _module, _inputs, output: routing.chosen.append(output[0]))
     return routing
@@ -278,6 +278,9 @@ def in_bf16(reference: ZayaForCausalLM, config: ModelConfig, directory: Path) ->
             parameter.copy_(parameter.bfloat16())
     reference.save_pretrained(directory)
     theirs = ZayaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager")
+    for loaded, layer in zip(theirs.model.layers, reference.model.layers, strict=True):
+        # from_pretrained sets the skip class' bias back to -1, whatever the file says (transformers 5.23).
+        loaded.mlp.gate.balancing_biases.copy_(layer.mlp.gate.balancing_biases)
     return theirs.eval(), our_model(theirs, config, torch.bfloat16)
 
 
@@ -285,7 +288,7 @@ def in_bf16(reference: ZayaForCausalLM, config: ModelConfig, directory: Path) ->
 def test_bf16_error_is_within_that_of_transformers(seed: int, tmp_path: Path) -> None:
     """Logits, over the tokens that both bf16 models route in every block as the fp32 reference does: another expert is another function,
     and which near-ties flip is chance. No factor is allowed on top."""
-    case = replace(draw(seed), batch=64)
+    case = replace(draw(seed), batch=16)
     reference = reference_model(case.config, seed)
     theirs, ours = in_bf16(reference, case.config, tmp_path)
     watched = watch_reference(reference), watch_reference(theirs), watch_ours(ours)
@@ -295,7 +298,7 @@ def test_bf16_error_is_within_that_of_transformers(seed: int, tmp_path: Path) ->
         our_logits = ours.logits(ours(tokens, positions).hidden_BTD)
     exact, their_choice, our_choice = (torch.stack(routing.chosen).unflatten(1, tokens.shape) for routing in watched)
     alike = ((exact == their_choice) & (exact == our_choice)).all(0)
-    assert alike.sum() >= 50, "too few tokens to compare"
+    assert alike.float().mean() > 0.8, "too few tokens to compare"
     assert relative(our_logits[alike], expected[alike]) <= relative(their_logits[alike], expected[alike])
 
 

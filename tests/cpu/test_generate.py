@@ -53,6 +53,8 @@ def test_greedy_of_an_exported_model_from_the_disk(tmp_path: Path) -> None:
     """The whole way: their directory, imported, exported, loaded by transformers; ours from the checkpoint. Both stop at the end token."""
     config = draw(58).config
     reference = talkative_model(config, 58)
+    for layer in reference.model.layers:
+        layer.mlp.gate.balancing_biases[-1] = -1.0  # where from_pretrained puts it, whatever the file says (transformers 5.23)
     prompt = [3, 1, 4, 1, 5]
     free = generate.generate(our_model(reference, config), prompt, generate.greedy, NEW)
     end = free[NEW // 2]

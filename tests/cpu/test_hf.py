@@ -43,8 +43,8 @@ def write_checkpoint(path: Path, config: ModelConfig, recipe: dict[str, Any] | N
     """A checkpoint of a fresh model of ours, as a run leaves it, optimizer state included."""
     model = Zaya(config, dtype=dtype)
     init_weights(model, config, seed=1)
-    for name, buffer in model.named_buffers():  # balance biases that bf16 cannot hold
-        buffer.normal_(generator=torch.Generator().manual_seed(len(name)))
+    for name, buffer in model.named_buffers():  # balance biases that bf16 cannot hold; skip stays at -1
+        buffer[: config.num_experts].normal_(generator=torch.Generator().manual_seed(len(name)))
     with CheckpointWriter(path, recipe={"model": dataclasses.asdict(config), **(recipe or {})}) as writer:
         for name, tensor in model.state_dict().items():
             writer.add(f"model.{name}", tensor)
@@ -86,6 +86,17 @@ def load_cleanly(path: Path, **kwargs: Any) -> Any:
     model, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), report
     return model
+
+
+def assert_aligned(file: Path) -> None:
+    """Every tensor begins at a multiple of its element's size, so that a reader can map it; three bf16 temperatures shift the rest."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    widths = {"F32": 4, "BF16": 2}
+    header = json.loads(data[8: 8 + length])
+    del header["__metadata__"]
+    assert all(entry["data_offsets"][0] % widths[entry["dtype"]] == 0 for entry in header.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- the table
@@ -187,12 +198,26 @@ def test_exported_run_loads_in_transformers(dtype: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run/checkpoints/step-00000001", dataclasses.replace(SMALL, num_layers=1))
     ours = write_checkpoint(tmp_path / "run/checkpoints/step-00000002", SMALL, {"train": {"seq_len": 48}})
     assert export_hf.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--dtype", dtype]) == 0
+    assert_aligned(tmp_path / "hf/model.safetensors")
     model = load_cleanly(tmp_path / "hf", attn_implementation="eager", experts_implementation="eager").eval()
     assert model.dtype == export_hf.DTYPES[dtype] and model.model.layers[0].mlp.gate.balancing_biases.dtype == torch.float32
     config = model.config
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (None, None, None, 48)
     expected = {name: tensor if name.endswith("balance_bias") else tensor.to(model.dtype) for name, tensor in ours.state_dict().items()}
     assert_same_tensors(our_model(model, SMALL, model.dtype).state_dict(), expected)
+
+
+def test_a_wider_export_is_of_the_master_weights(tmp_path: Path) -> None:
+    master = write_checkpoint(tmp_path / "fp32", SMALL).state_dict()
+    with CheckpointWriter(tmp_path / "bf16", recipe={"model": dataclasses.asdict(SMALL)}) as writer:
+        for name, tensor in master.items():
+            writer.add(f"model.{name}", tensor if name.endswith("balance_bias") else tensor.bfloat16())
+            if not name.endswith("balance_bias"):
+                writer.add(f"optim.master.{name}", tensor)
+    for source, target, options in (("fp32", "a", []), ("bf16", "b", ["--dtype=fp32"]), ("fp32", "c", ["--dtype=bf16"]), ("bf16", "d", [])):
+        assert export_hf.main([str(tmp_path / source), str(tmp_path / target), *options]) == 0
+    assert_same_tensors(hf_tensors(tmp_path / "a"), hf_tensors(tmp_path / "b"))
+    assert_same_tensors(hf_tensors(tmp_path / "c"), hf_tensors(tmp_path / "d"))
 
 
 def test_shards_are_as_small_as_asked_and_indexed(tmp_path: Path) -> None:

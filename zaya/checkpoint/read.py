@@ -11,7 +11,6 @@ import mmap
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -59,11 +58,9 @@ class Checkpoint:
             manifest = load(path)
         for file, entry in manifest.files.items():
             with disk_errors("read", path / file):
-                status = os.stat(path / file)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path / file} is not a file")
-            if status.st_size != entry.size:
-                raise CheckpointError(f"{path / file} has {status.st_size} bytes, its manifest says {entry.size}")
+                size = os.stat(path / file).st_size
+            if size != entry.size:
+                raise CheckpointError(f"{path / file} has {size} bytes, its manifest says {entry.size}")
         return cls(path, manifest)
 
     def names(self) -> list[str]:

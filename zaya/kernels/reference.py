@@ -138,87 +138,13 @@ def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tens
     k and v hold the whole sequence; q holds len(offsets) equal chunks of it, chunk c starting at index offsets[c] (one chunk at 0
     where nothing is cut). first_key (B, T) is the later of the document's start and the sliding window's edge. Returns (B, T, N, H).
     """
-    return _Attention.apply(q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets)
-
-
-QUERY_BLOCK = 128  # queries at a time: with 256 keys and 8 heads, scores are 1 MiB and stay in cache
-
-
-def _query_blocks(first_key_BT: Tensor, offsets: tuple[int, ...]) -> list[tuple[int, slice, slice, Tensor]]:
-    """(row, queries, keys, visible (queries, keys)): blocks of queries with the keys that any of them can see."""
-    B, T = first_key_BT.shape
+    T, S = q_BTNH.shape[1], k_BSGH.shape[1]
     chunk = T // len(offsets)
-    blocks = []
-    for row in range(B):
-        for c, offset in enumerate(offsets):
-            for start in range(0, chunk, QUERY_BLOCK):
-                size = min(QUERY_BLOCK, chunk - start)
-                first_T = first_key_BT[row, c * chunk + start : c * chunk + start + size]
-                keys = slice(int(first_T.min()), offset + start + size)
-                key_S = torch.arange(keys.start, keys.stop, device=first_key_BT.device)
-                index_T = torch.arange(offset + start, offset + start + size, device=first_key_BT.device)
-                visible = (key_S >= first_T[:, None]) & (key_S <= index_T[:, None])
-                blocks.append((row, slice(c * chunk + start, c * chunk + start + size), keys, visible))
-    return blocks
-
-
-class _Attention(torch.autograd.Function):
-    """Softmax in blocks of queries; backward computes the probabilities again from the saved log-sum-exp.
-
-    Backward: dV = P^T dO;  dP = dO V^T;  dS = P * (dP - rowsum(dO * O));  dQ = dS K / sqrt(H);  dK = dS^T Q / sqrt(H).
-    The heads of a group lie below one another, (G, N / G * queries, H), so that each group is one matrix product.
-    """
-
-    @staticmethod
-    def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):
-        out_BTNH = torch.empty_like(q_BTNH)
-        ctx.blocks, ctx.lse = _query_blocks(first_key_BT, offsets), []
-        for row, queries, keys, visible in ctx.blocks:
-            q, k, v = _grouped(q_BTNH[row, queries], k_BSGH.shape[2]), _heads(k_BSGH[row, keys]), _heads(v_BSGH[row, keys])
-            scores = _scores(q, k, visible)
-            lse = scores.logsumexp(-1, keepdim=True)
-            out = (scores - lse).exp_() @ v
-            out_BTNH[row, queries] = _ungrouped(out, q_BTNH.shape[2])
-            ctx.lse.append(lse)
-        ctx.save_for_backward(q_BTNH, k_BSGH, v_BSGH, out_BTNH)
-        return out_BTNH
-
-    @staticmethod
-    def backward(ctx, dout_BTNH):
-        q_BTNH, k_BSGH, v_BSGH, out_BTNH = ctx.saved_tensors
-        G, N, scale = k_BSGH.shape[2], q_BTNH.shape[2], q_BTNH.shape[-1] ** -0.5
-        dq_BTNH = torch.empty_like(q_BTNH)
-        dk_BSGH, dv_BSGH = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (k_BSGH, v_BSGH))
-        for (row, queries, keys, visible), lse in zip(ctx.blocks, ctx.lse):
-            q, out, dout = (_grouped(x[row, queries], G) for x in (q_BTNH, out_BTNH, dout_BTNH))
-            k, v = _heads(k_BSGH[row, keys]), _heads(v_BSGH[row, keys])
-            probs = _scores(q, k, visible).sub_(lse).exp_()
-            dv_BSGH[row, keys] += (probs.mT @ dout).transpose(0, 1)
-            dscores = (dout @ v.mT).sub_((dout * out).sum(-1, keepdim=True)).mul_(probs).mul_(scale)
-            dq_BTNH[row, queries] = _ungrouped(dscores @ k, N)
-            dk_BSGH[row, keys] += (dscores.mT @ q).transpose(0, 1)
-        return dq_BTNH, dk_BSGH.to(k_BSGH.dtype), dv_BSGH.to(v_BSGH.dtype), None, None
-
-
-def _heads(x_SGH: Tensor) -> Tensor:
-    return x_SGH.transpose(0, 1).to(wide(x_SGH.dtype))
-
-
-def _grouped(x_TNH: Tensor, groups: int) -> Tensor:
-    """(T, N, H) -> (G, N / G * T, H), wide."""
-    return x_TNH.transpose(0, 1).reshape(groups, -1, x_TNH.shape[-1]).to(wide(x_TNH.dtype))
-
-
-def _ungrouped(x_GMH: Tensor, heads: int) -> Tensor:
-    return x_GMH.view(heads, -1, x_GMH.shape[-1]).transpose(0, 1)
-
-
-def _scores(q_GMH: Tensor, k_GSH: Tensor, visible_TS: Tensor) -> Tensor:
-    """Scaled scores (G, N / G * T, S), -inf where a key is not visible."""
-    scores = (q_GMH @ k_GSH.mT).mul_(q_GMH.shape[-1] ** -0.5)
-    G, M, S = scores.shape
-    scores.view(G, -1, *visible_TS.shape).masked_fill_(~visible_TS, -math.inf)
-    return scores
+    index_T = torch.cat([torch.arange(offset, offset + chunk, device=q_BTNH.device) for offset in offsets])
+    key_S = torch.arange(S, device=q_BTNH.device)
+    visible_BTS = (key_S >= first_key_BT[..., None]) & (key_S <= index_T[:, None])
+    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BTS[:, None], enable_gqa=True).transpose(1, 2)
 
 # ---------------------------------------------------------------------------------------------------------------- experts
 
@@ -355,17 +281,3 @@ def newton_schulz(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
-
-
-def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float, beta2: float, eps: float,
-           weight_decay: float, step: Tensor, commit: Tensor) -> None:
-    """AdamW in place (Loshchilov & Hutter 2019), everything 1-D of one length; nothing changes where commit (0-dim bool) is false.
-
-    step: 0-dim, counts this update. Gated by `where`, because 0 * NaN is NaN.
-    """
-    first = torch.lerp(exp_avg, grad, 1 - beta1)
-    second = torch.lerp(exp_avg_sq, grad * grad, 1 - beta2)
-    denominator = second.sqrt().div_((1 - beta2**step).sqrt()).add_(eps)
-    updated = torch.addcdiv(param * (1 - lr * weight_decay), first * (-lr / (1 - beta1**step)), denominator)
-    for target, value in ((param, updated), (exp_avg, first), (exp_avg_sq, second)):
-        target.copy_(torch.where(commit, value, target))
