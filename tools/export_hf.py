@@ -121,7 +121,8 @@ def write_shard(path: Path, shard: list[Item], checkpoint: Checkpoint, bar: tqdm
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for item in shard:
-            for tensor in item.link.to_theirs([checkpoint.read(stored_name(checkpoint, named.name, item.dtype)) for named in item.link.ours]):
+            ours = [checkpoint.read(stored_name(checkpoint, named.name, item.dtype)) for named in item.link.ours]
+            for tensor in item.link.to_theirs(ours):
                 file.write(tensor.to(item.dtype).view(torch.uint8).reshape(-1).numpy().data)
             bar.update(item.num_bytes)
         file.flush()

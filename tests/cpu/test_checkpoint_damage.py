@@ -254,7 +254,7 @@ def test_a_thousand_flat_slices_are_checked_quickly() -> None:
             begin += step
     started = time.perf_counter()
     assert len(with_boxes((rows, columns), spans).tensors["t"].boxes) > 2 * ranks
-    assert time.perf_counter() - started < 5  # measured 0.05 s; comparing all pairs takes 10 s
+    assert time.perf_counter() - started < 5  # the boxes alone: 0.01 s cut apart, 7 s in pairs
     spans[700] = ([0, 0], spans[700][1])
     with pytest.raises(CheckpointError, match="tile"):
         with_boxes((rows, columns), spans)

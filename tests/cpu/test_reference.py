@@ -16,8 +16,8 @@ TIGHT = 1e-10  # RMS(difference) / RMS(expected) in fp64
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    """RMS(got - expected) / RMS(expected); absolute below 1e-6, where a gradient is zero but for rounding."""
-    return ((got - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt().clamp_min(1e-6)).item()
+    """RMS(got - expected) / RMS(expected); absolute below 1e-5, where a gradient is zero but for rounding."""
+    return ((got - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt().clamp_min(1e-5)).item()
 
 
 def compare(op: Callable[..., Tensor], literal: Callable[..., Tensor], inputs: list[Tensor]) -> None:
@@ -169,7 +169,7 @@ def test_cross_entropy_equals_torch(tokens: int, monkeypatch: pytest.MonkeyPatch
 def test_cross_entropy_partials_of_two_shards_combine_to_the_whole() -> None:
     torch.manual_seed(7)
     logits, labels = 5 * torch.randn(9, 10, dtype=torch.float64), torch.randint(0, 10, (9,))
-    parts = [reference.cross_entropy_partials(logits[:, s : s + 5].clone(), labels, s) for s in (0, 5)]
+    parts = [reference.cross_entropy_partials(logits[:, s : s + 5], labels, s) for s in (0, 5)]
     largest = torch.maximum(parts[0][0], parts[1][0])
     total = torch.stack([part[1] * (part[0] - largest).exp() for part in parts]).sum(0)
     losses = total.log() + largest - parts[0][2] - parts[1][2]
