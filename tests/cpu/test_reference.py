@@ -62,37 +62,90 @@ def test_one_convolution_of_width_three_equals_the_two(positions: Tensor) -> Non
     inputs = [torch.randn(s, dtype=torch.float64) for s in ((T, C), (C, 2), (C,), (C, H, 2), (C,))]
 
     def op(x: Tensor, w: Tensor, b: Tensor, W: Tensor, c: Tensor) -> Tensor:
-        halo = torch.full((1, 1, 2, C), math.nan, dtype=x.dtype).nan_to_num(0.0)
-        return reference.causal_convolutions(x[None], halo, positions[None], (w, b), (W, c), H)[0]
+        kernel, constant = reference.fold_convolutions((w, b), (W, c), H)
+        taps = []
+        for by in range(3):
+            tap = x.roll(by, 0) * (positions >= by)[:, None]
+            taps.append(tap.unflatten(-1, (heads, H)))
+        return torch.einsum("tnk,nkh->tnh", torch.cat(taps, -1), kernel) + constant
 
     compare(op, lambda x, w, b, W, c: literal_convolutions(x, positions, w, b, W, c, H), inputs)
 
 
-def test_convolutions_on_two_chunks_with_halos_equal_the_whole_row() -> None:
-    torch.manual_seed(2)
-    H, C, T = 4, 8, 12
-    positions = documents(5, 7)
-    x, w, b, W, c = (torch.randn(s, dtype=torch.float64) for s in ((1, T, C), (C, 2), (C,), (C, H, 2), (C,)))
-    whole = reference.causal_convolutions(x, x.new_zeros(1, 1, 2, C), positions[None], (w, b), (W, c), H)
-    halo = torch.stack([x.new_zeros(2, C), x[0, 4:6]])[None]
-    chunked = reference.causal_convolutions(x, halo, positions[None], (w, b), (W, c), H)
-    assert relative(chunked, whole) < TIGHT
-    without = reference.causal_convolutions(x, torch.zeros_like(halo), positions[None], (w, b), (W, c), H)
-    assert relative(without, whole) > 1e-2, "the halo matters inside a document"
+def literal_cca(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, w_q: list[Tensor], w_k: list[Tensor], temperature: Tensor, positions: Tensor,
+                base: float, delayed: tuple[int, int]) -> Tensor:
+    """One row, from the formulas of the paper and the released code; q, k and v of the heads side by side."""
+    G, H = mean.shape[1:]
+    groups = q.shape[-1] // H // G
+    q_heads, k_heads = q.unflatten(-1, (-1, H)), k.unflatten(-1, (-1, H))
+    q_new = literal_convolutions(q, positions, *w_q, H) + (q_heads + k_heads.repeat_interleave(groups, 1)) / 2
+    k_new = literal_convolutions(k, positions, *w_k, H) + (mean + k_heads) / 2
+    q_new, k_new = (x / x.norm(dim=-1, keepdim=True) * math.sqrt(H) for x in (q_new, k_new))
+    k_new = k_new * temperature[:, None]
+    frequencies = base ** (-torch.arange(0, H // 2, 2, dtype=torch.float64) / (H // 2))
+    turn = torch.polar(torch.ones(len(positions), H // 4, dtype=torch.float64), positions[:, None] * frequencies)
+    rotated = []
+    for x in (q_new, k_new):
+        pair = torch.complex(x[..., : H // 4], x[..., H // 4 : H // 2]) * turn[:, None]
+        rotated.append(torch.cat([pair.real, pair.imag, x[..., H // 2 :]], -1).flatten(1))
+    start, end = delayed
+    before = torch.stack([v[t - 1, start:end] if p else torch.zeros_like(v[t, start:end]) for t, p in enumerate(positions.tolist())])
+    return torch.cat([*rotated, v[:, :start], before, v[:, end:]], -1)
 
 
 @pytest.mark.parametrize("positions", PACKINGS)
-def test_delayed_values_come_from_the_previous_token_of_the_document(positions: Tensor) -> None:
-    v = torch.randn(1, len(positions), 6, dtype=torch.float64)
-    got = reference.shifted(v, v.new_zeros(1, 1, 1, 6), positions[None] >= 1, 1)[0]
-    for t, position in enumerate(positions.tolist()):
-        assert torch.equal(got[t], v[0, t - 1] if position else torch.zeros(6, dtype=torch.float64))
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_cca_equals_the_paper(positions: Tensor, chunks: int) -> None:
+    """Two rows, the second with other documents; cut in chunks, each gets its halo from the row itself, and gradients flow through it."""
+    torch.manual_seed(11)
+    H, G, N, base, delayed = 8, 2, 6, 100.0, (8, 16)
+    positions = torch.stack([positions, documents(3, 14)])[:, :16]
+    T = positions.shape[1]
+    shapes = [(2, T, N * H), (2, T, G * H), (2, T, G * H), (2, T, G, H)]
+    for heads in (N, G):
+        shapes += [(heads * H, 2), (heads * H,), (heads * H, H, 2), (heads * H,)]
+    inputs = [torch.randn(s, dtype=torch.float64) for s in (*shapes, (G,))]
+    rope = reference.rope_table(positions, H, base, torch.float64)
+
+    def halo(x: Tensor, n: int) -> Tensor:
+        padded = torch.cat([x.new_zeros(2, n, x.shape[-1]), x], 1)
+        return torch.stack([padded[:, start : start + n] for start in range(0, T, T // chunks)], 1)
+
+    def op(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, *weights: Tensor) -> Tensor:
+        halos = (halo(q, 2), halo(k, 2), halo(v[..., slice(*delayed)], 1))
+        parts = reference.cca(q, k, v, mean, weights[0:4], weights[4:8], weights[8], positions, rope, halos, delayed)  # type: ignore[arg-type]
+        return torch.cat([part.flatten(2) for part in parts], -1)
+
+    def literal(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, *weights: Tensor) -> Tensor:
+        rows = [literal_cca(q[r], k[r], v[r], mean[r], list(weights[0:4]), list(weights[4:8]), weights[8], positions[r], base, delayed)
+                for r in range(2)]
+        return torch.stack(rows)
+
+    compare(op, literal, inputs)
+
+
+def test_a_vanishing_head_is_divided_by_eps_and_not_by_zero() -> None:
+    """u = 0 but for one tiny token: 1 / |u| is clamped, and so is its gradient."""
+    zeros = torch.zeros(1, 3, 8, dtype=torch.float64)
+    mean = torch.zeros(1, 3, 1, 8, dtype=torch.float64)
+    mean[0, 1] = 1e-20
+    mean.requires_grad_()
+    weights = [torch.zeros(s, dtype=torch.float64) for s in ((8, 2), (8,), (8, 8, 2), (8,))]
+    positions = torch.arange(3)[None]
+    _, k, _ = reference.cca(zeros, zeros, zeros, mean, tuple(weights), tuple(weights), torch.ones(1, dtype=torch.float64),  # type: ignore[arg-type]
+                            positions, reference.rope_table(positions, 8, 10.0, torch.float64), (zeros[:, None, :2], zeros[:, None, :2],
+                                                                                             zeros[:, None, :1, 4:]), (4, 8))
+    k[..., 4:].sum().backward()
+    eps = torch.finfo(torch.float64).eps
+    assert mean.grad is not None and torch.allclose(mean.grad[..., 4:], torch.full((4,), 0.5 * math.sqrt(8) / eps, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("positions", PACKINGS)
 @pytest.mark.parametrize("window", [1, 4, 100])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
-def test_attention_equals_a_masked_softmax(positions: Tensor, window: int, heads: int, groups: int) -> None:
+def test_attention_equals_a_masked_softmax(positions: Tensor, window: int, heads: int, groups: int,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "QUERY_BLOCK", 5)  # several ragged blocks in 17 tokens
     torch.manual_seed(3)
     T, H = len(positions), 4
     index = torch.arange(T)
@@ -145,7 +198,7 @@ def test_sort_then_combine_is_the_identity_times_the_gate() -> None:
     order = reference.sort_by_expert(choice)
     assert choice[order].tolist() == [0, 0, 1, 2, 2, 3] and order.tolist() == [1, 3, 5, 0, 4, 2]
     x, gate = torch.randn(6, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
-    assert torch.equal(reference.combine(x[order], gate, order), x * gate[:, None])
+    assert torch.equal(reference.combine(reference.gather(x, order), gate, order), x * gate[:, None])
 
 
 def test_route_takes_the_biased_choice_and_the_raw_gate() -> None:

@@ -1,6 +1,7 @@
-"""The specification of every op, in plain torch: what a kernel must compute, and what the CPU trains with.
+"""The specification of every op, in plain torch: what a kernel must compute, forward and backward, and what the CPU trains with.
 
-Everything elementwise is computed in fp32 (fp64 stays fp64) and cast once at the end. Knows no module, recipe or rank.
+Everything elementwise is computed in fp32 (fp64 stays fp64) and cast once at the end. Where an op has a backward of its own, it is the one
+a kernel implements: it says what is saved and what is computed again. Knows no module, recipe or rank.
 
 Letters: B batch rows, T tokens, S keys of the whole sequence, D hidden, H head dim, N query heads, G KV heads (a group = N / G query
 heads), C channels or router classes, E experts, F expert width, R rows routed, V vocabulary, K chunks of the sequence on this device.
@@ -8,7 +9,9 @@ heads), C channels or router classes, E experts, F expert width, R rows routed, 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +43,36 @@ def residual_norm(stream: Tensor, branch: Tensor, scales: tuple[Tensor, Tensor, 
     stream is fp32 (fp64), branch in compute dtype; scales = (branch_scale, branch_bias, stream_scale, stream_bias), each (D,).
     Returns the new stream and x in norm_weight's dtype.
     """
-    a_h, b_h, a_x, b_x = (s.to(stream.dtype) for s in scales)
-    # (h + b_h) a_h + (x + b_x) a_x with one constant: two passes less over the stream.
-    stream = torch.addcmul(torch.addcmul(a_h * b_h + a_x * b_x, branch.to(stream.dtype), a_h), stream, a_x)
-    return stream, rms_norm(stream, norm_weight, eps)
+    return _ResidualNorm.apply(stream, branch, *scales, norm_weight, eps)
 
+
+class _ResidualNorm(torch.autograd.Function):
+    """With t the new stream, r = 1 / rms(t), x = t r w:  dt = dstream + r (w dx) - t r^2 mean(t r w dx);  dw = sum t r dx."""
+
+    @staticmethod
+    def forward(ctx, stream, branch, a_h, b_h, a_x, b_x, weight, eps):  # type: ignore[no-untyped-def]
+        D, dtype = stream.shape[-1], stream.dtype
+        a_h, b_h, a_x, b_x, w = (p.to(dtype) for p in (a_h, b_h, a_x, b_x, weight))
+        new = torch.addcmul(a_h * b_h + a_x * b_x, branch.to(dtype), a_h).addcmul_(stream, a_x)
+        inverse_rms = (torch.linalg.vector_norm(new, dim=-1, keepdim=True).square() / D + eps).rsqrt()
+        ctx.save_for_backward(stream, branch, new, inverse_rms, a_h, b_h, a_x, b_x, w)
+        ctx.param_dtype = weight.dtype
+        return new, (new * inverse_rms).mul_(w).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, dstream, dx):  # type: ignore[no-untyped-def]
+        stream, branch, new, r, a_h, b_h, a_x, b_x, w = ctx.saved_tensors
+        D, dx = new.shape[-1], dx.to(new.dtype)
+        product = dx * new
+        dw = r.flatten() @ product.view(-1, D)
+        mean = (product @ w)[..., None].mul_(r) / D
+        dt = torch.addcmul(dstream, new, -mean * r * r).addcmul_(dx * r, w)
+        rows = dt.view(-1, D)
+        total = rows.sum(0)
+        da_h = b_h * total + torch.mul(rows, branch.view(-1, D), out=product.view(-1, D)).sum(0)
+        da_x = b_x * total + torch.mul(rows, stream.view(-1, D), out=product.view(-1, D)).sum(0)
+        vectors = (da_h, a_h * total, da_x, a_x * total, dw)
+        return dt * a_x, (dt * a_h).to(branch.dtype), *(v.to(ctx.param_dtype) for v in vectors), None
 
 # ---------------------------------------------------------------------------------------------------------------- attention
 
@@ -59,47 +87,120 @@ def rope_table(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dt
 
 
 def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE on the first half of each head."""
+    """Rotate-half RoPE on the first half of each head; the transpose is rotate(x, cos, -sin)."""
     quarter = x_BTNH.shape[-1] // 4
-    a, b, rest = x_BTNH.split((quarter, quarter, 2 * quarter), dim=-1)
+    a, b = x_BTNH[..., :quarter], x_BTNH[..., quarter : 2 * quarter]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    out = x_BTNH.clone()
+    torch.sub(a * cos, b * sin, out=out[..., :quarter])
+    torch.add(b * cos, a * sin, out=out[..., quarter : 2 * quarter])
+    return out
 
 
-def shifted(x_BTC: Tensor, halo_BKnC: Tensor, keep_BT: Tensor, by: int) -> Tensor:
-    """Token t - by at t, where keep says that it belongs to the same document, else 0. K chunks lie one after the other in T, and
-    halo holds the last n >= by tokens before each of them."""
-    B, T, C = x_BTC.shape
-    K, n = halo_BKnC.shape[1:3]
-    chunks = torch.cat((halo_BKnC[:, :, n - by:], x_BTC.view(B, K, T // K, C)[:, :, :-by]), dim=2)
-    return chunks.view(B, T, C) * keep_BT[..., None].to(x_BTC.dtype)
-
-
-def causal_convolutions(x_BTC: Tensor, halo_BK2C: Tensor, positions_BT: Tensor, depthwise: tuple[Tensor, Tensor],
-                        grouped: tuple[Tensor, Tensor], head_dim: int) -> Tensor:
-    """A depthwise, then a per-head causal convolution, both of width 2, restarting at every document (arXiv 2510.04476).
+def fold_convolutions(depthwise: tuple[Tensor, Tensor], grouped: tuple[Tensor, Tensor], head_dim: int) -> tuple[Tensor, Tensor]:
+    """A depthwise, then a per-head causal convolution, both of width 2 (arXiv 2510.04476), as one of width 3.
 
         y_t = w1 x_t + w0 x_(t-1) + b          (w: (C, 2), tap 0 = the previous token; b: (C,))
         z_t = W1 y_t + W0 y_(t-1) + c          (W: (C, H, 2), mixing the H channels of a head; c: (C,))
 
-    with x = 0 before the document, hence y = b there. No activation stands between them, so both are one convolution of width 3:
-    z_t = W1 w1 x_t + (W1 w0 + W0 w1) x_(t-1) + W0 w0 x_(t-2) + (W0 + W1) b + c.   Returns (B, T, C / H, H).
+    with x = 0 before the document, hence y = b there. No activation stands between them, so
+    z_t = W1 w1 x_t + (W1 w0 + W0 w1) x_(t-1) + W0 w0 x_(t-2) + (W0 + W1) b + c. Returns the kernel (C / H, 3 H in, H out) and the
+    constant (C / H, H).
     """
-    B, T, C = x_BTC.shape
-    heads = C // head_dim
+    heads = depthwise[1].numel() // head_dim
     w0, w1 = (w.view(heads, 1, head_dim) for w in depthwise[0].unbind(-1))
     W0, W1 = (w.reshape(heads, head_dim, head_dim) for w in grouped[0].unbind(-1))
-    kernel = torch.cat((W1 * w1, W1 * w0 + W0 * w1, W0 * w0), dim=-1)  # (heads, H out, 3 H in)
+    kernel = torch.cat((W1 * w1, W1 * w0 + W0 * w1, W0 * w0), dim=-1).mT
     constant = ((W0 + W1) * depthwise[1].view(heads, 1, head_dim)).sum(-1) + grouped[1].view(heads, head_dim)
-    taps = [x_BTC, *(shifted(x_BTC, halo_BK2C, positions_BT >= by, by) for by in (1, 2))]
-    taps_MNK = torch.cat([tap.reshape(B * T, heads, head_dim) for tap in taps], dim=-1)
-    z_NMH = torch.bmm(taps_MNK.transpose(0, 1), kernel.transpose(1, 2))
-    return (z_NMH.transpose(0, 1) + constant).view(B, T, heads, head_dim)
+    return kernel, constant
 
 
-def l2_normalize(x: Tensor, eps: float) -> Tensor:
-    """Each head to length sqrt(H)."""
-    return x * (math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps))
+def shift(x_BTC: Tensor, halo_BKnC: Tensor, keep_BT1: Tensor, by: int, out_BTC: Tensor) -> None:
+    """out: token t - by at t, where keep says that it belongs to the same document, else 0. K chunks lie one after the other in T, and
+    halo holds the last n >= by tokens before each of them."""
+    K, n = halo_BKnC.shape[1:3]
+    x, keep, out = (tensor.unflatten(1, (K, -1)) for tensor in (x_BTC, keep_BT1, out_BTC))
+    near = min(by, x.shape[2])
+    torch.mul(halo_BKnC[:, :, n - by : n - by + near], keep[:, :, :near], out=out[:, :, :near])
+    torch.mul(x[:, :, :-by], keep[:, :, by:], out=out[:, :, by:])
+
+
+def unshift_(dout_BTC: Tensor, keep_BT1: Tensor, by: int, dx_BTC: Tensor, dhalo_BKnC: Tensor) -> None:
+    """The transpose of `shift`, added to dx and dhalo."""
+    K, n = dhalo_BKnC.shape[1:3]
+    dx, keep, dout = (tensor.unflatten(1, (K, -1)) for tensor in (dx_BTC, keep_BT1, dout_BTC))
+    near = min(by, dx.shape[2])
+    dhalo_BKnC[:, :, n - by : n - by + near].addcmul_(dout[:, :, :near], keep[:, :, :near])
+    dx[:, :, :-by].addcmul_(dout[:, :, by:], keep[:, :, by:])
+
+
+class _Shift(torch.autograd.Function):
+    """`shift` by one token, for the delayed values."""
+
+    @staticmethod
+    def forward(ctx, x, halo, keep):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(halo, keep)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        shift(x, halo, keep, 1, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        halo, keep = ctx.saved_tensors
+        dx, dhalo = torch.zeros_like(dout), torch.zeros_like(halo)
+        unshift_(dout, keep, 1, dx, dhalo)
+        return dx, dhalo, None
+
+
+class _MixNormRotate(torch.autograd.Function):
+    """out = rotate(temperature * sqrt(H) * u / |u|) with u = conv(x) + mean, heads of H channels.
+
+    Saves the normed u and 1 / |u|; backward builds the taps of the convolution again. |u| is clamped from below at eps.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BTC, mean_BTNH, kernel, constant, temperature_N, halo, keeps, rope, eps):  # type: ignore[no-untyped-def]
+        H = kernel.shape[-1]
+        taps = _taps(x_BTC, halo, keeps, H)
+        z = torch.baddbmm(constant[:, None], taps.transpose(0, 1), kernel)  # (N, B T, H)
+        u = mean_BTNH + z.transpose(0, 1).view(mean_BTNH.shape)
+        norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+        inverse = math.sqrt(H) / norm.clamp_min(eps)
+        unit = u.mul_(inverse)
+        ctx.save_for_backward(x_BTC, unit, inverse, norm < eps, kernel, temperature_N, halo, *keeps, *rope)
+        return rotate(unit * temperature_N[:, None], *rope)
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        x, unit, inverse, clamped, kernel, temperature, halo, *keeps, cos, sin = ctx.saved_tensors
+        B, T, N, H = unit.shape
+        dout = rotate(dout, cos, -sin)
+        along = torch.linalg.vecdot(dout, unit)[..., None]
+        dtemperature = along.sum((0, 1, 3))
+        radial = (along * temperature[:, None] / H).masked_fill_(clamped, 0.0)
+        du = torch.addcmul(-radial * unit, dout, temperature[:, None]).mul_(inverse)
+        dz = du.view(B * T, N, H).transpose(0, 1)
+        taps = _taps(x, halo, keeps, H)
+        dkernel = torch.bmm(taps.permute(1, 2, 0), dz)
+        dtaps = torch.empty_like(taps)
+        torch.bmm(dz, kernel.mT, out=dtaps.transpose(0, 1))
+        dtaps = dtaps.view(B, T, N, 3, H)
+        dx, dhalo = dtaps[..., 0, :].clone(memory_format=torch.contiguous_format), torch.zeros_like(halo).unflatten(-1, (N, H))
+        for by, keep in enumerate(keeps, start=1):
+            unshift_(dtaps[..., by, :], keep[..., None], by, dx, dhalo)
+        return dx.view(x.shape), du, dkernel, dz.sum(1), dtemperature, dhalo.view(halo.shape), None, None, None
+
+
+def _taps(x_BTC: Tensor, halo_BK2C: Tensor, keeps: Sequence[Tensor], H: int) -> Tensor:
+    """Tokens t, t - 1, t - 2 beside each other, per head: (B T, N, 3 H)."""
+    B, T, C = x_BTC.shape
+    heads = C // H
+    taps = x_BTC.new_empty(B, T, heads, 3, H)
+    x, halo = x_BTC.view(B, T, heads, H), halo_BK2C.unflatten(-1, (heads, H))
+    taps[..., 0, :] = x
+    for by, keep in enumerate(keeps, start=1):
+        shift(x, halo, keep[..., None], by, taps[..., by, :])
+    return taps.view(B * T, heads, 3 * H)
 
 
 def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -116,20 +217,22 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor, q_conv
     G, H = q_mean_BTGH.shape[2:]
     eps, dtype = torch.finfo(q_BTC.dtype).eps, q_BTC.dtype
     high = wide(dtype)
-    q, k, mean, v = q_BTC.to(high), k_BTC.to(high), q_mean_BTGH.to(high), v_BTC.view(B, T, -1)
-    q_conv, k_conv = ([w.to(high) for w in convs] for convs in (q_convs, k_convs))
-    q_z = causal_convolutions(q, halos[0].to(high), positions_BT, (q_conv[0], q_conv[1]), (q_conv[2], q_conv[3]), H)
-    k_z = causal_convolutions(k, halos[1].to(high), positions_BT, (k_conv[0], k_conv[1]), (k_conv[2], k_conv[3]), H)
+    q, k, mean = q_BTC.to(high), k_BTC.to(high), q_mean_BTGH.to(high)
+    keeps = [(positions_BT >= by).to(high)[..., None] for by in (1, 2)]
     k_heads = k.view(B, T, G, H)
-    q_heads = q.view(B, T, G, -1, H)
-    q = q_z + ((q_heads + k_heads[:, :, :, None]) * 0.5).view(q_z.shape)
-    k = k_z + (mean + k_heads) * 0.5
-    q = rotate(l2_normalize(q, eps), *rope)
-    k = rotate(l2_normalize(k, eps) * temperature_G.to(high)[:, None], *rope)
+    q_mean = (q.view(B, T, G, -1, H) + k_heads[:, :, :, None]).flatten(2, 3) * 0.5
+    k_mean = (mean + k_heads) * 0.5
+    q_kernel, k_kernel = (fold_convolutions((w.to(high), b.to(high)), (W.to(high), c.to(high)), H) for w, b, W, c in (q_convs, k_convs))
+    ones = q.new_ones(q_mean.shape[2])
+    q = _MixNormRotate.apply(q, q_mean, *q_kernel, ones, halos[0].to(high), keeps, rope, eps)
+    k = _MixNormRotate.apply(k, k_mean, *k_kernel, temperature_G.to(high), halos[1].to(high), keeps, rope, eps)
     start, end = delayed_rows
-    delayed = shifted(v[..., start:end], halos[2], positions_BT >= 1, 1)
-    v = torch.cat((v[..., :start], delayed, v[..., end:]), dim=-1)
+    delayed = _Shift.apply(v_BTC[..., start:end], halos[2], keeps[0].to(dtype))
+    v = torch.cat((v_BTC[..., :start], delayed, v_BTC[..., end:]), dim=-1)
     return q.to(dtype), k.to(dtype), v.view(B, T, G, H)
+
+
+QUERY_BLOCK = 64  # queries at a time: 4 rows, 8 heads and 256 keys make 2 MiB of scores
 
 
 def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:
@@ -138,13 +241,76 @@ def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tens
     k and v hold the whole sequence; q holds len(offsets) equal chunks of it, chunk c starting at index offsets[c] (one chunk at 0
     where nothing is cut). first_key (B, T) is the later of the document's start and the sliding window's edge. Returns (B, T, N, H).
     """
-    T, S = q_BTNH.shape[1], k_BSGH.shape[1]
-    chunk = T // len(offsets)
-    index_T = torch.cat([torch.arange(offset, offset + chunk, device=q_BTNH.device) for offset in offsets])
-    key_S = torch.arange(S, device=q_BTNH.device)
-    visible_BTS = (key_S >= first_key_BT[..., None]) & (key_S <= index_T[:, None])
-    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BTS[:, None], enable_gqa=True).transpose(1, 2)
+    return _Attention.apply(q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets)
+
+
+class _Attention(torch.autograd.Function):
+    """Softmax over blocks of queries and the keys that any of them sees; saves the output, computes the probabilities again.
+
+    dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = dS K / sqrt(H);  dK = dS^T Q / sqrt(H). The heads of a group lie below
+    one another, (B G, N / G * queries, H), so that each group is one matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):  # type: ignore[no-untyped-def]
+        G, out_BTNH = k_BSGH.shape[2], torch.empty_like(q_BTNH)
+        k, v = _below(k_BSGH, G), _below(v_BSGH, G)
+        ctx.blocks = list(_query_blocks(first_key_BT, offsets, k.dtype))
+        for queries, keys, mask in ctx.blocks:
+            probs = _probabilities(_below(q_BTNH[:, queries], G), k[:, keys], mask)
+            out_BTNH[:, queries] = _beside(probs @ v[:, keys], q_BTNH[:, queries].shape)
+        ctx.save_for_backward(q_BTNH, k_BSGH, v_BSGH, out_BTNH)
+        return out_BTNH
+
+    @staticmethod
+    def backward(ctx, dout_BTNH):  # type: ignore[no-untyped-def]
+        q_BTNH, k_BSGH, v_BSGH, out_BTNH = ctx.saved_tensors
+        G, scale = k_BSGH.shape[2], q_BTNH.shape[-1] ** -0.5
+        k, v = _below(k_BSGH, G), _below(v_BSGH, G)
+        dq_BTNH, dk, dv = torch.empty_like(q_BTNH), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, mask in ctx.blocks:
+            q, out, dout = (_below(x[:, queries], G) for x in (q_BTNH, out_BTNH, dout_BTNH))
+            probs = _probabilities(q, k[:, keys], mask)
+            dv[:, keys] += probs.mT @ dout
+            dscores = (dout @ v[:, keys].mT).sub_(torch.linalg.vecdot(dout, out)[..., None]).mul_(probs)
+            dq_BTNH[:, queries] = _beside((dscores @ k[:, keys]).mul_(scale), q_BTNH[:, queries].shape)
+            dk[:, keys] += dscores.mT @ q.mul_(scale)
+        return dq_BTNH, _beside(dk, k_BSGH.shape).to(k_BSGH.dtype), _beside(dv, v_BSGH.shape).to(v_BSGH.dtype), None, None
+
+
+def _query_blocks(first_key_BT: Tensor, offsets: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries, the keys that any of them sees, and the mask (B, queries, keys): 0 where a query sees a key, else -inf."""
+    chunk = first_key_BT.shape[1] // len(offsets)
+    for c, offset in enumerate(offsets):
+        for start in range(0, chunk, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, chunk)
+            queries = slice(c * chunk + start, c * chunk + stop)
+            first_BT = first_key_BT[:, queries]
+            keys = slice(int(first_BT.min()), offset + stop)
+            key_S = torch.arange(keys.start, keys.stop, device=first_BT.device)
+            index_T = torch.arange(offset + start, offset + stop, device=first_BT.device)
+            hidden_BTS = (key_S < first_BT[..., None]) | (key_S > index_T[:, None])
+            yield queries, keys, torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, -math.inf)
+
+
+def _probabilities(q: Tensor, k: Tensor, mask_BTS: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(H) + mask): (B G, N / G * T, S) from (B G, N / G * T, H) and (B G, S, H)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    B, T, S = mask_BTS.shape
+    scores.view(B, -1, T, S).add_(mask_BTS[:, None])
+    return scores.softmax(-1)
+
+
+def _below(x_BTNH: Tensor, groups: int) -> Tensor:
+    """(B, T, N, H) -> (B G, N / G * T, H), wide and newly laid out."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.transpose(1, 2).to(wide(x_BTNH.dtype), memory_format=torch.contiguous_format, copy=True).view(B * groups, -1, H)
+
+
+def _beside(x: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_below`: (B G, N / G * T, H) -> (B, T, N, H)."""
+    B, T, N, H = shape
+    return x.view(B, N, T, H).transpose(1, 2)
 
 # ---------------------------------------------------------------------------------------------------------------- experts
 
@@ -166,64 +332,90 @@ def sort_by_expert(choice_T: Tensor) -> Tensor:
     return choice_T.argsort(stable=True)
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """y[rows of e] = x[rows of e] @ weight[e].T, with one weight-gradient buffer for all experts."""
-
-    @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_EFD: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x_RD, weight_EFD)
-        ctx.sizes = sizes
-        y_RF = x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1])
-        for expert, (start, end) in enumerate(_spans(sizes)):
-            torch.mm(x_RD[start:end], weight_EFD[expert].t(), out=y_RF[start:end])
-        y_RF[sum(sizes):] = 0
-        return y_RF
-
-    @staticmethod
-    def backward(ctx, dy_RF: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_RD, weight_EFD = ctx.saved_tensors
-        dy_RF = dy_RF.contiguous()
-        dx_RD, dweight_EFD = torch.empty_like(x_RD), torch.empty_like(weight_EFD)
-        for expert, (start, end) in enumerate(_spans(ctx.sizes)):
-            torch.mm(dy_RF[start:end], weight_EFD[expert], out=dx_RD[start:end])
-            torch.mm(dy_RF[start:end].t(), x_RD[start:end], out=dweight_EFD[expert])
-        dx_RD[sum(ctx.sizes):] = 0
-        return dx_RD, dweight_EFD, None
-
-
-def _spans(sizes: list[int]) -> list[tuple[int, int]]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return list(zip([0, *ends[:-1]], ends))
-
-
 def experts(x_RD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     """SwiGLU experts over rows sorted by expert: down(silu(gate) * up), gate_up = [gate | up] (E, 2F, D), down (E, D, F).
 
     sizes (E,) int64: rows of each expert, in order; rows beyond their sum (skipped tokens) come out as zero.
     """
-    sizes = sizes_E.tolist()
-    gate, up = _GroupedLinear.apply(x_RD, gate_up_EFD, sizes).chunk(2, dim=-1)
-    return _GroupedLinear.apply(F.silu(gate) * up, down_EDF, sizes)
+    return _Experts.apply(x_RD, sizes_E.tolist(), gate_up_EFD, down_EDF)
+
+
+class _Experts(torch.autograd.Function):
+    """One expert after the other, so that its rows stay in cache between its products. Saves the rows and gate | up, not the activation."""
+
+    @staticmethod
+    def forward(ctx, x_RD, sizes, gate_up_EFD, down_EDF):  # type: ignore[no-untyped-def]
+        gate_up_RF = x_RD.new_empty(x_RD.shape[0], gate_up_EFD.shape[1])
+        y_RD = torch.empty_like(x_RD)
+        for expert, (start, end) in enumerate(_spans(sizes)):
+            gate, up = torch.mm(x_RD[start:end], gate_up_EFD[expert].t(), out=gate_up_RF[start:end]).chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up), down_EDF[expert].t(), out=y_RD[start:end])
+        y_RD[sum(sizes):] = 0
+        ctx.save_for_backward(x_RD, gate_up_RF, gate_up_EFD, down_EDF)
+        ctx.sizes = sizes
+        return y_RD
+
+    @staticmethod
+    def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
+        x_RD, gate_up_RF, gate_up_EFD, down_EDF = ctx.saved_tensors
+        dx_RD, dgate_up_EFD, ddown_EDF = torch.empty_like(x_RD), torch.empty_like(gate_up_EFD), torch.empty_like(down_EDF)
+        for expert, (start, end) in enumerate(_spans(ctx.sizes)):
+            gate, up = gate_up_RF[start:end].chunk(2, dim=-1)
+            x, dy, activated = x_RD[start:end], dy_RD[start:end], F.silu(gate)
+            torch.mm(dy.t(), activated * up, out=ddown_EDF[expert])
+            dhidden = dy @ down_EDF[expert]
+            dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
+            dgate_up = torch.cat((dgate, dhidden.mul_(activated)), dim=-1)
+            torch.mm(dgate_up, gate_up_EFD[expert], out=dx_RD[start:end])
+            torch.mm(dgate_up.t(), x, out=dgate_up_EFD[expert])
+        dx_RD[sum(ctx.sizes):] = 0
+        return dx_RD, None, dgate_up_EFD, ddown_EDF
+
+
+def _spans(sizes: list[int]) -> list[tuple[int, int]]:
+    ends = list(itertools.accumulate(sizes))
+    return list(zip([0, *ends], ends))
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; the gradient goes back by the inverse order, which a general index could not know."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return dy.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def inverse_order(order_R: Tensor) -> Tensor:
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+
+
+def gather(x_TD: Tensor, order_R: Tensor) -> Tensor:
+    """Token rows in the order of their experts."""
+    return _Permute.apply(x_TD, order_R, inverse_order(order_R))
 
 
 def combine(rows_RD: Tensor, gate_T: Tensor, order_R: Tensor) -> Tensor:
-    """Each token's expert output times its gate, back in token order: the inverse of sorting."""
-    inverse_T = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    return rows_RD.index_select(0, inverse_T) * gate_T[:, None].to(rows_RD.dtype)
-
+    """Each token's expert output times its gate, back in token order: the inverse of `gather`."""
+    return _Permute.apply(rows_RD, inverse_order(order_R), order_R) * gate_T[:, None].to(rows_RD.dtype)
 
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int = 0,
+                           probs_TV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one shard of the vocabulary, rows [vocab_start, vocab_start + V), contributes to a cross-entropy, each (T,) fp32 (fp64):
     the largest logit, the sum of exp(logit - largest), and the label's logit where the label lies in the shard, else 0.
-    Also softmax within the shard (T, V). The sum is read off it, 1 / its largest: torch's softmax has an exp several times faster than exp.
+    Also softmax within the shard (T, V), into `probs` where one is given. The sum is read off it, 1 / its largest: torch's softmax has an exp several times faster than exp.
     """
     local_T = labels_T - vocab_start
     inside_T = (local_T >= 0) & (local_T < logits_TV.shape[-1])
     target_T = logits_TV.gather(-1, local_T.clamp(0, logits_TV.shape[-1] - 1)[:, None])[:, 0]
-    probs_TV = logits_TV.softmax(-1)
+    probs_TV = torch.softmax(logits_TV, -1, out=probs_TV)
     return logits_TV.amax(-1), 1 / probs_TV.amax(-1), torch.where(inside_T, target_T, 0.0), probs_TV
 
 
@@ -232,7 +424,7 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Ten
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, torch.is_grad_enabled())
 
 
-LOSS_BLOCK = 1 << 19  # logits at a time: 2 MiB in fp32, so that they stay in cache from the product to its gradients
+LOSS_BLOCK = 1 << 21  # logits at a time: 8 MiB in fp32
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -243,15 +435,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
-        for h, labels, dh in zip(*(x.split(max(LOSS_BLOCK // V, 1)) for x in (hidden_TD, labels_T, dhidden_TD))):
-            largest, total, target, probs = cross_entropy_partials(F.linear(h, weight_VD).to(dtype), labels)
+        rows = max(LOSS_BLOCK // V, 1)
+        # Two buffers serve all blocks: fresh memory for each would cost the kernel a page fault per 4 KiB.
+        logits, probs = hidden_TD.new_empty(2, rows, V, dtype=dtype)
+        for h, labels, dh in zip(hidden_TD.split(rows), labels_T.split(rows), dhidden_TD.split(rows)):
+            block_logits = torch.mm(h.to(dtype), weight_VD.t().to(dtype), out=logits[: len(h)])
+            largest, total, target, dlogits = cross_entropy_partials(block_logits, labels, probs_TV=probs[: len(h)])
             labelled = labels != IGNORE
             loss += torch.where(labelled, total.log() + largest - target, 0.0).sum()
             if training:
-                probs.scatter_add_(-1, labels.clamp_min(0)[:, None], -torch.ones_like(total)[:, None])
-                dlogits = probs.mul_(labelled[:, None]).to(hidden_TD.dtype)
-                torch.mm(dlogits, weight_VD, out=dh)
-                torch.addmm(dweight_VD, dlogits.t().to(dtype), h.to(dtype), out=dweight_VD)
+                dlogits.scatter_add_(-1, labels.clamp_min(0)[:, None], -torch.ones_like(total)[:, None]).mul_(labelled[:, None])
+                torch.mm(dlogits.to(weight_VD.dtype), weight_VD, out=dh)
+                torch.addmm(dweight_VD, dlogits.t(), h.to(dtype), out=dweight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss

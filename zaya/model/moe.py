@@ -63,7 +63,7 @@ class LocalDispatcher:
     def sort(self, x_TD: Tensor, choice_T: Tensor, counts_C: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows in the order of their experts (R, D), rows of each expert (E,), and the order (R,) to undo it."""
         order_R = reference.sort_by_expert(choice_T)
-        return x_TD.index_select(0, order_R), counts_C[:num_experts], order_R
+        return reference.gather(x_TD, order_R), counts_C[:num_experts], order_R
 
     def experts(self, experts: Experts, rows_RD: Tensor, sizes_E: Tensor) -> Tensor:
         return experts(rows_RD, sizes_E)
