@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from zaya.config import Recipe, load_recipe
 from zaya.data.corpus import Corpus
-from zaya.data.loader import IGNORE, Loader
+from zaya.data.loader import IGNORE, Loader, build_corpora, open_loader
 from zaya.data.packing import pack
 
 _CHUNK = 1 << 16  # tokens read at once; a document piece of a chunk is what the tuning split moves as a whole
@@ -162,10 +162,8 @@ class _Parser(argparse.ArgumentParser):
 def _load(recipe: Recipe) -> Loader:
     for section in (recipe.model, recipe.data, recipe.train):  # not the layout: counts do not depend on it
         section.validate()
-    if recipe.data.source == "stdlib":
-        from zaya.data import stdlib_corpus  # here, because only such recipes need the tokenizers library
-        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
-    return Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
+    build_corpora(recipe)
+    return open_loader(recipe)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 
 from zaya.config import Recipe, load_recipe
-from zaya.data.loader import IGNORE, Loader
+from zaya.data.loader import IGNORE, build_corpora, open_loader
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,10 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 def _arrays(recipe: Recipe, step: int) -> dict[str, np.ndarray]:
     for section in (recipe.model, recipe.data, recipe.train):  # not the layout: batches do not depend on it
         section.validate()
-    if recipe.data.source == "stdlib":
-        from zaya.data import stdlib_corpus  # here, because only such recipes need the tokenizers library
-        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
-    loader = Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
+    build_corpora(recipe)
+    loader = open_loader(recipe)
     rows = recipe.train.global_batch_size
     batch = loader.batch((step - 1) * rows, rows)
     return {"tokens": batch.tokens_BT.numpy(), "labels": batch.labels_BT.numpy(), "positions": batch.positions_BT.numpy(),

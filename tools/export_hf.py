@@ -25,9 +25,8 @@ import torch
 from tqdm import tqdm
 
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
-from zaya.checkpoint.manifest import MANIFEST
-from zaya.checkpoint.read import Checkpoint, newest
-from zaya.config import ModelConfig
+from zaya.checkpoint.read import Checkpoint
+from zaya.config import ModelConfig, model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model import hf
 
@@ -48,24 +47,6 @@ class Item:
     @property
     def num_bytes(self) -> int:
         return sum(math.prod(named.shape) for named in self.link.theirs) * self.dtype.itemsize
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, or the newest one of a run."""
-    found = path if (path / MANIFEST).is_file() else newest(path / "checkpoints")
-    if found is None:
-        raise ValueError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one (no checkpoints/step-*/{MANIFEST})")
-    return Checkpoint.open(found)
-
-
-def model_config(recipe: dict[str, Any]) -> ModelConfig:
-    section: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.get("model", {}).items()}
-    try:
-        config = ModelConfig(**section)
-    except TypeError as error:
-        raise ValueError(f"the checkpoint's recipe does not describe a model: {error}") from None
-    config.validate()
-    return config
 
 
 def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype | None) -> list[Item]:
@@ -195,8 +176,8 @@ def complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
 
 def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool) -> None:
     """ValueError or OSError, with nothing left at `target`, if it cannot be done."""
-    checkpoint = open_checkpoint(source)
-    config = model_config(checkpoint.manifest.recipe)
+    checkpoint = Checkpoint.find(source)
+    config = model_from_tables(checkpoint.manifest.recipe)
     items = plan_items(checkpoint, config, dtype)
     named = Path(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or "")
     tokenizer = named if named.is_file() else None

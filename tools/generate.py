@@ -12,36 +12,22 @@ import argparse
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import DTYPES, MANIFEST
-from zaya.checkpoint.read import Checkpoint, newest
-from zaya.config import ModelConfig
+from zaya.checkpoint.manifest import DTYPES
+from zaya.checkpoint.read import Checkpoint
+from zaya.config import model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model.transformer import Zaya
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, or the newest one of a run."""
-    found = path if (path / MANIFEST).is_file() else newest(path / "checkpoints")
-    if found is None:
-        raise ValueError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one (no checkpoints/step-*/{MANIFEST})")
-    return Checkpoint.open(found)
-
-
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Zaya:
     """The model in the dtype it is stored in. ValueError if the checkpoint does not hold the model of its recipe."""
-    section: dict[str, Any] = dict(checkpoint.manifest.recipe.get("model", {}))
-    try:
-        config = ModelConfig(**section | {"attention_pattern": tuple(section.get("attention_pattern", ("full",)))})
-    except TypeError as error:
-        raise ValueError(f"the recipe of {checkpoint.path} does not describe a model: {error}") from None
-    config.validate()
+    config = model_from_tables(checkpoint.manifest.recipe)
     embedding = checkpoint.manifest.tensors.get("model.embedding.weight")
     with device:
         model = Zaya(config, dtype=DTYPES[embedding.dtype] if embedding else torch.float32)
@@ -112,7 +98,7 @@ def sample(options: argparse.Namespace) -> str:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device = cuda, but this machine has no GPU that torch can use; use cpu")
     device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = open_checkpoint(options.checkpoint)
+    checkpoint = Checkpoint.find(options.checkpoint)
     tokenizer = find_tokenizer(checkpoint, options.tokenizer)
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
     if not prompt:

@@ -364,6 +364,13 @@ def recipe_from_tables(tables: dict[str, typing.Any]) -> Recipe:
     return Recipe(**built)
 
 
+def model_from_tables(tables: dict[str, typing.Any]) -> ModelConfig:
+    """The model of a recipe that may lack everything else, as a checkpoint's manifest keeps it. ValueError if it does not describe one."""
+    model = _build(ModelConfig, "model", tables.get("model", {}))
+    model.validate()
+    return model
+
+
 def _build(cls: type, section: str, table: dict[str, typing.Any]) -> typing.Any:
     hints = _hints(cls)
     for key in table:

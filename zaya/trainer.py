@@ -20,8 +20,7 @@ from tqdm import tqdm
 from zaya.checkpoint.read import Checkpoint, newest, prune
 from zaya.checkpoint.write import save
 from zaya.config import Recipe
-from zaya.data import stdlib_corpus
-from zaya.data.loader import IGNORE, Batch, Loader
+from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
 from zaya.metrics import MetricsWriter, format_line, routing_metrics
 from zaya.model import flops
 from zaya.model.init import init_weights
@@ -38,10 +37,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
     """The loader, once rank 0 has built what data.source asks for (one barrier)."""
-    if recipe.data.source == "stdlib" and mesh.rank == 0:
-        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
+    if mesh.rank == 0:
+        build_corpora(recipe)
     barrier(mesh.dp)
-    loader = Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
+    loader = open_loader(recipe)
     if recipe.train.eval_interval and recipe.train.eval_rows > loader.num_evaluation_rows:
         raise ValueError(f"train.eval_rows = {recipe.train.eval_rows} but data.valid = {recipe.data.valid!r} has "
                          f"{loader.num_evaluation_rows} rows of {recipe.train.seq_len} tokens; lower it")

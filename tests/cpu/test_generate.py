@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.cpu.test_fidelity import draw, our_model, reference_model, relative
 from tools import export_hf, generate, import_hf
+from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.config import ModelConfig
 from zaya.data.tokenizer import END_OF_TEXT, train_bpe
@@ -66,7 +67,7 @@ def test_greedy_of_an_exported_model_from_the_disk(tmp_path: Path) -> None:
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
     theirs = loaded.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)[0, len(prompt):].tolist()
-    model = generate.load_model(generate.open_checkpoint(tmp_path / "checkpoint"), torch.device("cpu"))
+    model = generate.load_model(Checkpoint.find(tmp_path / "checkpoint"), torch.device("cpu"))
     ours = generate.generate(model, prompt, generate.greedy, NEW, {end})
     assert ours == theirs == free[: free.index(end) + 1]
 

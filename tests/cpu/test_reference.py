@@ -78,8 +78,8 @@ def literal_cca(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, w_q: list[Tensor]
     G, H = mean.shape[1:]
     groups = q.shape[-1] // H // G
     q_heads, k_heads = q.unflatten(-1, (-1, H)), k.unflatten(-1, (-1, H))
-    q_new = literal_convolutions(q, positions, *w_q, H) + (q_heads + k_heads.repeat_interleave(groups, 1)) / 2
-    k_new = literal_convolutions(k, positions, *w_k, H) + (mean + k_heads) / 2
+    q_new = literal_convolutions(q, positions, w_q[0], w_q[1], w_q[2], w_q[3], H) + (q_heads + k_heads.repeat_interleave(groups, 1)) / 2
+    k_new = literal_convolutions(k, positions, w_k[0], w_k[1], w_k[2], w_k[3], H) + (mean + k_heads) / 2
     q_new, k_new = (x / x.norm(dim=-1, keepdim=True) * math.sqrt(H) for x in (q_new, k_new))
     k_new = k_new * temperature[:, None]
     frequencies = base ** (-torch.arange(0, H // 2, 2, dtype=torch.float64) / (H // 2))

@@ -51,6 +51,15 @@ class Checkpoint:
         self._map = functools.lru_cache(OPEN_FILES)(self._map_file)
 
     @classmethod
+    def find(cls, path: str | Path) -> Checkpoint:
+        """A checkpoint, or the newest one of a run."""
+        found = Path(path) if (Path(path) / MANIFEST).is_file() else newest(Path(path) / "checkpoints")
+        if found is None:
+            raise CheckpointError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one "
+                                  f"(no checkpoints/step-*/{MANIFEST})")
+        return cls.open(found)
+
+    @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """CheckpointError unless `path` holds a valid manifest and every file it names, of the right size."""
         path = Path(path)

@@ -10,12 +10,25 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from zaya.config import DataConfig
+from zaya.config import DataConfig, Recipe
 from zaya.data.blend import Blend, Epochs
 from zaya.data.corpus import Corpus
 from zaya.data.packing import IGNORE, Batch, pack
 
-__all__ = ["IGNORE", "Batch", "Loader"]
+__all__ = ["IGNORE", "Batch", "Loader", "build_corpora", "open_loader"]
+
+
+def build_corpora(recipe: Recipe) -> None:
+    """Make what data.source asks for, where it does not exist. One process of a job calls it."""
+    if recipe.data.source == "stdlib":
+        from zaya.data import stdlib_corpus  # here, because only such recipes need the tokenizers library
+
+        stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
+
+
+def open_loader(recipe: Recipe) -> Loader:
+    """The loader of a recipe whose corpora exist."""
+    return Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
 
 
 class Loader:

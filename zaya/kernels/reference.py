@@ -50,7 +50,7 @@ class _ResidualNorm(torch.autograd.Function):
     """With t the new stream, r = 1 / rms(t), x = t r w:  dt = dstream + r (w dx) - t r^2 mean(t r w dx);  dw = sum t r dx."""
 
     @staticmethod
-    def forward(ctx, stream, branch, a_h, b_h, a_x, b_x, weight, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, stream, branch, a_h, b_h, a_x, b_x, weight, eps):
         D, dtype = stream.shape[-1], stream.dtype
         a_h, b_h, a_x, b_x, w = (p.to(dtype) for p in (a_h, b_h, a_x, b_x, weight))
         new = torch.addcmul(a_h * b_h + a_x * b_x, branch.to(dtype), a_h).addcmul_(stream, a_x)
@@ -60,7 +60,7 @@ class _ResidualNorm(torch.autograd.Function):
         return new, (new * inverse_rms).mul_(w).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx, dstream, dx):  # type: ignore[no-untyped-def]
+    def backward(ctx, dstream, dx):
         stream, branch, new, r, a_h, b_h, a_x, b_x, w = ctx.saved_tensors
         D, dx = new.shape[-1], dx.to(new.dtype)
         product = dx * new
@@ -138,14 +138,14 @@ class _Shift(torch.autograd.Function):
     """`shift` by one token, for the delayed values."""
 
     @staticmethod
-    def forward(ctx, x, halo, keep):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, halo, keep):
         ctx.save_for_backward(halo, keep)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         shift(x, halo, keep, 1, out)
         return out
 
     @staticmethod
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout):
         halo, keep = ctx.saved_tensors
         dx, dhalo = torch.zeros_like(dout), torch.zeros_like(halo)
         unshift_(dout, keep, 1, dx, dhalo)
@@ -159,7 +159,7 @@ class _MixNormRotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BTC, mean_BTNH, kernel, constant, temperature_N, halo, keeps, rope, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_BTC, mean_BTNH, kernel, constant, temperature_N, halo, keeps, rope, eps):
         H = kernel.shape[-1]
         taps = _taps(x_BTC, halo, keeps, H)
         z = torch.baddbmm(constant[:, None], taps.transpose(0, 1), kernel)  # (N, B T, H)
@@ -171,7 +171,7 @@ class _MixNormRotate(torch.autograd.Function):
         return rotate(unit * temperature_N[:, None], *rope)
 
     @staticmethod
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout):
         x, unit, inverse, clamped, kernel, temperature, halo, *keeps, cos, sin = ctx.saved_tensors
         B, T, N, H = unit.shape
         dout = rotate(dout, cos, -sin)
@@ -252,7 +252,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):  # type: ignore[no-untyped-def]
+    def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):
         G, out_BTNH = k_BSGH.shape[2], torch.empty_like(q_BTNH)
         k, v = _below(k_BSGH, G), _below(v_BSGH, G)
         ctx.blocks = list(_query_blocks(first_key_BT, offsets, k.dtype))
@@ -263,7 +263,7 @@ class _Attention(torch.autograd.Function):
         return out_BTNH
 
     @staticmethod
-    def backward(ctx, dout_BTNH):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout_BTNH):
         q_BTNH, k_BSGH, v_BSGH, out_BTNH = ctx.saved_tensors
         G, scale = k_BSGH.shape[2], q_BTNH.shape[-1] ** -0.5
         k, v = _below(k_BSGH, G), _below(v_BSGH, G)
@@ -344,7 +344,7 @@ class _Experts(torch.autograd.Function):
     """One expert after the other, so that its rows stay in cache between its products. Saves the rows and gate | up, not the activation."""
 
     @staticmethod
-    def forward(ctx, x_RD, sizes, gate_up_EFD, down_EDF):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_RD, sizes, gate_up_EFD, down_EDF):
         gate_up_RF = x_RD.new_empty(x_RD.shape[0], gate_up_EFD.shape[1])
         y_RD = torch.empty_like(x_RD)
         for expert, (start, end) in enumerate(_spans(sizes)):
@@ -356,7 +356,7 @@ class _Experts(torch.autograd.Function):
         return y_RD
 
     @staticmethod
-    def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy_RD):
         x_RD, gate_up_RF, gate_up_EFD, down_EDF = ctx.saved_tensors
         dx_RD, dgate_up_EFD, ddown_EDF = torch.empty_like(x_RD), torch.empty_like(gate_up_EFD), torch.empty_like(down_EDF)
         for expert, (start, end) in enumerate(_spans(ctx.sizes)):
@@ -381,12 +381,12 @@ class _Permute(torch.autograd.Function):
     """x[order]; the gradient goes back by the inverse order, which a general index could not know."""
 
     @staticmethod
-    def forward(ctx, x, order, inverse):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         return dy.index_select(0, ctx.saved_tensors[0]), None, None
 
 
@@ -410,7 +410,9 @@ def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int
                            probs_TV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one shard of the vocabulary, rows [vocab_start, vocab_start + V), contributes to a cross-entropy, each (T,) fp32 (fp64):
     the largest logit, the sum of exp(logit - largest), and the label's logit where the label lies in the shard, else 0.
-    Also softmax within the shard (T, V), into `probs` where one is given. The sum is read off it, 1 / its largest: torch's softmax has an exp several times faster than exp.
+
+    Also softmax within the shard (T, V), into `probs` where one is given. The sum is read off it, 1 / its largest: torch's softmax has
+    an exp several times faster than exp.
     """
     local_T = labels_T - vocab_start
     inside_T = (local_T >= 0) & (local_T < logits_TV.shape[-1])
