@@ -140,4 +140,4 @@ def test_command_refuses_what_is_no_model(run: Path, tmp_path: Path, capsys: pyt
     with CheckpointWriter(tmp_path / "bare", recipe={"model": {"vocab_size": 300}}) as writer:
         writer.add("model.x", torch.zeros(1))
     assert "names no tokenizer" in words(tmp_path / "bare")
-    assert "does not describe a model" in words(tmp_path / "bare", "--tokenizer", str(run / "tokenizer.json"))
+    assert "recipe lacks model.hidden_size" in words(tmp_path / "bare", "--tokenizer", str(run / "tokenizer.json"))

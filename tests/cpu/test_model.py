@@ -125,7 +125,9 @@ def test_flops_formula_equals_the_counter_on_the_real_model() -> None:
         model.loss(model(tokens, positions).hidden_BTD, tokens).backward()
     # Backward computes each attention's scores once more, which no model FLOP count includes.
     scores_again = config.num_layers * 2 * T * 2 * config.num_heads * config.head_dim * T
-    assert both.get_total_flops() == (1 + flops.BACKWARD) * expected + scores_again
+    # Nor this: each residual join's backward takes a mean over channels as a product with a vector.
+    norm_means = 2 * config.num_layers * 2 * T * 2 * config.hidden_size
+    assert both.get_total_flops() == (1 + flops.BACKWARD) * expected + scores_again + norm_means
 
 
 def test_causal_keys_are_the_mean_over_the_mask() -> None:
