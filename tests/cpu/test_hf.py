@@ -423,7 +423,7 @@ def test_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     write_checkpoint(tmp_path / "shallower", SMALL, {"model": dataclasses.asdict(SMALL) | {"num_layers": 2}})
     assert_refused(export("shallower"), capsys, "unexpected tensor model.blocks.2.", "export_hf", hf_dir)
     write_checkpoint(tmp_path / "foreign", SMALL, {"model": {"layers": 3}})
-    assert_refused(export("foreign"), capsys, "recipe lacks model.", "export_hf", hf_dir)
+    assert_refused(export("foreign"), capsys, "unknown recipe key 'model.layers'", "export_hf", hf_dir)
 
 
 def test_export_refuses_a_wrong_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
