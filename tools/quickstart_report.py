@@ -1,4 +1,4 @@
-"""Say whether a finished quickstart did what it promises: learnt more than word pairs, kept its experts busy, left usable files.
+"""Say whether a finished quickstart did what it promises: learnt more than token pairs, kept its experts busy, left usable files.
 
     python -m tools.quickstart_report runs/quickstart --bigram runs/quickstart/bigram.json
 

@@ -79,8 +79,6 @@ class ModelConfig:
         if self.head_dim % 4:
             raise ValueError(f"model.head_dim = {self.head_dim} is not a multiple of 4 (RoPE turns pairs in half of it); "
                              f"use {_next_multiple(self.head_dim, 4)}")
-        if self.hidden_size % 2:
-            raise ValueError(f"model.hidden_size = {self.hidden_size} is odd; use {self.hidden_size + 1}")
         if not self.attention_pattern:
             raise ValueError('model.attention_pattern is empty; use ["full"]')
         for kind in self.attention_pattern:
@@ -131,7 +129,7 @@ class TrainConfig:
     global_batch_size: int
     """Rows per optimizer step over all ranks."""
     micro_batch_size: int
-    """Rows per forward pass on one rank; the rest of a rank's share is accumulated."""
+    """Rows per forward pass on one rank, at most: the rest of a rank's share is accumulated, a smaller share is one pass."""
     seq_len: int
     """Tokens per row."""
     seed: int
@@ -227,7 +225,7 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline parallelism does not exist here: anything but 1 is an error."""
     zero_size: int = 0
-    """Ranks that share one set of optimizer shards; 0 = all."""
+    """Ranks that share one set of optimizer shards; 0 = all. Not built yet: with 0 every rank keeps the whole state."""
     engine: str = "zaya"
     """zaya | deepspeed."""
 
@@ -307,10 +305,11 @@ class Recipe:
         self.parallel.validate()
         self.checkpoint.validate()
         self.run.validate()
-        rows, micro = self.train.global_batch_size, self.train.micro_batch_size
+        rows = self.train.global_batch_size
         if rows % world_size:
             raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {world_size} data-parallel ranks; "
                              f"use {_next_multiple(rows, world_size)}")
+        micro = self.micro_batch_rows(world_size)
         if rows // world_size % micro:
             raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // world_size} rows "
                              f"(train.global_batch_size = {rows} over {world_size} data-parallel ranks); "
@@ -321,8 +320,12 @@ class Recipe:
             raise ValueError(f"train.eval_rows = {self.train.eval_rows} is not a multiple of the {world_size} data-parallel ranks; "
                              f"use {_next_multiple(self.train.eval_rows, world_size)}")
 
+    def micro_batch_rows(self, world_size: int) -> int:
+        """Rows of one forward pass on each of world_size data-parallel ranks."""
+        return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
+
     def identity(self) -> dict[str, object]:
-        """What makes two recipes the same run: model, data, seed, optim. Layout, steps and checkpoint settings may change."""
+        """What makes two recipes the same run: model, data, optim, seed and sequence length. Everything else may change."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("model", "data", "optim")}
         return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()} | {
             "train.seed": self.train.seed, "train.seq_len": self.train.seq_len}

@@ -1,7 +1,7 @@
 """Optimizers: Muon for matrices, AdamW for the rest, and the AdamW that balances the router.
 
 After backward on a batch's path. Parameters of one rule lie end to end in flat buffers (`FlatGroup`), so that a gradient all-reduce, the
-norm and AdamW see one tensor. Updates are two-phase: the trainer computes a verdict, and where `commit` is false nothing changes.
+norm and AdamW see one tensor per rule. Updates are two-phase: the trainer computes a verdict, and where `commit` is false nothing changes.
 Which parameter gets which rule is the plan's business; ranks and groups are unknown here.
 """
 
@@ -18,7 +18,6 @@ from zaya.config import OptimConfig
 from zaya.kernels import reference
 from zaya.plan import AdamW, Muon, ParameterPlan
 
-NEWTON_SCHULZ_STEPS = 5
 MUON_SCALE = 0.2  # update RMS of AdamW (Liu et al. 2025, "Muon is scalable"): one learning rate serves both rules
 
 
@@ -148,7 +147,8 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
            weight_decay: float, grad_scale: Tensor, step: Tensor, commit: Tensor) -> None:
     """AdamW in place (Loshchilov & Hutter 2019) from grad * grad_scale, by torch's fused kernel; nothing changes where commit is false.
 
-    step: 0-dim fp32, updates so far; the caller counts this one. The kernel may leave grad scaled.
+    step: 0-dim fp32, updates so far; the caller counts this one. The kernel takes the scale in fp32, so an fp64 gradient is scaled to 6e-8
+    only, which AdamW hardly sees; it may leave grad scaled.
     """
     adamw([param], [grad], [exp_avg], [exp_avg_sq], [], [step.clone()], fused=True, grad_scale=grad_scale.reciprocal().float(),
           found_inf=(~commit).float(), amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
@@ -163,7 +163,7 @@ def muon_(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, blocks: int, 
     matrices = (-1, param.shape[-2] // blocks, param.shape[-1])
     averaged = torch.lerp(momentum_buffer, grad * grad_scale, 1 - momentum)
     direction = torch.lerp(grad * grad_scale, averaged, momentum).view(matrices)
-    update = reference.newton_schulz(direction.to(dtype), NEWTON_SCHULZ_STEPS).to(param.dtype).view(param.shape)
+    update = reference.newton_schulz(direction.to(dtype)).to(param.dtype).view(param.shape)
     scale = MUON_SCALE * math.sqrt(max(matrices[1:]))
     updated = torch.add(param * (1 - lr * weight_decay), update, alpha=-lr * scale)
     param.copy_(torch.where(commit, updated, param))
@@ -173,7 +173,8 @@ def muon_(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, blocks: int, 
 class RouterBalance:
     """Moves the router's balance biases so that experts get equal shares: AdamW on the gradient p_e - 1/E of each block.
 
-    p_e is expert e's share of the global batch among the real experts; the skip class is no expert and its bias stays.
+    p_e is expert e's share of the global batch among the real experts; the skip class is no expert and its bias stays. After each step
+    a block's mean bias is taken off, so that the biases cannot drift against the skip class.
     """
 
     BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # unpublished; starting values

@@ -1,7 +1,7 @@
 """THE table: how every parameter is shaped, initialised, sharded and optimized. One row per kind of parameter.
 
-Initialisation, tensor parallelism, gradient sync, gradient norm, Muon, checkpoints and export all read it; none of them keeps
-a list of names of its own. Knows ModelConfig and the standard library: no torch, no ranks.
+Initialisation, the optimizers and export read it; sharding, gradient sync and resharding of checkpoints will. None keeps a list of names
+of its own. Knows ModelConfig and the standard library: no torch, no ranks.
 
 Letters: D hidden, H head dim, N query heads, G KV heads, E experts, C router classes, F expert width, R router width, V vocabulary.
 """

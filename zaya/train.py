@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from zaya.config import Recipe, load_recipe
-from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, world_size_from_environment
+from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
 from zaya.trainer import Trainer, open_data
 
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         start_logging(recipe, mesh)
         trainer.fit()
     except ValueError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = rank_from_environment()
         print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
         return 2
     close_mesh(mesh)

@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
-    """The loader, once rank 0 has built what data.source asks for (one barrier)."""
+    """The loader, once rank 0 has built what data.source asks for (one barrier). ValueError: bad corpora, too few evaluation rows."""
     if mesh.rank == 0:
         build_corpora(recipe)
     barrier(mesh.dp)
@@ -79,7 +79,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------ one step
 
     def train_step(self) -> StepResult:
-        """Forward and backward over this rank's rows, one all-reduce, one update. Collectives: gradients, then the step's sums."""
+        """Forward and backward over this rank's rows, one update.
+
+        Collectives: one sum per flat gradient buffer (at most three), then one of loss, token count and routing counts.
+        """
         recipe, group = self.recipe, self.mesh.dp
         self.optimizer.start_step()
         counts_LC = torch.zeros(recipe.model.num_layers, recipe.model.num_router_classes, dtype=torch.int64, device=self.mesh.device)
@@ -99,12 +102,12 @@ class Trainer:
         loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[2:].view_as(counts_LC)
 
         # Gradients are those of the summed loss; the mean over the global token count enters here, with the clipping.
-        grad_norm = self.optimizer.norm() / labelled
+        grad_norm = self.optimizer.norm() / labelled.to(loss.dtype)
         committed = grad_norm.isfinite() & loss_sum.isfinite()
         clip = recipe.optim.clip
         clip_scale = (clip / (grad_norm + 1e-6)).clamp_max(1.0) if clip else torch.ones_like(grad_norm)
         lr = learning_rate(self.step + 1, recipe.train.steps, recipe.optim)
-        self.optimizer.update(lr=lr, grad_scale=(clip_scale / labelled).to(self.balance.exp_avg.dtype), commit=committed)
+        self.optimizer.update(lr=lr, grad_scale=(clip_scale / labelled).to(grad_norm.dtype), commit=committed)
         self.balance.update(counts_LC, commit=committed)
         self.step += 1
         self.position += recipe.train.global_batch_size
@@ -114,8 +117,9 @@ class Trainer:
         train = self.recipe.train
         share = train.global_batch_size // self.mesh.world_size
         first = self.position + self.mesh.rank * share
-        for row in range(first, first + share, train.micro_batch_size):
-            yield self.loader.batch(row, train.micro_batch_size).to(self.mesh.device)
+        rows = self.recipe.micro_batch_rows(self.mesh.world_size)
+        for row in range(first, first + share, rows):
+            yield self.loader.batch(row, rows).to(self.mesh.device)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -162,10 +166,13 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, path: Path, *, weights_only: bool = False) -> None:
-        """Take the state of a checkpoint, or its weights alone. ValueError: a tensor is missing or misshapen."""
+        """Take the state of a checkpoint, or its weights alone. ValueError: a tensor is missing, misshapen or one too many."""
         checkpoint = Checkpoint.open(path)
-        names = set(checkpoint.names())
-        for name, tensor in self.tensors().items():
+        names, state = set(checkpoint.names()), self.tensors()
+        extra = sorted(name for name in names - state.keys() if name.startswith("model."))
+        if extra:
+            raise ValueError(f"checkpoint {path} has tensor {extra[0]}, which this recipe's model lacks; it belongs to another model")
+        for name, tensor in state.items():
             if weights_only and not name.startswith(("model.", "optim.master.")):
                 continue
             stored = _stored_name(name, tensor, names)
@@ -193,7 +200,7 @@ class Trainer:
         while self.step < recipe.train.steps:
             started = time.perf_counter()
             result = self.train_step()
-            row = self._row(result, time.perf_counter() - started) if primary else {}
+            row = self._row(result, started) if primary else {}
             if metrics is not None:
                 metrics.append(row)
                 if self.step % recipe.train.log_interval == 0 or self.step == recipe.train.steps:
@@ -213,14 +220,17 @@ class Trainer:
         if metrics is not None:
             metrics.close()
 
-    def _row(self, result: StepResult, seconds: float) -> dict[str, object]:
-        """One line of metrics.jsonl; waits for the step's results."""
-        train, loss = self.recipe.train, result.loss.item()
+    def _row(self, result: StepResult, started: float) -> dict[str, object]:
+        """One line of metrics.jsonl. Waits for the step first, so that its time is the device's, not the launches'."""
+        train, device = self.recipe.train, self.mesh.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
         tokens_per_second = train.global_batch_size * train.seq_len / seconds
-        peak = flops.peak_flops(torch.cuda.get_device_name(self.mesh.device)) if self.mesh.device.type == "cuda" else None
+        peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         per_token = flops.train_flops_per_token(self.recipe.model, train.seq_len)
         return {
-            "step": self.step, "tokens": self.position * train.seq_len, "loss": loss, "grad_norm": result.grad_norm.item(),
+            "step": self.step, "tokens": self.position * train.seq_len, "loss": result.loss.item(), "grad_norm": result.grad_norm.item(),
             "lr": learning_rate(self.step, train.steps, self.recipe.optim), "tokens_per_second": tokens_per_second,
             "step_time_s": seconds, "mfu": tokens_per_second * per_token / (peak * self.mesh.world_size) if peak else None,
             **routing_metrics(result.shares_LE.tolist()), "committed": bool(result.committed),

@@ -106,7 +106,6 @@ INVALID: list[tuple[dict[str, Any], int, str]] = [
     ({"parallel__zero_size": -1}, 1, "parallel.zero_size = -1 must be at least 0"),
     ({"model__num_heads": 9}, 1, "model.num_heads = 9 is not a multiple of model.num_kv_heads = 2; use num_heads = 10"),
     ({"model__head_dim": 6}, 1, "model.head_dim = 6 is not a multiple of 4 (RoPE turns pairs in half of it); use 8"),
-    ({"model__hidden_size": 63}, 1, "model.hidden_size = 63 is odd; use 64"),
     ({"model__attention_pattern": []}, 1, 'model.attention_pattern is empty; use ["full"]'),
     ({"model__attention_pattern": ["local"]}, 1, "model.attention_pattern = 'local' is not one of 'full', 'sliding'"),
     ({"model__attention_pattern": ["full", "sliding"]}, 1,
@@ -139,7 +138,7 @@ INVALID: list[tuple[dict[str, Any], int, str]] = [
     ({"train__eval_interval": 5, "train__eval_rows": 6}, 4, "train.eval_rows = 6 is not a multiple of the 4 data-parallel ranks; use 8"),
     ({}, 3, "train.global_batch_size = 8 is not a multiple of the 3 data-parallel ranks; use 9"),
     ({"train__micro_batch_size": 3}, 1, "train.micro_batch_size = 3 does not divide a rank's share of 8 rows"),
-    ({"train__micro_batch_size": 4}, 4, "share of 2 rows (train.global_batch_size = 8 over 4 data-parallel ranks); use 2"),
+    ({"train__micro_batch_size": 3}, 2, "share of 4 rows (train.global_batch_size = 8 over 2 data-parallel ranks); use 1"),
 ]
 
 
@@ -257,3 +256,9 @@ def test_the_command_exits_2_with_one_line(recipe_file: Path, arguments: list[st
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("zaya.config: ") and result.stderr.count("\n") == 1
+
+
+def test_a_share_smaller_than_the_micro_batch_is_one_pass() -> None:
+    wide = recipe(train__micro_batch_size=8)
+    wide.validate(world_size=4)
+    assert [wide.micro_batch_rows(size) for size in (1, 2, 4)] == [8, 4, 2]

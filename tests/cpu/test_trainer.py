@@ -109,6 +109,14 @@ def test_a_poisoned_gradient_leaves_the_state_alone(folder: Path) -> None:
     assert built.train_step().committed
 
 
+def test_clipping_scales_the_gradient_and_reports_it_unclipped(folder: Path) -> None:
+    clipped, free = (trainer(tiny.recipe(folder, optim__name="adamw", optim__clip=clip, train__dtype="fp64")) for clip in (1e-3, 0.0))
+    norm, norm_free = clipped.train_step().grad_norm, free.train_step().grad_norm
+    assert norm == norm_free > 1e-3
+    name = "optim.exp_avg.blocks.0.attention.q.weight"
+    assert torch.allclose(clipped.tensors()[name], free.tensors()[name] * 1e-3 / (norm + 1e-6), rtol=1e-6)
+
+
 def test_weights_of_a_checkpoint_start_a_new_run(folder: Path) -> None:
     first = tiny.recipe(folder, checkpoint__interval=6, run__dir=str(folder / "source"))
     _, state = run(first)
@@ -129,6 +137,8 @@ def test_a_checkpoint_of_another_dtype_or_model_resumes_or_says_why_not(folder: 
     assert torch.equal(wide.tensors()[f"model.{name}"], state[f"optim.master.{name}"]), "a wide run takes the master weights"
     with pytest.raises(ValueError, match=r"has no tensor model\.blocks\.2"):
         trainer(tiny.recipe(folder, model__num_layers=3)).load(path)
+    with pytest.raises(ValueError, match=r"has tensor model\.blocks\.1.* which this recipe's model lacks"):
+        trainer(tiny.recipe(folder, model__num_layers=1)).load(path)
     with pytest.raises(ValueError, match=r"has shape .* this recipe needs"):
         trainer(tiny.recipe(folder, model__moe_intermediate_size=32)).load(path)
 
@@ -171,3 +181,16 @@ def test_the_command_line_trains(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step 2/2 | loss" in done.stdout and "Warning" not in done.stderr
     assert "step 2/2" in (folder / "command/logs/rank-0.log").read_text()
+
+
+def test_torchrun_trains_on_two_processes_and_goes_on_with_one(folder: Path) -> None:
+    recipe = folder / "torchrun.toml"
+    recipe.write_text(tiny.recipe(folder, train__steps=2, checkpoint__interval=2, run__dir=str(folder / "torchrun")).to_toml())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zaya.train", str(recipe)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "zaya.train", str(recipe), "--train.steps=4"]
+    alone = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert alone.returncode == 0 and "at step 2" in alone.stdout, alone.stderr
+    rows, _ = read_rows(folder / "torchrun/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -26,7 +26,7 @@ def losses(rank: int, world_size: int, tables: dict) -> list[tuple[float, float,
     recipe.validate(world_size)
     import torch
 
-    mesh = open_mesh("cpu") if world_size == 1 else Mesh(Group(dist.group.WORLD, rank, world_size), torch.device("cpu"), rank)
+    mesh = open_mesh("cpu") if world_size == 1 else Mesh(Group(dist.group.WORLD, rank, world_size), torch.device("cpu"))
     trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
     results = [trainer.train_step() for _ in range(STEPS)]
     return [(r.loss.item(), r.grad_norm.item(), r.shares_LE.tolist()) for r in results]

@@ -1,10 +1,12 @@
 """The specification of every op, in plain torch: what a kernel must compute, forward and backward, and what the CPU trains with.
 
-Everything elementwise is computed in fp32 (fp64 stays fp64) and cast once at the end. Where an op has a backward of its own, it is the one
+Norms, convolutions, attention, routing and loss are computed in fp32 (fp64 stays fp64) and cast once at the end; experts, combine and
+Newton-Schulz round in their inputs' dtype. Where an op has a backward of its own, it is the one
 a kernel implements: it says what is saved and what is computed again. Knows no module, recipe or rank.
 
 Letters: B batch rows, T tokens, S keys of the whole sequence, D hidden, H head dim, N query heads, G KV heads (a group = N / G query
-heads), C channels or router classes, E experts, F expert width, R rows routed, V vocabulary, K chunks of the sequence on this device.
+heads), C channels or router classes, E experts, F expert width, R rows routed, V vocabulary, K chunks of the sequence on this
+device, n tokens of a halo.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def residual_norm(stream: Tensor, branch: Tensor, scales: tuple[Tensor, Tensor, 
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """With t the new stream, r = 1 / rms(t), x = t r w:  dt = dstream + r (w dx) - t r^2 mean(t r w dx);  dw = sum t r dx."""
+    """With t the new stream, r = 1 / rms(t), x = t r w:  dt = dstream + r (w dx) - t r^2 mean(t r w dx);  dw = sum t r dx.
+
+    Saves stream, branch, t and r."""
 
     @staticmethod
     def forward(ctx, stream, branch, a_h, b_h, a_x, b_x, weight, eps):
@@ -232,7 +236,7 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor, q_conv
     return q.to(dtype), k.to(dtype), v.view(B, T, G, H)
 
 
-QUERY_BLOCK = 64  # queries at a time: 4 rows, 8 heads and 256 keys make 2 MiB of scores
+QUERY_BLOCK = 64  # queries at a time (docs/experiments.md): 4 rows * 8 heads * 64 * 256 keys * 4 bytes = 2 MiB of scores
 
 
 def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:
@@ -240,12 +244,14 @@ def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tens
 
     k and v hold the whole sequence; q holds len(offsets) equal chunks of it, chunk c starting at index offsets[c] (one chunk at 0
     where nothing is cut). first_key (B, T) is the later of the document's start and the sliding window's edge. Returns (B, T, N, H).
+    Waits for the device once per block of queries.
     """
     return _Attention.apply(q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets)
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax over blocks of queries and the keys that any of them sees; saves the output, computes the probabilities again.
+    """Softmax over blocks of queries and the keys that any of them sees; saves q, k, v and the output, computes the
+    probabilities again.
 
     dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = dS K / sqrt(H);  dK = dS^T Q / sqrt(H). The heads of a group lie below
     one another, (B G, N / G * queries, H), so that each group is one matrix product.
@@ -255,20 +261,20 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):
         G, out_BTNH = k_BSGH.shape[2], torch.empty_like(q_BTNH)
         k, v = _below(k_BSGH, G), _below(v_BSGH, G)
-        ctx.blocks = list(_query_blocks(first_key_BT, offsets, k.dtype))
-        for queries, keys, mask in ctx.blocks:
+        for queries, keys, mask in _query_blocks(first_key_BT, offsets, k.dtype):
             probs = _probabilities(_below(q_BTNH[:, queries], G), k[:, keys], mask)
             out_BTNH[:, queries] = _beside(probs @ v[:, keys], q_BTNH[:, queries].shape)
-        ctx.save_for_backward(q_BTNH, k_BSGH, v_BSGH, out_BTNH)
+        ctx.save_for_backward(q_BTNH, k_BSGH, v_BSGH, out_BTNH, first_key_BT)
+        ctx.offsets = offsets
         return out_BTNH
 
     @staticmethod
     def backward(ctx, dout_BTNH):
-        q_BTNH, k_BSGH, v_BSGH, out_BTNH = ctx.saved_tensors
+        q_BTNH, k_BSGH, v_BSGH, out_BTNH, first_key_BT = ctx.saved_tensors
         G, scale = k_BSGH.shape[2], q_BTNH.shape[-1] ** -0.5
         k, v = _below(k_BSGH, G), _below(v_BSGH, G)
         dq_BTNH, dk, dv = torch.empty_like(q_BTNH), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys, mask in ctx.blocks:
+        for queries, keys, mask in _query_blocks(first_key_BT, ctx.offsets, k.dtype):
             q, out, dout = (_below(x[:, queries], G) for x in (q_BTNH, out_BTNH, dout_BTNH))
             probs = _probabilities(q, k[:, keys], mask)
             dv[:, keys] += probs.mT @ dout
@@ -336,6 +342,7 @@ def experts(x_RD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     """SwiGLU experts over rows sorted by expert: down(silu(gate) * up), gate_up = [gate | up] (E, 2F, D), down (E, D, F).
 
     sizes (E,) int64: rows of each expert, in order; rows beyond their sum (skipped tokens) come out as zero.
+    Waits for the device once.
     """
     return _Experts.apply(x_RD, sizes_E.tolist(), gate_up_EFD, down_EDF)
 
@@ -426,22 +433,24 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Ten
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, torch.is_grad_enabled())
 
 
-LOSS_BLOCK = 1 << 21  # logits at a time: 8 MiB in fp32
+LOSS_BLOCK = 1 << 21  # logits at a time (docs/experiments.md): 8 MiB in fp32, and as much for their softmax
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Blocks of tokens: logits, loss, and at once both gradients (softmax - onehot), so that logits are never kept."""
+    """Blocks of tokens: logits, loss, and at once both gradients (softmax - onehot), so that logits are never kept.
+
+    Saves the two gradients."""
 
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, labels_T, training):
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
-        rows = max(LOSS_BLOCK // V, 1)
+        rows, wide_weight_VD = max(LOSS_BLOCK // V, 1), weight_VD.to(dtype)
         # Two buffers serve all blocks: fresh memory for each would cost the kernel a page fault per 4 KiB.
         logits, probs = hidden_TD.new_empty(2, rows, V, dtype=dtype)
         for h, labels, dh in zip(hidden_TD.split(rows), labels_T.split(rows), dhidden_TD.split(rows)):
-            block_logits = torch.mm(h.to(dtype), weight_VD.t().to(dtype), out=logits[: len(h)])
+            block_logits = torch.mm(h.to(dtype), wide_weight_VD.t(), out=logits[: len(h)])
             largest, total, target, dlogits = cross_entropy_partials(block_logits, labels, probs_TV=probs[: len(h)])
             labelled = labels != IGNORE
             loss += torch.where(labelled, total.log() + largest - target, 0.0).sum()
@@ -461,7 +470,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 
 
-def newton_schulz(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def newton_schulz(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Tensor:
     """Orthogonalise each matrix of (..., rows, cols) in its own dtype: X <- a X + (b A + c A^2) X with A = X X^T, from X / ||X||_F.
 
     Works on the wide side (rows <= cols), so A is the smaller Gram matrix. Singular values end near 1, not at it (Jordan et al.).

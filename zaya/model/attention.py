@@ -25,8 +25,6 @@ class Packing:
 
     positions_BT: Tensor
     """Index of each token inside its document."""
-    index_T: Tensor
-    """Index of each token inside its row, chunks one after the other."""
     offsets: tuple[int, ...]
     """Index in the row at which each chunk starts."""
     rope: dict[str, tuple[Tensor, Tensor]]
@@ -43,7 +41,7 @@ class Packing:
         kinds = sorted({config.attention_kind(block) for block in range(config.num_layers)})
         # A window of W tokens counts the token itself: keys j with i - W < j <= i.
         first = {"full": start_BT, "sliding": torch.maximum(start_BT, index_T - config.sliding_window + 1)}
-        return Packing(positions_BT, index_T, offsets,
+        return Packing(positions_BT, offsets,
                         {kind: reference.rope_table(positions_BT, config.head_dim, bases[kind], dtype) for kind in kinds},
                         {kind: first[kind] for kind in kinds})
 

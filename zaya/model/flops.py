@@ -1,6 +1,6 @@
 """Floating-point operations of the model, by formula: the numerator of MFU. Two per multiply-add; elementwise work is not counted.
 
-Tested against torch's FLOP counter on the real model (tests/cpu/test_flops.py). Knows shapes only.
+Tested against torch's FLOP counter on the real model (tests/cpu/test_model.py). Knows shapes only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Initial weights: each tensor is drawn from (seed, its name) alone, so every layout starts from the same model.
 
 The rule per parameter is the plan's. Draws happen on the CPU in fp32, so that every device and dtype starts alike; an expert's weights
-have their own stream, so that a device holding some experts draws only those.
+have their own stream, so that a device holding some experts can draw only those.
 """
 
 from __future__ import annotations

@@ -83,5 +83,5 @@ class Zaya(nn.Module):
         return self.embedding.loss(hidden_BTD, labels_BT)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """(B, T, V), for sampling and tests: training never holds them for a whole batch on a GPU."""
+        """(B, T, V), for sampling and tests: training never holds them for a whole batch."""
         return nn.functional.linear(hidden_BTD, self.embedding.weight)

@@ -21,7 +21,6 @@ class Mesh:
 
     dp: Group
     device: torch.device
-    local_rank: int
 
     @property
     def rank(self) -> int:
@@ -41,6 +40,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank_from_environment() -> int:
+    """This process' rank; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def open_mesh(device: str, timeout_s: float = 600.0) -> Mesh:
     """Join the other processes of this job (collective call 1 of every rank). device: auto | cuda | cpu (ROCm is "cuda").
 
@@ -54,10 +58,9 @@ def open_mesh(device: str, timeout_s: float = 600.0) -> Mesh:
     if on_gpu:
         torch.cuda.set_device(here)
     if size == 1:
-        return Mesh(Group(None, 0, 1), here, local_rank)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
-    return Mesh(Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size()), here, local_rank)
+        return Mesh(Group(None, 0, 1), here)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return Mesh(Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size()), here)
 
 
 def close_mesh(mesh: Mesh) -> None:
