@@ -7,7 +7,6 @@ experts that need more than 5 s a step).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -25,6 +24,7 @@ from transformers import ZayaConfig, ZayaForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from zaya.cli import Parser
 from zaya.config import Recipe, recipe_from_tables
 from zaya.data.loader import Batch
 from zaya.model import hf
@@ -136,7 +136,7 @@ def bench(steps: int, batch_size: int, seq_len: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_step", description=__doc__)
+    parser = Parser(prog="tools.bench_step", description=__doc__)
     parser.add_argument("--steps", type=int, default=20, help="counted pairs of steps (at least 10)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     arguments = parser.parse_args()

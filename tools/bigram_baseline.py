@@ -10,17 +10,16 @@ unigram, is tuned on a held-out tenth of data.train's documents; data.valid is o
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from zaya.cli import Parser
 from zaya.config import Recipe, load_recipe
 from zaya.data.corpus import Corpus
 from zaya.data.loader import IGNORE, Loader, build_corpora, open_loader
@@ -154,11 +153,6 @@ def _merge(portions: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> tuple
     return codes, counts
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
 def _load(recipe: Recipe) -> Loader:
     for section in (recipe.model, recipe.data, recipe.train):  # not the layout: counts do not depend on it
         section.validate()
@@ -167,7 +161,7 @@ def _load(recipe: Recipe) -> Loader:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _Parser(prog="tools.bigram_baseline", description="Held-out loss of a well-smoothed bigram model of a recipe's corpus.",
+    parser = Parser(prog="tools.bigram_baseline", description="Held-out loss of a well-smoothed bigram model of a recipe's corpus.",
                      epilog="Overrides of the recipe: --section.key=value", allow_abbrev=False)
     parser.add_argument("recipe", help="recipe (.toml)")
     parser.add_argument("--json", action="store_true", help="print {loss, tokens, smoothing} as JSON")

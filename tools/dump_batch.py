@@ -8,25 +8,19 @@ Step N, counted from 1, takes the rows [(N - 1) * global_batch_size, N * global_
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from zaya.cli import Parser
 from zaya.config import Recipe, load_recipe
 from zaya.data.loader import IGNORE, build_corpora, open_loader
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = _Parser(prog="tools.dump_batch", description="Write the global batch of one optimizer step as an .npz file.",
+    parser = Parser(prog="tools.dump_batch", description="Write the global batch of one optimizer step as an .npz file.",
                      epilog="Overrides of the recipe: --section.key=value", allow_abbrev=False)
     parser.add_argument("recipe", help="recipe (.toml)")
     parser.add_argument("--step", required=True, type=int, metavar="N", help="optimizer step, counted from 1")

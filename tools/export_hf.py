@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
+from zaya.cli import Parser
 from zaya.config import ModelConfig, model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model import hf
@@ -196,7 +197,7 @@ def shard_size(text: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools.export_hf", description="Turn a checkpoint into a directory that transformers loads.")
+    parser = Parser(prog="tools.export_hf", description="Turn a checkpoint into a directory that transformers loads.")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
     parser.add_argument("hf_dir", type=Path, help="directory to make; must not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")

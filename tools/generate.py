@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from zaya.checkpoint.manifest import DTYPES
 from zaya.checkpoint.read import Checkpoint
+from zaya.cli import Parser
 from zaya.config import model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model.transformer import Zaya
@@ -114,7 +115,7 @@ def sample(options: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools.generate", description="Sample text from a checkpoint.")
+    parser = Parser(prog="tools.generate", description="Sample text from a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="stop after so many tokens (default: 64)")

@@ -8,7 +8,6 @@ travel in the manifest, so that tools.export_hf gives back the same config.json.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zaya.checkpoint.write import CheckpointWriter
+from zaya.cli import Parser
 from zaya.model import hf
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,7 +134,7 @@ def import_hf(source: Path, target: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools.import_hf", description="Turn a transformers Zaya directory into a checkpoint.")
+    parser = Parser(prog="tools.import_hf", description="Turn a transformers Zaya directory into a checkpoint.")
     parser.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors weights")
     parser.add_argument("checkpoint", type=Path, help="checkpoint directory to make; must not exist, or be empty")
     options = parser.parse_args(argv)

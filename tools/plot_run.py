@@ -7,7 +7,6 @@ Reads RUN/metrics.jsonl, also while the run goes on, and writes RUN/plots/run.pn
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from zaya.cli import Parser
 from zaya.metrics import Row, read_rows
 
 BLUE, ORANGE, GREY, INK = "#2b6cb0", "#dd6b20", "#a0aec0", "#2d3748"
@@ -163,7 +163,7 @@ def headline(run: Path, train: list[Row], evaluation: list[Row]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools.plot_run", description="Draw a run's loss, schedule, router and throughput as one PNG.")
+    parser = Parser(prog="tools.plot_run", description="Draw a run's loss, schedule, router and throughput as one PNG.")
     parser.add_argument("run", type=Path, help="the run's directory, which holds metrics.jsonl")
     parser.add_argument("--out", type=Path, help="the picture (default: RUN/plots/run.png)")
     options = parser.parse_args(argv)

@@ -7,13 +7,14 @@ Prints one line per promise with its figures; exit 0 if all hold, 1 if one does 
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from zaya.cli import Parser
+from zaya.metrics import entropy, read_rows
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,7 +25,7 @@ def block_entropies(rows: list[dict]) -> list[float]:
     """H(p) / ln E of each block, the mean over the last fifth of the rows."""
     last = rows[-max(len(rows) // 5, 1):]
     blocks = zip(*(row["expert_load"] for row in last))
-    return [sum(-sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares)) for shares in block) / len(last) for block in blocks]
+    return [sum(map(entropy, block)) / len(last) for block in blocks]
 
 
 def loads_in_transformers(folder: Path) -> str:
@@ -38,8 +39,6 @@ def loads_in_transformers(folder: Path) -> str:
 
 def report(run: Path, bigram: Path) -> bool:
     """Print a line per promise; True if all hold. ValueError: the run or the bigram's figure cannot be read."""
-    from zaya.metrics import read_rows
-
     try:
         bigram_loss = float(json.loads(bigram.read_text())["loss"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -63,12 +62,15 @@ def report(run: Path, bigram: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.quickstart_report", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="tools.quickstart_report", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--bigram", type=Path, required=True, help="output of tools.bigram_baseline --json")
     options = parser.parse_args()
     try:
         return 0 if report(options.run, options.bigram) else 1
+    except KeyError as error:
+        print(f"tools.quickstart_report: {options.run}: a row of metrics.jsonl lacks {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"tools.quickstart_report: {error}", file=sys.stderr)
         return 2

@@ -12,18 +12,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
+from zaya.cli import Parser
 from zaya.data.corpus_writer import Written, staged, write_corpus
 from zaya.data.documents import list_files, read_documents
 from zaya.data.tokenizer import end_token_id, load_tokenizer, train_bpe
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="tools.tokenize_corpus", description="Tokenise text into a corpus in Megatron's format (PREFIX.bin, PREFIX.idx).")
+    parser = Parser(prog="tools.tokenize_corpus", description="Tokenise text into a corpus in Megatron's format (PREFIX.bin, PREFIX.idx).")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
                         help="text file (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet, or a directory of them")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")

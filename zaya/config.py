@@ -73,6 +73,8 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
                      "moe_intermediate_size", "router_hidden_size"):
             _at_least(f"model.{name}", getattr(self, name), 1)
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"model.{name} = {getattr(self, name)} is beyond any machine; keep it below 2^31")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}; "
                              f"use num_heads = {_next_multiple(self.num_heads, self.num_kv_heads)}")
@@ -197,7 +199,8 @@ class OptimConfig:
         _one_of("optim.name", self.name, ("muon", "adamw"))
         _one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
         _positive("optim.lr", self.lr)
-        for name in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip", "balance_lr", "eps"):
+        _positive("optim.eps", self.eps)
+        for name in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip", "balance_lr"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
         for name in ("beta1", "beta2", "momentum"):
             value = getattr(self, name)
@@ -273,6 +276,8 @@ class RunConfig:
     def validate(self) -> None:
         if not self.dir:
             raise ValueError("run.dir is empty; name the directory of the run")
+        if "\0" in self.dir or not self.dir.isprintable():
+            raise ValueError(f"run.dir = {self.dir!r} holds characters that a path cannot have; use printable ones")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +351,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"cannot read recipe {path}: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(tables, override)

@@ -30,7 +30,7 @@ def routing_metrics(load: Sequence[Sequence[float]]) -> Row:
     A block whose tokens all skipped has no shares: its load is zeros, its entropy 0.
     """
     shares = [[count / sum(block) if sum(block) > 0 else 0.0 for count in block] for block in load]
-    entropies = [_entropy(block) for block in shares]
+    entropies = [entropy(block) for block in shares]
     return {
         "router_entropy": sum(entropies) / len(entropies),
         "router_entropy_min": min(entropies),
@@ -39,7 +39,7 @@ def routing_metrics(load: Sequence[Sequence[float]]) -> Row:
     }
 
 
-def _entropy(shares: Sequence[float]) -> float:
+def entropy(shares: Sequence[float]) -> float:
     """H(p) / ln E. A single expert is even by definition."""
     if len(shares) == 1:
         return 1.0

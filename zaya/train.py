@@ -5,14 +5,18 @@ Turns a command line into a Trainer and its end into an exit code: 0 done, 2 bad
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+from zaya.checkpoint.manifest import MANIFEST
 from zaya.config import Recipe, load_recipe
+from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
 from zaya.trainer import Trainer, open_data
 
@@ -23,27 +27,54 @@ log = logging.getLogger("zaya")
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """ValueError: run.dir holds the run of another recipe. Writes nothing."""
+    """ValueError: run.dir holds the run of another recipe, or cannot be looked at. Writes nothing."""
     saved = Path(recipe.run.dir) / "recipe.toml"
-    if saved.exists():
-        theirs, ours = load_recipe(saved).identity(), recipe.identity()
-        for key, value in ours.items():
-            if theirs[key] != value:
-                raise ValueError(f"{recipe.run.dir} holds another run: its {key} = {theirs[key]!r}, this recipe's is {value!r}; "
-                                 "use another run.dir, or the recipe it was made with")
+    try:
+        if not saved.exists():
+            return
+    except OSError as error:
+        raise ValueError(f"cannot read run.dir = {recipe.run.dir!r}: {error.strerror}") from None
+    theirs, ours = load_recipe(saved).identity(), recipe.identity()
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise ValueError(f"{recipe.run.dir} holds another run: its {key} = {theirs[key]!r}, this recipe's is {value!r}; "
+                             "use another run.dir, or the recipe it was made with")
 
 
-def write_run_directory(recipe: Recipe, rank: int) -> None:
-    """Make run.dir with its recipe.toml, once everything else about the recipe proved good. ValueError: it cannot be written."""
+def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter | None:
+    """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good.
+
+    A run that starts at `step` does not go on from later checkpoints of the directory: they and the record are set aside, never mixed
+    with it, never deleted. ValueError: something there cannot be written, or is not this run's.
+    """
     run_dir = Path(recipe.run.dir)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        if rank == 0:
+        metrics = None
+        if mesh.rank == 0:
+            set_aside(run_dir, step)
+            metrics = MetricsWriter(run_dir / "metrics.jsonl", resume_step=step)
+        start_logging(recipe, mesh)
+        if mesh.rank == 0:
             temporary = run_dir / "recipe.toml.tmp"
             temporary.write_text(recipe.to_toml(), encoding="utf-8")
             os.replace(temporary, run_dir / "recipe.toml")
     except OSError as error:
-        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.strerror}") from None
+        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
+    return metrics
+
+
+def set_aside(run_dir: Path, step: int) -> None:
+    """Move complete checkpoints beyond `step`, with a copy of the record, to run_dir/set-aside-K."""
+    later = [path for path in sorted((run_dir / "checkpoints").glob("step-*")) if (path / MANIFEST).is_file() and int(path.name[5:]) > step]
+    if not later:
+        return
+    target = next(path for path in (run_dir / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
+    (target / "checkpoints").mkdir(parents=True)
+    if (run_dir / "metrics.jsonl").is_file():
+        shutil.copy2(run_dir / "metrics.jsonl", target)
+    for path in later:
+        path.rename(target / "checkpoints" / path.name)
 
 
 def start_logging(recipe: Recipe, mesh: Mesh) -> None:
@@ -67,7 +98,7 @@ class _ConsoleHandler(logging.Handler):
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        print(USAGE) if argv else print("zaya.train: name a recipe; see --help", file=sys.stderr)
         return 0 if argv else 2
     try:
         recipe = load_recipe(argv[0], argv[1:])
@@ -76,9 +107,8 @@ def main(argv: list[str]) -> int:
         mesh = open_mesh(recipe.train.device)
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
-        write_run_directory(recipe, mesh.rank)
-        start_logging(recipe, mesh)
-        trainer.fit()
+        metrics = open_run_directory(recipe, mesh, trainer.step)
+        trainer.fit(metrics)
     except ValueError as error:
         rank = rank_from_environment()
         print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)

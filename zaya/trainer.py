@@ -21,6 +21,7 @@ from zaya.checkpoint.read import Checkpoint, newest, prune
 from zaya.checkpoint.write import save
 from zaya.config import Recipe
 from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
+from zaya.data.tokenizer import load_tokenizer, vocabulary_size
 from zaya.metrics import MetricsWriter, format_line, routing_metrics
 from zaya.model import flops
 from zaya.model.init import init_weights
@@ -41,6 +42,11 @@ def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
         build_corpora(recipe)
     barrier(mesh.dp)
     loader = open_loader(recipe)
+    if recipe.data.tokenizer:
+        known = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
+        if known > recipe.model.vocab_size:
+            raise ValueError(f"data.tokenizer = {recipe.data.tokenizer!r} knows {known} tokens, model.vocab_size is "
+                             f"{recipe.model.vocab_size}; name the tokenizer of the corpora, or widen the model")
     if recipe.train.eval_interval and recipe.train.eval_rows > loader.num_evaluation_rows:
         raise ValueError(f"train.eval_rows = {recipe.train.eval_rows} but data.valid = {recipe.data.valid!r} has "
                          f"{loader.num_evaluation_rows} rows of {recipe.train.seq_len} tokens; lower it")
@@ -187,15 +193,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------------ the run
 
-    def fit(self) -> None:
-        """Train to train.steps from wherever the run stands, recording every step."""
+    def fit(self, metrics: MetricsWriter | None) -> None:
+        """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it."""
         recipe, run_dir = self.recipe, Path(self.recipe.run.dir)
         log.info("%s | %s", self.mesh, self.origin)
         if self.step >= recipe.train.steps:
             log.info("run %s is finished at step %d; nothing to do", run_dir, self.step)
             return
         primary = self.mesh.rank == 0
-        metrics = MetricsWriter(run_dir / "metrics.jsonl", resume_step=self.step) if primary else None
         bar = tqdm(total=recipe.train.steps, initial=self.step, unit="step", disable=None if primary else True, dynamic_ncols=True)
         while self.step < recipe.train.steps:
             started = time.perf_counter()

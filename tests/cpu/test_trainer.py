@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests import tiny
 from zaya.config import Recipe
 from zaya.metrics import read_rows
 from zaya.parallel.mesh import open_mesh
-from zaya.train import check_run_directory, main, write_run_directory
+from zaya.train import check_run_directory, main, open_run_directory
 from zaya.trainer import Trainer, open_data
 
 TIMED = {"tokens_per_second", "step_time_s", "mfu"}
@@ -35,8 +36,7 @@ def run(recipe: Recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
     check_run_directory(recipe)
     built = trainer(recipe)
     built.restore()
-    write_run_directory(recipe, rank=0)
-    built.fit()
+    built.fit(open_run_directory(recipe, built.mesh, built.step))
     rows, evals = read_rows(Path(recipe.run.dir) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows + evals], built.tensors()
 
@@ -158,6 +158,8 @@ def errors(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) ->
     ("--parallel.tp=2", "not built yet"), ("--parallel.zero_size=2", "not built yet"), ("--parallel.engine=deepspeed", "not built yet"),
     ("--train.kernels=triton", "not built yet"), ("--train.micro_batch_size=3", "does not divide"), ("--train.device=cuda", "no GPU"),
     ("--run.dir=/proc/nowhere", "cannot write run.dir"), ("--data.train=[\"/nowhere/x\"]", "/nowhere/x"), ("--model.vocab_size=50", "50"),
+    ("--optim.eps=0", "above 0"), ("--model.hidden_size=99999999999999", "beyond any machine"),
+    ("--data.tokenizer=/nowhere.json", "/nowhere"),
     ("--train.eval_rows=100000", "lower it"), ("--checkpoint.resume=/nowhere", "/nowhere"), ("--init.checkpoint=/nowhere", "/nowhere"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(folder: Path, capsys: pytest.CaptureFixture[str], override: str, says: str) -> None:
@@ -172,6 +174,29 @@ def test_a_directory_of_another_run_is_refused_and_kept(folder: Path, capsys: py
     message = errors(folder, capsys, f"--run.dir={folder / 'mine'}", "--optim.lr=0.5")
     assert "optim.lr" in message and "0.02" in message and "0.5" in message
     assert (folder / "mine/metrics.jsonl").read_bytes() == record
+
+
+def test_starting_over_sets_the_old_run_aside(folder: Path) -> None:
+    old = tiny.recipe(folder, checkpoint__interval=2, run__dir=str(folder / "again"))
+    rows, _ = run(old)
+    run(tiny.variant(old, checkpoint__resume="never", checkpoint__keep=1, train__steps=4))
+    names = sorted(path.name for path in (folder / "again/checkpoints").iterdir())
+    assert names == ["step-00000004"], "the new run's checkpoint is kept, the old run's are not in its way"
+    aside = folder / "again/set-aside-1"
+    assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (2, 4, 6)]
+    assert len(read_rows(aside / "metrics.jsonl")[0]) == 6 == len([row for row in rows if "loss" in row])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank-0.log"])
+def test_what_cannot_be_written_is_noticed_before_the_recipe_is(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    recipe = folder / "blocked.toml"
+    recipe.write_text(tiny.recipe(folder, run__dir=str(folder / "blocked")).to_toml())
+    (folder / "blocked" / name).mkdir(parents=True)
+    assert main([str(recipe)]) == 2
+    message = capsys.readouterr().err
+    assert name in message and message.count("\n") == 1
+    assert not (folder / "blocked/recipe.toml").exists()
+    shutil.rmtree(folder / "blocked")
 
 
 def test_the_command_line_trains(folder: Path) -> None:
