@@ -99,7 +99,8 @@ INVALID: list[tuple[dict[str, Any], int, str]] = [
     *[({f"checkpoint__{key}": -1}, 1, f"checkpoint.{key} = -1 must be at least 0") for key in ("interval", "keep")],
     *[({f"optim__{key}": -1}, 1, f"optim.{key} = -1 must be at least 0") for key in ("warmup_steps", "decay_steps")],
     *[({f"optim__{key}": -1.0}, 1, f"optim.{key} = -1.0 must be at least 0")
-      for key in ("min_lr", "weight_decay", "clip", "balance_lr", "eps")],
+      for key in ("min_lr", "weight_decay", "clip", "balance_lr")],
+    ({"optim__eps": 0.0}, 1, "optim.eps = 0.0 must be above 0"),
     *[({f"optim__{key}": 1.0}, 1, f"optim.{key} = 1.0 is outside [0, 1)") for key in ("beta1", "beta2", "momentum")],
     *[({f"model__{key}": 0.0}, 1, f"model.{key} = 0.0 must be above 0")
       for key in ("rope_theta", "rope_theta_sliding", "init_std", "router_init_std")],

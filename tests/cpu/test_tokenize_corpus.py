@@ -38,7 +38,11 @@ def jsonl(texts: list[str], key: str = "text") -> bytes:
 
 
 def run(*arguments: object) -> int:
-    return tokenize_corpus.main([str(a) for a in arguments])
+    try:
+        return tokenize_corpus.main([str(a) for a in arguments])
+    except SystemExit as ended:  # argparse's own way out
+        assert isinstance(ended.code, int)
+        return ended.code
 
 
 def documents_of(prefix: Path, vocab_size: int = VOCAB) -> list[list[int]]:
