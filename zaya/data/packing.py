@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-IGNORE = -100
-"""Label of a token that predicts nothing (the value torch's and transformers' losses skip)."""
+from zaya.kernels.reference import IGNORE
 
 
 @dataclass(frozen=True)
