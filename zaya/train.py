@@ -100,6 +100,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE) if argv else print("zaya.train: name a recipe; see --help", file=sys.stderr)
         return 0 if argv else 2
+    mesh = None
     try:
         recipe = load_recipe(argv[0], argv[1:])
         recipe.validate(world_size_from_environment())
@@ -111,7 +112,8 @@ def main(argv: list[str]) -> int:
         trainer.fit(metrics)
     except ValueError as error:
         rank = rank_from_environment()
-        print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
+        if rank == 0 or mesh is not None:  # before the mesh opens every rank finds the same fault: one line is enough
+            print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
         return 2
     close_mesh(mesh)
     return 0
