@@ -20,8 +20,8 @@ SMALL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=3, num_heads=6, nu
                     moe_intermediate_size=20, router_hidden_size=12, attention_pattern=("sliding", "full"), sliding_window=5)
 
 
-def build(config: ModelConfig, seed: int = 0, **kwargs: object) -> Zaya:
-    model = Zaya(config, **kwargs)  # type: ignore[arg-type]
+def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32, recompute: str = "none") -> Zaya:
+    model = Zaya(config, dtype, recompute)
     init_weights(model, config, seed)
     return model
 

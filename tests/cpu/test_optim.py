@@ -32,7 +32,7 @@ def backward(parameters: dict[str, nn.Parameter], optimizer: Optimizer, seed: in
     generator = torch.Generator().manual_seed(seed)
     gradients = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for n, p in parameters.items()}
     optimizer.start_step()
-    sum((p * gradients[n]).sum() for n, p in parameters.items()).backward()  # type: ignore[union-attr]
+    torch.stack([(p * gradients[n]).sum() for n, p in parameters.items()]).sum().backward()
     return gradients
 
 

@@ -113,7 +113,8 @@ def test_cca_equals_the_paper(positions: Tensor, chunks: int) -> None:
 
     def op(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, *weights: Tensor) -> Tensor:
         halos = (halo(q, 2), halo(k, 2), halo(v[..., slice(*delayed)], 1))
-        parts = reference.cca(q, k, v, mean, weights[0:4], weights[4:8], weights[8], positions, rope, halos, delayed)  # type: ignore[arg-type]
+        w, b, W, c, w_k, b_k, W_k, c_k, temperature = weights
+        parts = reference.cca(q, k, v, mean, (w, b, W, c), (w_k, b_k, W_k, c_k), temperature, positions, rope, halos, delayed)
         return torch.cat([part.flatten(2) for part in parts], -1)
 
     def literal(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, *weights: Tensor) -> Tensor:
@@ -130,11 +131,12 @@ def test_a_vanishing_head_is_divided_by_eps_and_not_by_zero() -> None:
     mean = torch.zeros(1, 3, 1, 8, dtype=torch.float64)
     mean[0, 1] = 1e-20
     mean.requires_grad_()
-    weights = [torch.zeros(s, dtype=torch.float64) for s in ((8, 2), (8,), (8, 8, 2), (8,))]
+    w, b, W, c = (torch.zeros(s, dtype=torch.float64) for s in ((8, 2), (8,), (8, 8, 2), (8,)))
     positions = torch.arange(3)[None]
-    _, k, _ = reference.cca(zeros, zeros, zeros, mean, tuple(weights), tuple(weights), torch.ones(1, dtype=torch.float64),  # type: ignore[arg-type]
-                            positions, reference.rope_table(positions, 8, 10.0, torch.float64), (zeros[:, None, :2], zeros[:, None, :2],
-                                                                                             zeros[:, None, :1, 4:]), (4, 8))
+    rope = reference.rope_table(positions, 8, 10.0, torch.float64)
+    halos = (zeros[:, None, :2], zeros[:, None, :2], zeros[:, None, :1, 4:])
+    temperature = torch.ones(1, dtype=torch.float64)
+    _, k, _ = reference.cca(zeros, zeros, zeros, mean, (w, b, W, c), (w, b, W, c), temperature, positions, rope, halos, (4, 8))
     k[..., 4:].sum().backward()
     eps = torch.finfo(torch.float64).eps
     assert mean.grad is not None and torch.allclose(mean.grad[..., 4:], torch.full((4,), 0.5 * math.sqrt(8) / eps, dtype=torch.float64))

@@ -41,9 +41,8 @@ class Packing:
         kinds = sorted({config.attention_kind(block) for block in range(config.num_layers)})
         # A window of W tokens counts the token itself: keys j with i - W < j <= i.
         first = {"full": start_BT, "sliding": torch.maximum(start_BT, index_T - config.sliding_window + 1)}
-        return Packing(positions_BT, offsets,
-                        {kind: reference.rope_table(positions_BT, config.head_dim, bases[kind], dtype) for kind in kinds},
-                        {kind: first[kind] for kind in kinds})
+        rope = {kind: reference.rope_table(positions_BT, config.head_dim, bases[kind], dtype) for kind in kinds}
+        return Packing(positions_BT, offsets, rope, {kind: first[kind] for kind in kinds})
 
 
 class LocalContext:
@@ -64,7 +63,7 @@ def local_group_mean(q_BTNH: Tensor, num_groups: int) -> Tensor:
 
 
 class Convolution(nn.Module):
-    """Weight and bias of one causal convolution; `reference.causal_convolutions` applies two of them at once."""
+    """Weight and bias of one causal convolution; `reference.fold_convolutions` makes one of two of them."""
 
     def __init__(self, channels: int, *trailing: int) -> None:
         super().__init__()
