@@ -1,0 +1,105 @@
+"""The inputs on which kernels are proven, compiled and timed: one list for tests, report, emulator, benchmark and tuner.
+
+A case names an op, makes its arguments on any device (also "meta", where nothing is computed), and says which get gradients. Cases of an
+op stand in the file of its name; `cases()` gathers them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHIP, SMALL = "chip", "small"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one set of arguments.
+
+    size: "chip" for shapes of the 8B and 74B models as a GPU sees them (report, benchmark, tuner, tests/gpu), "small" for shapes that the
+    interpreter and the emulator run in seconds.
+    """
+
+    name: str
+    """Unique: "attention 8b full", "attention small documents of one token"."""
+    size: str
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    """Called with the same keyword arguments; returns the same tensors."""
+    make: Callable[[torch.device, torch.dtype], dict[str, Any]]
+    """Keyword arguments, seeded, as leaves: their own randomness, no global seed; dtype is the compute dtype (bf16, fp16, fp32)."""
+    gradients: tuple[str, ...] = ()
+    """Arguments, by path, that get gradients: "q_BTC", "q_convs.0" for an item of a tuple. Empty: the op has no backward."""
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    """Compute dtypes that the op takes."""
+    flops: int = 0
+    """Of matrix products, forward; backward takes twice that unless `backward_flops` says otherwise."""
+    backward_flops: int = 0
+    num_bytes: int = 0
+    """That must be read and written in bf16, forward; 0: bound by arithmetic."""
+
+
+def cases(size: str | None = None) -> list[Case]:
+    """All cases (of one size), in the order of their ops' names."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = [case for module in modules for case in module.CASES]
+    assert len({case.name for case in found}) == len(found), "two cases have one name"
+    return [case for case in found if size in (None, case.size)]
+
+
+def at(arguments: Mapping[str, Any], path: str) -> Tensor:
+    """The tensor at a path of `Case.gradients`."""
+    first, *rest = path.split(".")
+    value = arguments[first]
+    for index in rest:
+        value = value[int(index)]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def run(function: Callable[..., Any], arguments: Mapping[str, Any], gradients: tuple[str, ...]) -> dict[str, Tensor]:
+    """Outputs ("out.0", ...) and gradients ("d q_BTC", ...) of one call; cotangents are seeded, the same for every caller."""
+    leaves = [at(arguments, path).detach().requires_grad_() for path in gradients]
+    outputs = function(**_with(arguments, dict(zip(gradients, leaves))))
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    result = {f"out.{index}": output.detach() for index, output in enumerate(outputs)}
+    if gradients:
+        sources = [output for output in outputs if output.requires_grad]
+        grads = torch.autograd.grad(sources, leaves, [cotangent(output, index) for index, output in enumerate(sources)])
+        result |= {f"d {path}": grad for path, grad in zip(gradients, grads)}
+    return result
+
+
+def cotangent(output: Tensor, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(7919 + index)
+    return torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+
+
+def _with(arguments: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments, with the tensors at the given paths replaced."""
+    replaced = dict(arguments)
+    for path, leaf in leaves.items():
+        first, *rest = path.split(".")
+        if not rest:
+            replaced[first] = leaf
+        else:
+            items = list(replaced[first])
+            items[int(rest[0])] = leaf
+            replaced[first] = tuple(items)
+    return replaced
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """RMS(got - want) / RMS(want); a NaN anywhere is infinite, and so is any difference from an all-zero reference."""
+    got, want = got.double(), want.double()
+    difference, size = (got - want).square().mean().sqrt(), want.square().mean().sqrt()
+    if difference == 0:
+        return 0.0
+    ratio = (difference / size).item()
+    return ratio if ratio == ratio else float("inf")

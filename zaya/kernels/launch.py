@@ -1,0 +1,147 @@
+"""The one place where Triton kernels are launched: on the device of their tensors, or through whoever stands in for one.
+
+A stand-in (`launching_through`) receives every launch of an op instead of a device: one that notes them, to compile for a chip that is not
+here; one that executes the chip's machine code on the CPU. Ops run the same lines for all of them. Knows no op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
+TABLE = Path(__file__).with_name("configs.json")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is built for."""
+
+    arch: str
+    """gfx942, sm_90, ...: the key of the configuration table."""
+    num_cus: int
+    """Compute units (streaming multiprocessors): the size of a persistent grid."""
+    num_xcds: int = 1
+    """Dies with an L2 each, over which work-groups go round-robin: 8 on the MI300X."""
+
+    @property
+    def is_hip(self) -> bool:
+        return self.arch.startswith("gfx")
+
+
+MI300X = Target("gfx942", num_cus=304, num_xcds=8)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One entry of the table: tile sizes (constexprs of the kernel) and launch options."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int = 2
+    hip: Mapping[str, int] = field(default_factory=dict)
+    """Options that only the AMD compiler knows: waves_per_eu, matrix_instr_nonkdim, kpack."""
+
+    def options(self, target: Target) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **(self.hip if target.is_hip else {})}
+
+
+Launcher = Callable[[Any, tuple[int, ...], Mapping[str, Any], Config], None]
+"""Called with kernel, grid, all arguments by name (constexprs among them), and the configuration."""
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    launcher: Launcher
+    target: Target
+
+
+_stand_in: _StandIn | None = None
+
+
+@contextlib.contextmanager
+def launching_through(launcher: Launcher, target: Target = MI300X) -> Iterator[None]:
+    """Inside, `launcher` gets every launch and ops believe to be on `target`, whatever the device of their tensors."""
+    global _stand_in
+    before, _stand_in = _stand_in, _StandIn(launcher, target)
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def target(device: torch.device) -> Target:
+    """The chip that kernels over tensors of `device` run on."""
+    if _stand_in is not None:
+        return _stand_in.target
+    if device.type == "cuda":
+        return _gpu(device.index if device.index is not None else torch.cuda.current_device())
+    assert INTERPRETED, f"a Triton kernel cannot run on {device}: only under TRITON_INTERPRET=1 or through a stand-in"
+    return Target("interpreter", num_cus=4)  # a persistent grid of few programs: the interpreter runs them one after the other
+
+
+@functools.cache
+def _gpu(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return Target(arch, properties.multi_processor_count, MI300X.num_xcds if arch == MI300X.arch else 1)
+    return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def config(kernel: Any, target: Target, **when: str | int) -> Config:
+    """The table's first entry for this kernel and arch whose conditions all hold; an arch without any uses its maker's nearest: gfx942
+    for AMD and the interpreter, sm_90 for NVIDIA."""
+    entries = _table()[kernel.__name__]
+    nearest = "sm_90" if target.arch.startswith("sm_") else MI300X.arch
+    for arch in (target.arch, nearest):
+        for entry in entries:
+            if entry["arch"] == arch and all(when.get(key) == value for key, value in entry.get("when", {}).items()):
+                return Config(entry["blocks"], entry["num_warps"], entry.get("num_stages", 2), entry.get("hip", {}))
+    raise LookupError(f"{TABLE.name} has no configuration of {kernel.__name__} for {target.arch} and {when}")
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    table: dict[str, list[dict[str, Any]]] = json.loads(TABLE.read_text())
+    return table
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
+    """Run `kernel` (a triton.jit function) over `grid`. arguments: by name, without the configuration's blocks."""
+    everything = {**arguments, **config.blocks}
+    if _stand_in is not None:
+        _stand_in.launcher(kernel, grid, everything, config)
+        return
+    tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    if INTERPRETED:
+        kernel[grid](**everything)
+        return
+    with torch.cuda.device(tensor.device):  # Triton launches on the current device, whatever its tensors'
+        kernel[grid](**everything, **config.options(target(tensor.device)))
+
+
+def check(name: str, tensor: torch.Tensor, *, shape: tuple[int | None, ...] | None = None, dtypes: tuple[torch.dtype, ...] = (),
+          device: torch.device | None = None, contiguous: bool = True) -> None:
+    """ValueError, naming argument, got and expected, where `tensor` is not what a kernel needs; None in shape fits any size."""
+    if dtypes and tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {_words(tensor.dtype)}, expected {' or '.join(map(_words, dtypes))}")
+    if shape is not None and (tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape))):
+        expected = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} lies on {tensor.device}, expected {device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous memory (shape {tuple(tensor.shape)})")
+
+
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
