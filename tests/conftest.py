@@ -10,6 +10,17 @@ import pytest
 # Whatever a test loads lies on the disk; a missing file must fail at once instead of asking a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU (AMD, NVIDIA, NVIDIA under WSL), told by its device files: torch would take seconds to say so."""
+    hidden = "" in (os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("HIP_VISIBLE_DEVICES"))
+    return not hidden and any(True for pattern in ("kfd", "nvidia[0-9]*", "dxg") for _ in Path("/dev").glob(pattern))
+
+
+# Triton reads it once, as it is imported: without a GPU its kernels run on the CPU, in its interpreter.
+if not has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
