@@ -85,6 +85,9 @@ def test_a_foreign_or_broken_record_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m"
     lines = [json.dumps(row(step)) for step in (1, 2, 3)]
     for text, message in (("\n".join([lines[0], "garbage", lines[1], ""]), "line 2 is not a row"),
+                          ("\n".join([lines[0], lines[1][:-40] + "\0" * 40, lines[2], ""]), "line 2 is not JSON"),
+                          ("\n".join([lines[0], lines[1], lines[2].replace("loss", "mass"), ""]), "line 3 is not a row"),
+                          ("\n".join([lines[0], '{"step": 1, "eval_loss": 3.', lines[1], lines[2], ""]), "line 2 is not JSON"),
                           ("\n".join([lines[0], lines[2], ""]), "line 2: step 3 follows step 1"),
                           ("\n".join([lines[0], lines[0], ""]), "line 2: step 1 follows step 1")):
         path.write_text(text)
