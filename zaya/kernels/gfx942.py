@@ -1,0 +1,197 @@
+"""What a launch becomes on an MI300X, on a machine that has none: Triton's AMD backend builds the code object, and this file reads it.
+
+`specialise` does what Triton does between a launch and the compiler: types, constexprs, the integers equal to 1, what 16 divides, which
+tensors are small enough (2 GiB) for buffer instructions. `build` compiles that for gfx942; `resources` reads registers, spills and LDS off
+the assembly, `regions` its loops, `gates` what must not ship. Tensors may lie on "meta". Knows no op.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+TARGET = GPUTarget("hip", "gfx942", 64)
+SIMDS = 4  # per CU
+VGPRS = 512  # per lane of a SIMD: 256 architectural and 256 accumulation registers, one file, allocated by 8
+MAX_WAVES_PER_SIMD = 8
+LDS_BYTES = 64 * 1024  # per CU
+WIDE_BYTES = 16  # of a lane's widest load
+
+# FLOP that the matrix core of a SIMD does in the 4 cycles of one issue slot: 1,307 TFLOP/s of 16-bit types / (304 CUs * 4 * 2.1 GHz / 4) is
+# 2,048, so a 16x16x16 product takes 8,192 / 2,048 = 4 slots. By the type of the operands.
+MFMA_FLOP_PER_SLOT = {"f16": 2048, "bf16": 2048, "f32": 256, "f64": 256, "xf32": 1024, "fp8": 4096, "bf8": 4096, "i8": 4096}
+
+_BLOCK = re.compile(r"\.L(BB\d+_\d+):|; %bb\.")
+_LOOP = re.compile(r";\s+(?:=>\s*This (?:Inner )?Loop Header:|in Loop: Header=(BB\d+_\d+)) Depth=(\d+)")
+_INSTRUCTION = re.compile(r"\s+[a-z]\w*(\s|$)")  # no label, directive or comment
+_LOADS = re.compile(r"(?:global|buffer|flat)_load_(?:lds_)?(\w+?)(?:_d16(?:_hi)?)?$")
+_LOAD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialised launch, ready to be compiled, here or (it pickles) in another process."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[tuple[int, ...], Any], ...]
+    attrs: tuple[tuple[tuple[int, ...], Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that run the same machine code."""
+        return repr((self.module, self.kernel, self.signature, self.constexprs, self.attrs, self.options))
+
+    @property
+    def num_warps(self) -> int:
+        return int(dict(self.options)["num_warps"])
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel built for gfx942."""
+
+    name: str
+    asm: str
+    elf: bytes
+    num_warps: int
+    lds_bytes: int
+    has_dot: bool
+    """Contains tl.dot: its place is on the matrix cores."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The instructions of one loop without those of the loops in it; label "" is what lies in no loop."""
+
+    label: str
+    depth: int
+    instructions: int
+    mfma: int
+    mfma_share: float
+    """Issue slots of matrix instructions / those of all vector instructions. A vector instruction is counted as one slot of 4 cycles."""
+    valu: int
+    lds: int
+    stores: int
+    wide_loads: int
+    """Loads of 16 bytes a lane from global memory."""
+    narrow_loads: int
+    wide_share: float
+    """Of the bytes that a lane loads, the share that comes in 16-byte loads; 1 without any load."""
+
+
+def specialise(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Build:
+    """What Triton would compile for a launch of `kernel` with all `arguments` (constexprs among them) and launch `options`."""
+    keywords = {**arguments, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one backend warns of a default that it will change
+        backend = make_backend(TARGET)
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, _ = bind(**keywords)
+        _, signature, constexprs, attrs = kernel._pack_args(backend, keywords, bound, specialization, None)
+    return Build(kernel.fn.__module__, kernel.fn.__name__, tuple(signature.items()), tuple(constexprs.items()),
+                 tuple((path, attr) for path, attr in attrs.items() if attr), tuple(sorted(options.items())))
+
+
+def runtime_arguments(kernel: Any, arguments: Mapping[str, Any], build: Build) -> list[tuple[str, Any]]:
+    """(type, value) of what the machine code receives, in its order: all but constexprs."""
+    values = [arguments.get(parameter.name, parameter.default) for parameter in kernel.params]
+    return [(kind, value) for (_, kind), value in zip(build.signature, values, strict=True) if kind != "constexpr"]
+
+
+def build(build: Build) -> Code:
+    """Compile, or take it from Triton's cache."""
+    kernel = getattr(importlib.import_module(build.module), build.kernel)
+    source = ASTSource(kernel, dict(build.signature), dict(build.constexprs), {path: attr for path, attr in build.attrs})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = compile(source, target=TARGET, options=dict(build.options))
+    asm, ttir = compiled.asm["amdgcn"], compiled.asm["ttir"]
+    lds_bytes = max(compiled.metadata.shared, _field(asm, "group_segment_fixed_size"))
+    return Code(build.kernel, asm, compiled.asm["hsaco"], compiled.metadata.num_warps, lds_bytes, "tt.dot" in ttir)
+
+
+def resources(code: Code) -> dict[str, int]:
+    """Registers, spills, scratch, LDS, and the waves per SIMD that they leave room for, in whole work-groups."""
+    vgprs = max(_field(code.asm, "vgpr_count"), 1)
+    by_vgprs = min(MAX_WAVES_PER_SIMD, VGPRS // (-(-vgprs // 8) * 8)) * SIMDS // code.num_warps
+    by_lds = LDS_BYTES // code.lds_bytes if code.lds_bytes else by_vgprs
+    return {
+        "vgprs": vgprs, "agprs": _field(code.asm, "agpr_count"), "sgprs": _field(code.asm, "sgpr_count"),
+        "vgpr_spills": _field(code.asm, "vgpr_spill_count"), "sgpr_spills": _field(code.asm, "sgpr_spill_count"),
+        "scratch_bytes": _field(code.asm, "private_segment_fixed_size"), "lds_bytes": code.lds_bytes,
+        "waves_per_simd": min(by_vgprs, by_lds) * code.num_warps // SIMDS,
+    }
+
+
+def _field(asm: str, key: str) -> int:
+    found = re.search(rf"\.{key}:\s+(\d+)", asm)
+    return int(found.group(1)) if found else 0
+
+
+def regions(asm: str) -> list[Region]:
+    """Every loop, the hot one first; last the instructions in no loop.
+
+    Hotter is a loop with matrix work, then a deeper one, then one with more of it; of two with as much, as attention has with and without a
+    mask, the leaner, which runs more often; without matrix work the longer.
+    """
+    bodies: dict[tuple[int, str], list[str]] = {(0, ""): []}
+    here = 0, ""
+    for line in asm.splitlines():
+        if start := _BLOCK.match(line):
+            here, block = (0, ""), start.group(1) or ""
+        if words := _LOOP.search(line):  # LLVM's own word on which loop a block belongs to
+            here = int(words.group(2)), words.group(1) or block
+        if _INSTRUCTION.match(line):
+            bodies.setdefault(here, []).append(line.split()[0])
+    found = [_region(label, depth, body) for (depth, label), body in bodies.items()]
+    return sorted(found, key=lambda region: (region.depth == 0, not region.mfma, -region.depth, -region.mfma,
+                                             region.instructions if region.mfma else -region.instructions))
+
+
+def _region(label: str, depth: int, opcodes: list[str]) -> Region:
+    mfma = [opcode for opcode in opcodes if opcode.startswith(("v_mfma", "v_smfmac"))]
+    valu = sum(opcode.startswith("v_") for opcode in opcodes) - len(mfma)
+    slots = sum(map(mfma_slots, mfma))
+    loads = [_LOAD_BYTES.get(match.group(1), 4) for opcode in opcodes if (match := _LOADS.match(opcode))]
+    wide = [size for size in loads if size == WIDE_BYTES]
+    stores = sum(bool(re.match(r"(global|buffer|flat)_(store|atomic)", opcode)) for opcode in opcodes)
+    return Region(label, depth, len(opcodes), len(mfma), slots / (slots + valu) if mfma else 0.0, valu,
+                  sum(opcode.startswith("ds_") for opcode in opcodes), stores, len(wide), len(loads) - len(wide),
+                  sum(wide) / sum(loads) if loads else 1.0)
+
+
+def mfma_slots(opcode: str) -> int:
+    """Issue slots of 4 cycles that a matrix instruction holds its SIMD's matrix core: v_mfma_f32_16x16x16_bf16 -> 4."""
+    match = re.match(r"v_s?mfmac?_\w+?_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_?(xf32|bf16|f16|f32|f64|fp8|bf8|i8)", opcode)
+    assert match, f"a matrix instruction of unknown shape: {opcode}"
+    m, n, k, blocks, kind = match.groups()
+    return max(1, 2 * int(m) * int(n) * int(k) * int(blocks or 1) // MFMA_FLOP_PER_SLOT[kind])
+
+
+def hot(found: list[Region]) -> Region:
+    """Where a kernel spends its time: its first loop in the order of `regions`; without a loop the whole."""
+    return found[0]
+
+
+def gates(code: Code, used: Mapping[str, int], found: list[Region]) -> list[str]:
+    """What must not ship, in words; none for a kernel that may."""
+    broken = [f"{used[key]} {words}" for key, words in (("vgpr_spills", "vector registers spilled"), ("sgpr_spills", "scalar registers "
+              "spilled"), ("scratch_bytes", "bytes of scratch memory")) if used[key]]
+    if used["lds_bytes"] > LDS_BYTES:
+        broken.append(f"{used['lds_bytes']} bytes of LDS, the chip has {LDS_BYTES}")
+    elif used["waves_per_simd"] * SIMDS < code.num_warps:
+        broken.append(f"{code.num_warps} waves of {used['vgprs']} registers do not fit a CU")
+    if code.has_dot and not hot(found).mfma:
+        broken.append("tl.dot, but no MFMA in its hot loop" if hot(found).depth else "tl.dot, but no MFMA")
+    return broken
