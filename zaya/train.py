@@ -1,6 +1,7 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
-Turns a command line into a Trainer and its end into an exit code: 0 done, 2 bad recipe or arguments (one clear line, nothing half-written).
+Turns a command line into a Trainer and its end into an exit code: 0 done, 2 bad recipe, arguments, corpus or checkpoint (one clear
+line, nothing half-written). A bug shows its traceback.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import MANIFEST
-from zaya.config import Recipe, load_recipe
+from zaya.checkpoint.manifest import MANIFEST, CheckpointError, load
+from zaya.checkpoint.read import newest
+from zaya.config import Recipe, load_recipe, recipe_from_tables
+from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
 from zaya.trainer import Trainer, open_data
@@ -27,18 +30,34 @@ log = logging.getLogger("zaya")
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """ValueError: run.dir holds the run of another recipe, or cannot be looked at. Writes nothing."""
-    saved = Path(recipe.run.dir) / "recipe.toml"
+    """ValueError: run.dir holds the run of another recipe or a file in a directory's place, or cannot be looked at. Writes nothing."""
+    run_dir = Path(recipe.run.dir)
     try:
-        if not saved.exists():
-            return
+        for path in (run_dir, run_dir / "logs", run_dir / "checkpoints", *sorted((run_dir / "checkpoints").glob("step-[0-9]*"))):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path} is in the place of a directory; move it away, or use another run.dir")
+        saved = recipe_of_run(run_dir)
     except OSError as error:
         raise ValueError(f"cannot read run.dir = {recipe.run.dir!r}: {error.strerror}") from None
-    theirs, ours = load_recipe(saved).identity(), recipe.identity()
+    theirs, ours = (saved or recipe).identity(), recipe.identity()
     for key, value in ours.items():
         if theirs[key] != value:
             raise ValueError(f"{recipe.run.dir} holds another run: its {key} = {theirs[key]!r}, this recipe's is {value!r}; "
                              "use another run.dir, or the recipe it was made with")
+
+
+def recipe_of_run(run_dir: Path) -> Recipe | None:
+    """The recipe of a directory's run: recipe.toml or, if that is gone, what its newest checkpoint says. None: no run is there."""
+    if (run_dir / "recipe.toml").exists():
+        return load_recipe(run_dir / "recipe.toml")
+    checkpoint = newest(run_dir / "checkpoints")
+    if checkpoint is not None:
+        return recipe_from_tables(load(checkpoint).recipe)
+    record = run_dir / "metrics.jsonl"
+    if record.is_file() and record.stat().st_size:
+        raise ValueError(f"{run_dir} holds metrics.jsonl but no recipe.toml to tell whose run it is; "
+                         "put recipe.toml back, move the file away, or use another run.dir")
+    return None
 
 
 def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter | None:
@@ -96,6 +115,14 @@ class _ConsoleHandler(logging.Handler):
         sys.stdout.flush()
 
 
+def refuse(error: ValueError, mesh: Mesh | None) -> int:
+    """One line and the exit code. Before the mesh opens every rank finds the same fault: rank 0 says it."""
+    rank = rank_from_environment()
+    if rank == 0 or mesh is not None:
+        print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE) if argv else print("zaya.train: name a recipe; see --help", file=sys.stderr)
@@ -109,12 +136,12 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
         metrics = open_run_directory(recipe, mesh, trainer.step)
-        trainer.fit(metrics)
     except ValueError as error:
-        rank = rank_from_environment()
-        if rank == 0 or mesh is not None:  # before the mesh opens every rank finds the same fault: one line is enough
-            print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, mesh)
+    try:
+        trainer.fit(metrics)
+    except (CorpusError, CheckpointError) as error:  # any other ValueError of the loop is a bug, and shows where
+        return refuse(error, mesh)
     close_mesh(mesh)
     return 0
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from tests import tiny
+from zaya.checkpoint.manifest import CheckpointError
 from zaya.config import Recipe
+from zaya.data.corpus import CorpusError
 from zaya.metrics import read_rows
 from zaya.parallel.mesh import open_mesh
 from zaya.train import check_run_directory, main, open_run_directory
@@ -174,6 +176,50 @@ def test_a_directory_of_another_run_is_refused_and_kept(folder: Path, capsys: py
     message = errors(folder, capsys, f"--run.dir={folder / 'mine'}", "--optim.lr=0.5")
     assert "optim.lr" in message and "0.02" in message and "0.5" in message
     assert (folder / "mine/metrics.jsonl").read_bytes() == record
+
+
+def test_without_its_recipe_a_directory_is_known_by_its_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = folder / "nameless"
+    run(tiny.recipe(folder, train__steps=1, checkpoint__interval=1, run__dir=str(mine)))
+    (mine / "recipe.toml").unlink()
+    for resume in ("auto", "never"):
+        message = errors(folder, capsys, f"--run.dir={mine}", "--optim.lr=0.5", f"--checkpoint.resume={resume}")
+        assert "optim.lr = 0.02" in message and "0.5" in message
+    check_run_directory(tiny.recipe(folder, run__dir=str(mine)))
+    shutil.rmtree(mine / "checkpoints")
+    assert "holds metrics.jsonl but no recipe.toml" in errors(folder, capsys, f"--run.dir={mine}")
+    assert len(read_rows(mine / "metrics.jsonl")[0]) == 1
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000006", "logs", "."])
+def test_a_file_in_a_directorys_place_is_noticed_first(folder: Path, capsys: pytest.CaptureFixture[str], name: str, resume: str) -> None:
+    path = folder / "obstructed" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    message = errors(folder, capsys, f"--run.dir={folder / 'obstructed'}", "--checkpoint.interval=6", f"--checkpoint.resume={resume}")
+    assert str(path) in message and "irectory" in message
+    assert path.read_text() == ""
+    assert not (folder / "obstructed/recipe.toml").exists() and not (folder / "obstructed/metrics.jsonl").exists()
+    path.unlink()
+    shutil.rmtree(folder / "obstructed", ignore_errors=True)
+
+
+@pytest.mark.parametrize("raised", [ValueError("a bug"), CheckpointError("disk full"), CorpusError("corpus x holds token id 99")])
+def test_a_bug_in_the_loop_is_no_bad_recipe(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+                                            raised: ValueError) -> None:
+    def fit(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    recipe = folder / "loop.toml"
+    recipe.write_text(tiny.recipe(folder, run__dir=str(folder / "loop")).to_toml())
+    if type(raised) is ValueError:
+        with pytest.raises(ValueError, match="a bug"):
+            main([str(recipe)])
+    else:
+        assert main([str(recipe)]) == 2
+        assert capsys.readouterr().err == f"zaya.train: {raised}\n"
 
 
 def test_starting_over_sets_the_old_run_aside(folder: Path) -> None:

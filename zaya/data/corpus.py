@@ -37,11 +37,15 @@ def megatron_indexed_dataset() -> tuple[type[IndexedDataset], type[IndexedDatase
     return IndexedDataset, IndexedDatasetBuilder
 
 
+class CorpusError(ValueError):
+    """A corpus is missing, damaged, or of another vocabulary. One line that names the file."""
+
+
 class Corpus:
     """One stream of `num_tokens` token ids in stored order, with its document borders and its loss mask.
 
     Nothing of the index is copied: a window costs a few bisections in the memory map, so 10^9 documents cost no memory.
-    ValueError where a file is missing, malformed or holds an id outside [0, vocab_size).
+    CorpusError where a file is missing, malformed or holds an id outside [0, vocab_size).
     """
 
     def __init__(self, prefix: str, vocab_size: int) -> None:
@@ -61,7 +65,7 @@ class Corpus:
         stored = self._dataset.bin_reader.read(self._dataset.index.dtype, count, start * self._itemsize)
         if count and (stored.max() >= self.vocab_size or stored.min() < 0):
             at = int(np.flatnonzero((stored >= self.vocab_size) | (stored < 0))[0])
-            raise ValueError(f"corpus {self.prefix} holds token id {stored[at]} at token {start + at}, outside the vocabulary of "
+            raise CorpusError(f"corpus {self.prefix} holds token id {stored[at]} at token {start + at}, outside the vocabulary of "
                              f"model.vocab_size = {self.vocab_size}; tokenise it with the recipe's tokenizer or raise model.vocab_size")
         return stored.astype(np.int64)
 
@@ -91,14 +95,14 @@ def _check_files(prefix: str) -> int:
     sizes = {path: _size(path) for path in (idx, bin_)}
     itemsize, num_sequences, num_documents = _check_header(idx, sizes[idx])
     if num_sequences == 0 or sizes[bin_] == 0:
-        raise ValueError(f"corpus {prefix} is empty ({num_sequences} sequences, {sizes[bin_]} bytes in {bin_}); {_REMAKE}")
+        raise CorpusError(f"corpus {prefix} is empty ({num_sequences} sequences, {sizes[bin_]} bytes in {bin_}); {_REMAKE}")
     lengths = np.memmap(idx, np.int32, "r", offset=_HEADER.size, shape=num_sequences)
     pointers = np.memmap(idx, np.int64, "r", offset=_HEADER.size + 4 * num_sequences, shape=num_sequences)
     documents = np.memmap(idx, np.int64, "r", offset=_HEADER.size + 12 * num_sequences, shape=num_documents)
     end = _check_sequences(idx, lengths, pointers, itemsize)
     _check_documents(idx, documents, num_sequences)
     if end != sizes[bin_]:
-        raise ValueError(f"corpus file {bin_} has {sizes[bin_]} bytes but {idx} describes {end}: truncated, or another corpus; {_REMAKE}")
+        raise CorpusError(f"corpus file {bin_} has {sizes[bin_]} bytes but {idx} describes {end}: truncated, or another corpus; {_REMAKE}")
     return end // itemsize
 
 
@@ -107,7 +111,7 @@ def _size(path: Path) -> int:
         with open(path, "rb") as file:
             return file.seek(0, 2)
     except OSError as error:
-        raise ValueError(f"cannot read corpus file {path}: {error.strerror}; make the corpus with tools.tokenize_corpus "
+        raise CorpusError(f"cannot read corpus file {path}: {error.strerror}; make the corpus with tools.tokenize_corpus "
                          "or correct the prefix in the recipe") from None
 
 
@@ -116,22 +120,22 @@ def _check_header(idx: Path, size: int) -> tuple[int, int, int]:
     with open(idx, "rb") as file:
         head = file.read(_HEADER.size)
     if head[:len(_MAGIC)] != _MAGIC:
-        raise ValueError(f"corpus index {idx} starts with {head[:len(_MAGIC)]!r}, not {_MAGIC!r}: not a Megatron index; {_REMAKE}")
+        raise CorpusError(f"corpus index {idx} starts with {head[:len(_MAGIC)]!r}, not {_MAGIC!r}: not a Megatron index; {_REMAKE}")
     if len(head) < _HEADER.size:
-        raise ValueError(f"corpus index {idx} is truncated: {size} bytes, its header alone has {_HEADER.size}; {_REMAKE}")
+        raise CorpusError(f"corpus index {idx} is truncated: {size} bytes, its header alone has {_HEADER.size}; {_REMAKE}")
     _, version, code, num_sequences, num_documents = _HEADER.unpack(head)
     if version != 1:
-        raise ValueError(f"corpus index {idx} has version {version}; only version 1 is known; {_REMAKE}")
+        raise CorpusError(f"corpus index {idx} has version {version}; only version 1 is known; {_REMAKE}")
     name = _DTYPES.get(code)
     if name is None or name.startswith("float"):
-        raise ValueError(f"corpus index {idx} has dtype code {code} ({name or 'unknown'}), not one of integer tokens "
+        raise CorpusError(f"corpus index {idx} has dtype code {code} ({name or 'unknown'}), not one of integer tokens "
                          f"(uint16 is 8, int32 is 4); {_REMAKE}")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_documents
     if size not in (expected, expected + num_sequences):  # the optional tail is one mode byte per sequence (multimodal corpora)
-        raise ValueError(f"corpus index {idx} has {size} bytes but its header promises {expected} ({num_sequences} sequences, "
+        raise CorpusError(f"corpus index {idx} has {size} bytes but its header promises {expected} ({num_sequences} sequences, "
                          f"{num_documents} document indices): truncated or corrupt; {_REMAKE}")
     if num_documents == 0:
-        raise ValueError(f"corpus index {idx} has no document indices, at least the leading 0 belongs there; {_REMAKE}")
+        raise CorpusError(f"corpus index {idx} has no document indices, at least the leading 0 belongs there; {_REMAKE}")
     return np.dtype(name).itemsize, num_sequences, num_documents
 
 
@@ -142,12 +146,12 @@ def _check_sequences(idx: Path, lengths: np.memmap, pointers: np.memmap, itemsiz
         chunk = lengths[at:at + _CHECK_CHUNK].astype(np.int64)
         if chunk.min() < 0:
             bad = int(np.argmin(chunk))
-            raise ValueError(f"corpus index {idx} is corrupt: sequence {at + bad} has length {chunk[bad]}; {_REMAKE}")
+            raise CorpusError(f"corpus index {idx} is corrupt: sequence {at + bad} has length {chunk[bad]}; {_REMAKE}")
         ends = end + np.cumsum(chunk) * itemsize
         wrong = np.flatnonzero(pointers[at:at + _CHECK_CHUNK] != ends - chunk * itemsize)
         if len(wrong):
             bad = int(wrong[0])
-            raise ValueError(f"corpus index {idx} is corrupt: sequence {at + bad} points at byte {pointers[at + bad]}, but the lengths "
+            raise CorpusError(f"corpus index {idx} is corrupt: sequence {at + bad} points at byte {pointers[at + bad]}, but the lengths "
                              f"before it add up to {ends[bad] - chunk[bad] * itemsize}; {_REMAKE}")
         end = int(ends[-1])
     return end
@@ -156,17 +160,17 @@ def _check_sequences(idx: Path, lengths: np.memmap, pointers: np.memmap, itemsiz
 def _check_documents(idx: Path, documents: np.memmap, num_sequences: int) -> None:
     previous = 0
     if documents[0] != 0:
-        raise ValueError(f"corpus index {idx} is corrupt: its first document starts at sequence {documents[0]}, not 0; {_REMAKE}")
+        raise CorpusError(f"corpus index {idx} is corrupt: its first document starts at sequence {documents[0]}, not 0; {_REMAKE}")
     for at in range(0, len(documents), _CHECK_CHUNK):
         chunk = np.concatenate([[previous], documents[at:at + _CHECK_CHUNK]])
         falls = np.flatnonzero(np.diff(chunk) < 0)
         if len(falls):
             bad = int(falls[0])
-            raise ValueError(f"corpus index {idx} is corrupt: document index {at + bad} is {chunk[bad + 1]}, below the one before it, "
+            raise CorpusError(f"corpus index {idx} is corrupt: document index {at + bad} is {chunk[bad + 1]}, below the one before it, "
                              f"{chunk[bad]}; {_REMAKE}")
         previous = int(chunk[-1])
     if previous != num_sequences:
-        raise ValueError(f"corpus index {idx} is corrupt: its documents end at sequence {previous} of {num_sequences}; {_REMAKE}")
+        raise CorpusError(f"corpus index {idx} is corrupt: its documents end at sequence {previous} of {num_sequences}; {_REMAKE}")
 
 
 def _open_mask(path: Path, num_tokens: int) -> np.memmap | None:
@@ -174,6 +178,6 @@ def _open_mask(path: Path, num_tokens: int) -> np.memmap | None:
         return None
     size = _size(path)
     if size != num_tokens:
-        raise ValueError(f"loss mask {path} has {size} bytes for a corpus of {num_tokens} tokens; it needs one byte per token "
+        raise CorpusError(f"loss mask {path} has {size} bytes for a corpus of {num_tokens} tokens; it needs one byte per token "
                          "(0 = not a target), or remove it")
     return np.memmap(path, np.uint8, "r")
