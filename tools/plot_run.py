@@ -82,12 +82,15 @@ def plot_entropy(ax: Axes, train: list[Row]) -> None:
 def plot_throughput(ax: Axes, train: list[Row]) -> None:
     speed = series(train, "tokens_per_second")
     ax.plot(series(train, "step"), speed, color=BLUE, linewidth=0.8, alpha=0.5)
-    median = float(np.nanmedian(speed))
-    ax.axhline(median, color=ORANGE, linewidth=1, label=f"median {EngFormatter(places=1, sep='')(median)}")
-    # One stalled step would flatten the rest; a step much faster than the median is a fault of the clock.
-    ax.set(title="Throughput, tokens per second", ylim=(0, 1.4 * median if median > 0 else None))
+    ax.set(title="Throughput, tokens per second")
     ax.yaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.legend(loc="lower right")
+    known = speed[~np.isnan(speed)]
+    if len(known):
+        median = float(np.median(known))
+        ax.axhline(median, color=ORANGE, linewidth=1, label=f"median {EngFormatter(places=1, sep='')(median)}")
+        # One stalled step would flatten the rest; a step much faster than the median is a fault of the clock.
+        ax.set_ylim(0, 1.4 * median if median > 0 else None)
+        ax.legend(loc="lower right")
 
 
 def load_picture(train: list[Row]) -> np.ndarray:
@@ -156,7 +159,9 @@ def check_rows(path: Path, train: list[Row]) -> None:
 
 def headline(run: Path, train: list[Row], evaluation: list[Row]) -> str:
     last = train[-1]
-    parts = [run.resolve().name, f"{last['step']:,} steps", f"{EngFormatter(places=1, sep='')(last['tokens'])} tokens"]
+    parts = [run.resolve().name, f"{last['step']:,} steps"]
+    if last["tokens"] is not None:
+        parts.append(f"{EngFormatter(places=1, sep='')(last['tokens'])} tokens")
     if evaluation and evaluation[-1]["eval_loss"] is not None:
         parts.append(f"held-out loss {evaluation[-1]['eval_loss']:.3f}")
     return "   ·   ".join(parts)
@@ -169,6 +174,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     out = options.out or options.run / "plots/run.png"
     try:
+        if not out.name or out.is_dir():
+            raise ValueError(f"--out = {str(out)!r} is a directory; name a file")
         if not options.run.is_dir():
             raise ValueError(f"{options.run} is not a directory; name a run's, e.g. runs/quickstart")
         train, evaluation = read_rows(options.run / "metrics.jsonl")

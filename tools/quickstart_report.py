@@ -8,6 +8,7 @@ Prints one line per promise with its figures; exit 0 if all hold, 1 if one does 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,14 +26,22 @@ def block_entropies(rows: list[dict]) -> list[float]:
     """H(p) / ln E of each block, the mean over the last fifth of the rows."""
     last = rows[-max(len(rows) // 5, 1):]
     blocks = zip(*(row["expert_load"] for row in last))
-    return [sum(map(entropy, block)) / len(last) for block in blocks]
+    return [sum(entropy([_number(share) for share in load]) for load in block) / len(last) for block in blocks]
+
+
+def _number(value: float | None) -> float:
+    """null is what the record holds for a number that was not finite; no promise holds of one."""
+    return math.nan if value is None else value
 
 
 def loads_in_transformers(folder: Path) -> str:
     """What from_pretrained complains of; empty where it loads every key."""
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # noqa: BLE001  # whatever is wrong with the files, each library under it has its own error
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     complaints = {kind: sorted(map(str, loaded[1][kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     return ", ".join(f"{kind}: {names[:3]}" for kind, names in complaints.items() if names)
 
@@ -48,10 +57,12 @@ def report(run: Path, bigram: Path) -> bool:
         raise ValueError(f"{run} has {len(rows)} training and {len(evals)} evaluation rows; finish the run first")
     entropies = block_entropies(rows)
     complaint = loads_in_transformers(run / "hf") if (run / "hf" / "config.json").exists() else "no export"
+    first_loss, last_loss, eval_loss = (_number(value) for value in (rows[0]["loss"], rows[-1]["loss"], evals[-1]["eval_loss"]))
+    seconds = sum(_number(row["step_time_s"]) for row in rows)
     promises = [
-        (rows[-1]["loss"] < rows[0]["loss"], f"loss fell from {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f} in {rows[-1]['step']} steps "
-                                             f"({rows[-1]['tokens']:,} tokens, {sum(row['step_time_s'] for row in rows):.0f} s)"),
-        (evals[-1]["eval_loss"] < bigram_loss, f"held-out loss {evals[-1]['eval_loss']:.4f} against {bigram_loss:.4f} of a bigram model"),
+        (last_loss < first_loss, f"loss fell from {first_loss:.3f} to {last_loss:.3f} in {rows[-1]['step']} steps "
+                                 f"({_number(rows[-1]['tokens']):,.0f} tokens, {seconds:.0f} s)"),
+        (eval_loss < bigram_loss, f"held-out loss {eval_loss:.4f} against {bigram_loss:.4f} of a bigram model"),
         (min(entropies) > MIN_ENTROPY, f"router entropy per block {', '.join(f'{e:.3f}' for e in entropies)} (above {MIN_ENTROPY})"),
         ((run / "plots" / "run.png").exists(), f"plot: {run / 'plots' / 'run.png'}"),
         (not complaint, f"transformers loads {run / 'hf'}" + (f": {complaint}" if complaint else "")),

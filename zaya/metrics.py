@@ -13,12 +13,16 @@ import json
 import math
 import os
 import re
+import reprlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 
+_NUMBERS = ("tokens", "loss", "eval_loss", "grad_norm", "lr", "tokens_per_second", "step_time_s", "mfu", "router_entropy",
+            "router_entropy_min", "router_max_load")
 _HEAD = re.compile(rb'\{"step": (\d+), "(eval_loss)?')
 
 
@@ -162,6 +166,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[Row]]:
         if not line.endswith(b"\n"):
             break
         row = _parse(line, f"{path} line {number}")
+        _check_values(row, f"{path} line {number}")
         (evaluation if "eval_loss" in row else train).append(row)
     return train, evaluation
 
@@ -169,9 +174,25 @@ def read_rows(path: Path) -> tuple[list[Row], list[Row]]:
 def _parse(line: bytes, where: str) -> Row:
     """One row. ValueError: it is damaged, or something else."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity, which we write as null, are no JSON
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         raise ValueError(f"{where} is not JSON; mend it, or move the file away") from None
     if not isinstance(row, dict) or type(row.get("step")) is not int or ("loss" in row) == ("eval_loss" in row):
         raise ValueError(f"{where} is not a row of metrics: it needs a step, and a loss or an eval_loss; mend it, or move the file away")
     return row
+
+
+def _check_values(row: Row, where: str) -> None:
+    """ValueError where a reader would stumble: whatever is there is a number or null, and expert_load a table of them."""
+    for key in _NUMBERS:
+        if not _is_number(row.get(key)):
+            raise ValueError(f"{where}: {key} = {reprlib.repr(row[key])} is not a number")
+    load = row.get("expert_load", [[None]])
+    if not (isinstance(load, list) and load and all(isinstance(block, list) and block for block in load)
+            and len({len(block) for block in load}) == 1 and all(_is_number(share) for block in load for share in block)):
+        raise ValueError(f"{where}: expert_load = {reprlib.repr(load)} is not a table of shares, blocks by experts")
+
+
+def _is_number(value: object) -> bool:
+    """Or null, which stands for one that was not finite."""
+    return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)  # type: ignore[arg-type]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +79,47 @@ def test_nothing_to_draw_is_one_line_and_exit_2(
     assert error.startswith("tools.plot_run: ") and error.count("\n") == 1
     assert re.search(message, error)
     assert sorted(tmp_path.iterdir()) == before
+
+
+GOOD: dict[str, Any] = {"step": 1, "tokens": 10, "loss": 3.0, "lr": 1e-3, "tokens_per_second": 9.0, "router_entropy": 1.0,
+                        "router_entropy_min": 1.0, "expert_load": [[0.5, 0.5]]}
+
+
+@pytest.mark.parametrize("change", [
+    {key: None for key in GOOD if key not in ("step", "expert_load")}, {"expert_load": [[None, None]]}, {"loss": math.nan},
+    {"lr": 0, "tokens_per_second": math.inf}])
+def test_what_is_not_a_number_is_a_hole_in_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]) -> None:
+    rows = [GOOD | change, GOOD | change | {"step": 2}, {"step": 2, "eval_loss": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # they would be lines on stderr
+        assert plot_run.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"loss": "3.0"}, "line 1: loss = '3.0' is not a number"), ({"lr": True}, "line 1: lr = True is not a number"),
+    ({"tokens": [1]}, "tokens = .1. is not a number"), ({"loss": 10**400}, "loss = 1000.* is not a number"),
+    ({"step": 1.5}, "it needs a step"), ({"step": True}, "it needs a step"),
+    ({"expert_load": None}, "expert_load = None is not a table"), ({"expert_load": []}, r"expert_load = \[\] is not a table"),
+    ({"expert_load": [[]]}, "is not a table"), ({"expert_load": [0.5]}, "is not a table"), ({"expert_load": [["a"]]}, "is not a table"),
+    ({"expert_load": [[1.0], [0.5, 0.5]]}, "is not a table"),
+])
+def test_odd_values_are_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any],
+                                            message: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(GOOD | change) + "\n")
+    assert plot_run.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tools.plot_run: ") and error.count("\n") == 1 and len(error) < 300
+    assert re.search(message, error), error
+
+
+def test_a_directory_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 2, 1, 2)
+    for out in ("", ".", str(tmp_path)):
+        assert plot_run.main([str(run), f"--out={out}"]) == 2
+        assert "is a directory; name a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_bad_places_are_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

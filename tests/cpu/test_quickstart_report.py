@@ -37,6 +37,22 @@ def test_each_broken_promise_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert named == broken and len(lines) == 5
 
 
+def test_a_run_that_diverged_has_kept_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, last_loss=3.0, eval_loss=3.5, loads=[EVEN, EVEN])
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('loss": 3.0', 'loss": null').replace('loss": 3.5', 'loss": null').replace("0.25", "null"))
+    assert quickstart_report.report(run, run / "bigram.json") is False
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("[NOT KEPT]")] == [f"[ok] plot: {run / 'plots/run.png'}"]
+
+
+def test_an_export_that_does_not_load_is_a_broken_promise(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert quickstart_report.loads_in_transformers(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "zaya"')
+    assert "\n" not in quickstart_report.loads_in_transformers(tmp_path)
+
+
 def test_entropy_is_the_mean_over_the_last_fifth() -> None:
     rows = [{"expert_load": [COLLAPSED]}] * 8 + [{"expert_load": [EVEN]}] * 2
     assert quickstart_report.block_entropies(rows) == [pytest.approx(1.0)]
