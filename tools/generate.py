@@ -9,6 +9,7 @@ fine for a sample; for serving, export the model (tools.export_hf) and use trans
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -43,12 +44,16 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Zaya:
 @torch.no_grad()
 def generate(model: Zaya, tokens: Sequence[int], choose: Callable[[Tensor], int], max_new_tokens: int,
              ends: Collection[int] = ()) -> list[int]:
-    """The new tokens, up to and with the first of `ends`. `choose` picks one from the logits (V,) of the last position."""
+    """The new tokens, up to and with the first of `ends`. `choose` picks one from the logits (V,) of the last position. ValueError: the
+    model is broken."""
     device = model.embedding.weight.device
     row = torch.tensor([tokens], device=device)
     for _ in tqdm(range(max_new_tokens), unit="token", disable=None, leave=False, dynamic_ncols=True, desc="generate"):
         hidden_BTD = model(row, torch.arange(row.shape[1], device=device)[None]).hidden_BTD
-        token = choose(model.logits(hidden_BTD[:, -1])[0])
+        logits_V = model.logits(hidden_BTD[:, -1])[0]
+        if not logits_V.isfinite().all():
+            raise ValueError("the model's logits are not finite: its weights are broken; take an earlier checkpoint")
+        token = choose(logits_V)
         row = torch.cat([row, row.new_tensor([[token]])], dim=1)
         if token in ends:
             break
@@ -65,7 +70,8 @@ def sampler(temperature: float, top_k: int, seed: int) -> Callable[[Tensor], int
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits_V: Tensor) -> int:
-        scaled_V = logits_V.float().cpu() / temperature
+        scaled_V = logits_V.double().cpu()
+        scaled_V = (scaled_V - scaled_V.max()) / temperature  # 0 stays 0 at any temperature: the likeliest can always be drawn
         values_K, tokens_K = scaled_V.topk(min(top_k, len(scaled_V)) if top_k else len(scaled_V))
         return int(tokens_K[torch.multinomial(values_K.softmax(-1), 1, generator=generator)])
 
@@ -92,10 +98,14 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int]:
 
 def sample(options: argparse.Namespace) -> str:
     """The prompt and what follows it."""
-    if not options.greedy and not options.temperature > 0:
-        raise ValueError(f"--temperature = {options.temperature} must be above 0; for the likeliest token use --greedy")
+    if not options.greedy and not 0 < options.temperature < math.inf:
+        raise ValueError(f"--temperature = {options.temperature} must be above 0 and finite; for the likeliest token use --greedy")
     if options.max_new_tokens < 1 or options.top_k < 0:
         raise ValueError(f"--max-new-tokens = {options.max_new_tokens} must be at least 1 and --top-k = {options.top_k} at least 0")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed = {options.seed} must be at least 0 and below 2^63")
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+        raise ValueError("--prompt is not UTF-8 text")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device = cuda, but this machine has no GPU that torch can use; use cpu")
     device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")

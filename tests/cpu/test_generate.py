@@ -104,25 +104,36 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_command_prints_the_prompt_and_more(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {}
     for name, options in {"a": ["--seed=1"], "again": ["--seed=1"], "b": ["--seed=2"], "greedy": ["--greedy"],
-                          "checkpoint": ["--greedy"], "hot": ["--temperature=5", "--top-k=0"]}.items():
+                          "checkpoint": ["--greedy"], "cold": ["--temperature=1e-320", f"--top-k={2**70}"],
+                          "hot": ["--temperature=5", "--top-k=0"], "hottest": ["--temperature=1e308"]}.items():
         source = run / "checkpoints/step-00000007" if name == "checkpoint" else run
         assert generate.main([str(source), "--prompt", "def run", "--max-new-tokens=12", *options]) == 0
         texts[name] = capsys.readouterr().out
         assert texts[name].startswith("def run") and len(texts[name]) > len("def run\n") and END_OF_TEXT not in texts[name]
     assert texts["a"] == texts["again"] != texts["b"]
-    assert texts["greedy"] == texts["checkpoint"] and len(set(texts.values())) == 4
+    assert texts["greedy"] == texts["checkpoint"] == texts["cold"] and len(set(texts.values())) == 5
 
 
 @pytest.mark.parametrize("options, words", [
     (["--prompt", ""], "--prompt is empty"),
-    (["--prompt", "x", "--temperature", "0"], "--temperature = 0.0 must be above 0; for the likeliest token use --greedy"),
+    (["--prompt", "x", "--temperature", "0"], "--temperature = 0.0 must be above 0 and finite; for the likeliest token use --greedy"),
+    *((["--prompt", "x", f"--temperature={value}"], f"--temperature = {float(value)} must") for value in ("nan", "inf", "-1", "-inf")),
+    (["--prompt", "x", "--temperature", "hot"], "invalid float value: 'hot'"),
     (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens = 0 must be at least 1"),
+    (["--prompt", "x", "--max-new-tokens", "1.5"], "invalid int value: '1.5'"),
+    (["--prompt", "x", "--top-k", "-1"], "--top-k = -1 at least 0"),
+    (["--prompt", "x", "--seed", str(2**64)], f"--seed = {2**64} must be"),
+    (["--prompt", "x", "--seed", "-1"], "--seed = -1 must be"),
+    (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),
     (["--prompt", "x", "--tokenizer", "nowhere.json"], "cannot read tokenizer nowhere.json"),
 ])
 def test_command_refuses(options: list[str], words: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main([str(run), *options]) == 2
+    try:
+        code: object = generate.main([str(run), *options])
+    except SystemExit as ended:  # argparse's own way out
+        code = ended.code
     captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert code == 2 and captured.out == "" and len(captured.err.splitlines()) == 1
     assert captured.err.startswith("tools.generate: ") and words in captured.err
 
 
@@ -140,4 +151,8 @@ def test_command_refuses_what_is_no_model(run: Path, tmp_path: Path, capsys: pyt
     with CheckpointWriter(tmp_path / "bare", recipe={"model": {"vocab_size": 300}}) as writer:
         writer.add("model.x", torch.zeros(1))
     assert "names no tokenizer" in words(tmp_path / "bare")
+    with CheckpointWriter(tmp_path / "broken", recipe=Checkpoint.find(run).manifest.recipe) as writer:
+        for name, tensor in generate.load_model(Checkpoint.find(run), torch.device("cpu")).state_dict().items():
+            writer.add(f"model.{name}", tensor * torch.nan)
+    assert words(tmp_path / "broken").startswith("tools.generate: the model's logits are not finite")
     assert "recipe lacks model.hidden_size" in words(tmp_path / "bare", "--tokenizer", str(run / "tokenizer.json"))
