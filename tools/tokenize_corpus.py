@@ -20,6 +20,8 @@ from zaya.data.corpus_writer import Written, staged, write_corpus
 from zaya.data.documents import list_files, read_documents
 from zaya.data.tokenizer import end_token_id, load_tokenizer, train_bpe
 
+MAX_WORKERS = 1024  # more than any machine has use for; a slip of the finger must not start a million processes
+
 
 def main(argv: list[str] | None = None) -> int:
     try:
@@ -49,8 +51,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise ValueError(f"--workers = {args.workers} must be at least 1")
+    if not 1 <= args.workers <= MAX_WORKERS:
+        raise ValueError(f"--workers = {args.workers} must be at least 1 and at most {MAX_WORKERS}")
+    if args.output.rpartition("/")[2] in ("", ".", ".."):
+        raise ValueError(f"--output = {args.output!r} names a directory; add the corpus' name, {os.path.join(args.output, 'NAME')}")
     return args
 
 

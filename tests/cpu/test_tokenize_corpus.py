@@ -216,24 +216,39 @@ BAD: dict[str, tuple[str, bytes | None, list[str], str]] = {  # input's name, it
     "tokenizer_config": ("d.jsonl", b'{"text": "a"}', ["--tokenizer", "{in}"], "it is not a tokenizer.json"),
     "tokenizer broken": ("d.jsonl", b'{"text": "a", "model": {"type": "X"}}', ["--tokenizer", "{in}"], "is not a valid tokenizer.json"),
     "unwritable": ("d.txt", b"a", ["--output", "/proc/none/c"], "cannot write /proc/none/c.bin"),
+    "no name": ("d.txt", b"a", ["--output", "{dir}/new/"], "names a directory"),
+    "empty name": ("d.txt", b"a", ["--output", ""], "names a directory"),
+    "this directory": ("d.txt", b"a", ["--output", "."], "names a directory"),
+    "the directory above": ("d.txt", b"a", ["--output", "{dir}/.."], "names a directory"),
+    "in a file": ("d.txt", b"a", ["--output", "{in}/c"], "cannot write {in}/c.bin: Not a directory"),
+    "name too long": ("d.txt", b"a", ["--output", "{dir}/" + "c" * 300], "File name too long"),
+    "tokenizer to a directory": ("d.txt", b"ab",
+                                 ["--tokenizer", "{dir}", "--train-bpe", "300", "--overwrite"], "is a directory; name a file"),
+    "vocabulary too large": ("d.txt", b"ab", ["--tokenizer", "{dir}/new.json", "--train-bpe", str(10**20)], "at most 16777216"),
+    "no vocabulary": ("d.txt", b"ab", ["--tokenizer", "{dir}/new.json", "--train-bpe", "0"], "needs 257 entries at least"),
+    "negative vocabulary": ("d.txt", b"ab", ["--tokenizer", "{dir}/new.json", "--train-bpe", "-3"], "needs 257 entries at least"),
+    "a directory for a tokenizer": ("d.txt", b"a", ["--tokenizer", "{dir}"], "Is a directory"),
+    "many workers": ("d.txt", b"a", ["--workers", str(10**9)], "--workers = 1000000000 must be at least 1 and at most 1024"),
     "text too small": ("d.txt", b"ab", ["--tokenizer", "{dir}/new.json", "--train-bpe", "400"], "for 400 entries: merging ends at 258"),
     "vocabulary too small": ("d.txt", b"ab", ["--tokenizer", "{dir}/new.json", "--train-bpe", "256"], "needs 257 entries at least"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_no_file(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+def test_bad_input_is_one_line_and_no_file(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str], case: str) -> None:
     name, content, arguments, message = BAD[case]
     path = tmp_path / name
     if content == b"(parquet)":
         write_parquet(path)
     elif content is not None:
         path.write_bytes(content)
+    monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     further = [a.format(dir=tmp_path, **{"in": path}) for a in arguments]
     assert run(path, "--output", tmp_path / "new" / "c", "--tokenizer", tokenizer, "--workers", 1, *further) == 2
     error = capsys.readouterr().err
-    assert error.startswith("tools.tokenize_corpus: ") and error.count("\n") == 1 and message in error, error
+    assert error.startswith("tools.tokenize_corpus: ") and error.count("\n") == 1 and message.format(**{"in": path}) in error, error
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -43,6 +43,9 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
     The last path is the one without which the others mean nothing: it appears last. ValueError if a path exists (and may not be
     overwritten) or cannot be written.
     """
+    folder = next((path for path in paths if path.is_dir()), None)
+    if folder:
+        raise ValueError(f"output {folder} is a directory; name a file")
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise ValueError(f"output {existing[0]} exists; remove it, name another one or pass --overwrite")

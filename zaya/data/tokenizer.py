@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 """End token of the tokenizers that train_bpe makes."""
+MAX_ENTRIES = 1 << 24
+"""Of a vocabulary that train_bpe makes: 64 times the largest in use."""
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end▁of▁sentence|>", "<|im_end|>", "<|eot_id|>",
                "<end_of_turn>", "[SEP]")
 """End tokens in use, a document's end before a turn's: a chat tokenizer has both."""
@@ -63,6 +65,8 @@ def train_bpe(documents: Iterator[str], vocab_size: int) -> Tokenizer:
     if vocab_size <= len(alphabet):
         raise ValueError(f"a byte-level vocabulary needs {len(alphabet) + 1} entries at least ({len(alphabet)} bytes and {END_OF_TEXT}), "
                          f"not {vocab_size}")
+    if vocab_size > MAX_ENTRIES:
+        raise ValueError(f"a vocabulary of {vocab_size} entries is beyond any model; ask for at most {MAX_ENTRIES}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
