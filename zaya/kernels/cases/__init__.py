@@ -41,6 +41,9 @@ class Case:
     flops: int = 0
     """Of matrix products, forward; backward takes twice that unless `backward_flops` says otherwise."""
     backward_flops: int = 0
+    limit: float = 1e-2
+    """Of a tensor's error in bf16 against fp32 arithmetic on the same numbers: one rounding is 1.7e-3, six are allowed, unless the op
+    itself is a chain of roundings."""
     num_bytes: int = 0
     """That must be read and written in bf16, forward; 0: bound by arithmetic."""
 
@@ -63,15 +66,21 @@ def at(arguments: Mapping[str, Any], path: str) -> Tensor:
     return value
 
 
-def run(function: Callable[..., Any], arguments: Mapping[str, Any], gradients: tuple[str, ...]) -> dict[str, Tensor]:
-    """Outputs ("out.0", ...) and gradients ("d q_BTC", ...) of one call; cotangents are seeded, the same for every caller."""
+def run(function: Callable[..., Any], arguments: Mapping[str, Any], gradients: tuple[str, ...],
+        like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Outputs ("out.0", ...) and gradients ("d q_BTC", ...) of one call; cotangents are seeded, the same for every caller.
+
+    like: the result of a run in a narrower dtype; cotangents are then rounded as that run had them.
+    """
     leaves = [at(arguments, path).detach().requires_grad_() for path in gradients]
     outputs = function(**_with(arguments, dict(zip(gradients, leaves))))
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     result = {f"out.{index}": output.detach() for index, output in enumerate(outputs)}
     if gradients:
-        sources = [output for output in outputs if output.requires_grad]
-        grads = torch.autograd.grad(sources, leaves, [cotangent(output, index) for index, output in enumerate(sources)])
+        sources = {name: output for name, output in zip(result, outputs) if output.requires_grad}
+        cotangents = [cotangent(output, index).to((like or result)[name].dtype).to(output.dtype)
+                      for index, (name, output) in enumerate(sources.items())]
+        grads = torch.autograd.grad(list(sources.values()), leaves, cotangents)
         result |= {f"d {path}": grad for path, grad in zip(gradients, grads)}
     return result
 
@@ -93,6 +102,22 @@ def _with(arguments: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[st
             items[int(rest[0])] = leaf
             replaced[first] = tuple(items)
     return replaced
+
+
+def widened(value: Any) -> Any:
+    """The arguments with 16-bit tensors in fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    if isinstance(value, Mapping):
+        return {key: widened(item) for key, item in value.items()}
+    return tuple(map(widened, value)) if isinstance(value, tuple) else value
+
+
+def errors(case: Case, arguments: Mapping[str, Any], op: Callable[..., Any] | None = None) -> dict[str, float]:
+    """Of every output and gradient of the op (another one, if given), against the reference in fp32 on the same rounded numbers."""
+    got = run(op or case.op, arguments, case.gradients)
+    want = run(case.reference, widened(arguments), case.gradients, like=got)
+    return {name: error(got[name], want[name]) for name in want}
 
 
 def error(got: Tensor, want: Tensor) -> float:
