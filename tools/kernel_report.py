@@ -47,20 +47,29 @@ def launches(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) 
             if name not in entry.cases:
                 entry.cases.append(name)
 
-        with launching_through(note):
-            cases.run(case.op, case.make(meta, dtype), case.gradients)
+        try:
+            with launching_through(note):
+                cases.run(case.op, case.make(meta, dtype), case.gradients)
+        except Exception as error:
+            error.add_note(f"in case {case.name}")
+            raise
     return list(found.values())
 
 
 def figures(build: gfx942.Build) -> dict[str, Any]:
-    """Compile one launch and read its machine code; the last entry, "broken", lists its failed gates."""
-    code = gfx942.build(build)
+    """Compile one launch and read its machine code; "broken" lists its failed gates."""
+    broken = []
+    try:
+        code = gfx942.build(build)
+    except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; the other launches are still reported
+        code = gfx942.Code(build.kernel, "", b"", build.num_warps, 0, False)
+        broken = [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
     used, regions = gfx942.resources(code), gfx942.regions(code.asm)
     loop = gfx942.hot(regions)
     return {**used, "mfma": sum(region.mfma for region in regions), "mfma_share": round(loop.mfma_share, 3), "hot_mfma": loop.mfma,
             "hot_valu": loop.valu, "hot_lds": loop.lds, "hot_instructions": loop.instructions, "hot_depth": loop.depth,
             "wide_loads": loop.wide_loads, "narrow_loads": loop.narrow_loads, "wide_share": round(loop.wide_share, 3),
-            "is_matrix_kernel": code.has_dot, "broken": gfx942.gates(code, used, regions)}
+            "is_matrix_kernel": code.has_dot, "broken": broken + gfx942.gates(code, used, regions)}
 
 
 def report(found: list[Launch]) -> list[dict[str, Any]]:

@@ -1,0 +1,230 @@
+"""Every shipped configuration compiles for the MI300X without spills, scratch or too much LDS, and with matrix instructions where it has
+products; that the report would notice; and that it reads machine code rightly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from zaya.kernels import gfx942
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(words: list[str], *paths: Path) -> subprocess.CompletedProcess[str]:
+    """A Python of its own: this one imported Triton as an interpreter, which cannot compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, ROOT)))
+    return subprocess.run([sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_shipped_configuration_passes_the_gates() -> None:
+    result = run(["-m", "tools.kernel_report", "--json"])
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert {"kernel", "config", "arch", "vgprs", "vgpr_spills", "sgpr_spills", "scratch_bytes", "lds_bytes", "waves_per_simd", "mfma",
+            "mfma_share", "wide_loads", "narrow_loads", "cases"} <= rows[0].keys()
+    matrix_kernels = [row for row in rows if row["is_matrix_kernel"]]
+    assert matrix_kernels and all(row["hot_mfma"] for row in matrix_kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.5.0", "3.6.0", "3.7.1", "3.8.0"])
+def test_the_gates_hold_under_other_versions_of_triton(version: str, tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), f"triton=={version}"]
+    if subprocess.run(install, capture_output=True).returncode:
+        pytest.skip(f"pip cannot get triton {version} here")
+    result = run(["-m", "tools.kernel_report"], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+PLANTED = textwrap.dedent('''
+    import torch, triton, triton.language as tl
+    from zaya.kernels import launch
+    from zaya.kernels.cases import CHIP, Case
+
+    @triton.jit
+    def matmul(a_ptr, b_ptr, c_ptr, K, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+        m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, BLOCK_K)
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            a = tl.load(a_ptr + m * K + start + k[None, :])
+            b = tl.load(b_ptr + (start + k[:, None]) * N + n)
+            total += tl.dot(a, b)
+        tl.store(c_ptr + m * N + n, total)
+
+    @triton.jit
+    def scale(x_ptr, y_ptr, factor, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y_ptr + i, tl.load(x_ptr + i) * factor)
+
+    def product(a, b, config):
+        c = torch.empty(a.shape[0], b.shape[1], device=a.device)
+        sizes = {"M": a.shape[0], "N": b.shape[1]}
+        launch.launch(matmul, (1,), {"a_ptr": a, "b_ptr": b, "c_ptr": c, "K": a.shape[1], **sizes}, config)
+        return c
+
+    def scaled(x, factor, config):
+        launch.launch(scale, (4,), {"x_ptr": x, "y_ptr": (y := torch.empty_like(x)), "factor": factor}, config)
+        return y
+
+    def waits(x):
+        return x * x.sum().item()
+
+    def case(name, m, n, k, warps, stages):
+        config = launch.Config({"BLOCK_K": k}, warps, stages, {"matrix_instr_nonkdim": 16})
+        make = lambda device, dtype: {"a": torch.empty(m, 1024, dtype=dtype, device=device),
+                                      "b": torch.empty(1024, n, dtype=dtype, device=device), "config": config}
+        return Case(name, CHIP, product, product, make)
+
+    def scales(name, factor):
+        return Case(name, CHIP, scaled, scaled, lambda device, dtype: {"x": torch.empty(4096, device=device), "factor": factor,
+                                                                        "config": launch.Config({"BLOCK": 1024}, 4)})
+
+    GOOD, SPILLS, LDS, NO_MFMA = (case("good", 128, 128, 32, 4, 2), case("spills", 256, 512, 64, 4, 1), case("lds", 256, 256, 64, 8, 3),
+                                  case("no mfma", 64, 64, 4, 4, 1))
+    SCALES = [scales("three", 3), scales("five", 5), scales("sixteen", 16), scales("one", 1)]
+    WAITS = Case("waits", CHIP, waits, waits, lambda device, dtype: {"x": torch.empty(4, device=device)})
+''')
+
+
+def planted(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "planted.py").write_text(PLANTED)
+    (tmp_path / "script.py").write_text(
+        "import json, torch, planted\nfrom tools.kernel_report import launches, report\n"
+        f"if __name__ == '__main__':\n    {code}\n")
+    return run([str(tmp_path / "script.py")], tmp_path)
+
+
+def test_planted_faults_are_caught(tmp_path: Path) -> None:
+    result = planted("""found = launches([planted.GOOD, planted.SPILLS, planted.LDS, planted.NO_MFMA])
+    found += launches([planted.GOOD], torch.float64)  # the kernel's sum would change its type in the loop
+    print(json.dumps(report(found)))""", tmp_path)
+    assert result.returncode == 0, result.stderr
+    good, spills, lds, no_mfma, no_code = json.loads(result.stdout)
+    assert good["broken"] == [] and good["mfma_share"] > 0.5 and good["hot_depth"] == 1 and good["wide_share"] == 1.0
+    assert any("vector registers spilled" in words for words in spills["broken"])
+    assert any("bytes of scratch memory" in words for words in spills["broken"])
+    assert any("bytes of LDS" in words for words in lds["broken"])
+    assert no_mfma["broken"] == ["tl.dot, but no MFMA in its hot loop"]
+    assert [words.partition(":")[0] for words in no_code["broken"]] == ["does not compile"]
+
+
+def test_equal_launches_are_compiled_once(tmp_path: Path) -> None:
+    result = planted("print(json.dumps([launch.cases for launch in launches(planted.SCALES)]))", tmp_path)
+    # 3 and 5 run the same code; 16 lets the compiler divide by it, 1 becomes a constant.
+    assert json.loads(result.stdout) == [["three", "five"], ["sixteen"], ["one"]], result.stderr
+
+
+def test_an_op_that_waits_for_the_device_is_caught(tmp_path: Path) -> None:
+    result = planted("launches([planted.WAITS])", tmp_path)
+    assert result.returncode == 1 and "meta" in result.stderr
+
+
+def test_an_unknown_op_is_one_line() -> None:
+    result = run(["-m", "tools.kernel_report", "--op", "nonsense"])
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "nonsense" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- reading machine code
+
+ASSEMBLY = """\
+kernel:
+\ts_load_dwordx4 s[0:3], s[0:1], 0x0
+.LBB0_1:                                ; %outer
+                                        ; =>This Loop Header: Depth=1
+                                        ;     Child Loop BB0_2 Depth 2
+\tglobal_load_dword v1, v[2:3], off    ; a comment
+\tv_add_u32_e32 v1, v1, v2
+.LBB0_2:                                ;   Parent Loop BB0_1 Depth=1
+                                        ; =>  This Inner Loop Header: Depth=2
+\tbuffer_load_dwordx4 v[4:7], v1, s[0:3], 0 offen
+\tglobal_load_dwordx4 v[8:11], v[2:3], off
+\tbuffer_load_ushort v12, v1, s[0:3], 0 offen
+\tds_read_b128 v[4:7], v1
+\t.loc\t1 2 3
+\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]
+\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]
+\tv_mul_f32_e32 v1, v1, v2
+\tv_mul_f32_e32 v1, v1, v2
+\ts_cbranch_scc1 .LBB0_2
+; %bb.3:                                ;   in Loop: Header=BB0_1 Depth=1
+\tglobal_store_dwordx4 v[2:3], v[4:7], off
+\ts_cbranch_vccz .LBB0_1
+; %bb.4:
+\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]
+\tglobal_atomic_add v1, v[2:3], v4, off sc0
+\ts_branch .LBB0_6
+.LBB0_5:                                ; a block laid out behind the one it goes on to: a jump backwards, but no loop
+\tv_mov_b32_e32 v1, 0
+\ts_endpgm
+.LBB0_6:
+\ts_branch .LBB0_5
+\t.section\t.rodata
+    .agpr_count:     4
+    .group_segment_fixed_size: 0
+    .private_segment_fixed_size: 48
+    .sgpr_count:     33
+    .sgpr_spill_count: 2
+    .vgpr_count:     129
+    .vgpr_spill_count: 7
+"""
+
+
+def code(asm: str = ASSEMBLY, num_warps: int = 4, lds_bytes: int = 0, has_dot: bool = True) -> gfx942.Code:
+    return gfx942.Code("kernel", asm, b"", num_warps, lds_bytes, has_dot)
+
+
+def test_regions_are_llvms_loops() -> None:
+    inner, outer, rest = gfx942.regions(ASSEMBLY)
+    assert (inner.label, inner.depth, outer.label, outer.depth, rest.depth) == ("BB0_2", 2, "BB0_1", 1, 0)
+    assert (inner.instructions, inner.mfma, inner.valu, inner.lds, inner.stores) == (9, 2, 2, 1, 0)
+    assert (inner.wide_loads, inner.narrow_loads, inner.wide_share) == (2, 1, 32 / 34)
+    assert inner.mfma_share == 8 / 10  # two of four slots each, beside two vector instructions
+    assert (outer.instructions, outer.mfma, outer.valu, outer.stores, outer.narrow_loads) == (4, 0, 1, 1, 1)
+    assert (rest.mfma, rest.stores, rest.wide_share) == (1, 1, 1.0)
+    assert gfx942.hot([inner, outer, rest]) is inner
+
+
+def test_of_two_loops_with_equal_matrix_work_the_leaner_is_hot() -> None:
+    loop = "{0}:  ; =>This Inner Loop Header: Depth=1\n\tv_mfma_f32_16x16x16_f16 v[0:3], v[4:5], v[6:7], v[0:3]\n"
+    masked, plain = loop.format(".LBB0_1") + "\tv_cndmask_b32_e32 v1, v2, v3\n", loop.format(".LBB0_2")
+    assert gfx942.hot(gfx942.regions(masked + plain)).label == "BB0_2"
+
+
+@pytest.mark.parametrize(("opcode", "slots"), [
+    ("v_mfma_f32_16x16x16_bf16", 4), ("v_mfma_f32_16x16x16_f16", 4), ("v_mfma_f32_32x32x8_f16", 8), ("v_mfma_f32_32x32x8_bf16_1k", 8),
+    ("v_mfma_f32_16x16x4_f32", 8), ("v_mfma_f32_4x4x4_16b_f16", 1), ("v_mfma_f64_16x16x4_f64", 8), ("v_mfma_f32_16x16x32_fp8_fp8", 4),
+    ("v_mfma_i32_16x16x32_i8", 4), ("v_mfma_f32_16x16x8_xf32", 4)])
+def test_issue_slots_of_matrix_instructions(opcode: str, slots: int) -> None:
+    assert gfx942.mfma_slots(opcode) == slots
+
+
+@pytest.mark.parametrize(("vgprs", "num_warps", "lds_bytes", "waves"), [
+    (129, 4, 0, 3),  # 512 / 136, allocated by 8
+    (129, 8, 0, 2),  # whole work-groups of two waves a SIMD
+    (24, 4, 0, 8), (24, 4, 32768, 2), (24, 4, 32769, 1), (256, 8, 65536, 2), (257, 8, 0, 0), (24, 1, 0, 8)])
+def test_waves_per_simd(vgprs: int, num_warps: int, lds_bytes: int, waves: int) -> None:
+    asm = ASSEMBLY.replace(".vgpr_count:     129", f".vgpr_count:     {vgprs}")
+    assert gfx942.resources(code(asm, num_warps, lds_bytes))["waves_per_simd"] == waves
+
+
+def test_gates_name_what_is_wrong() -> None:
+    def broken(code: gfx942.Code) -> list[str]:
+        return gfx942.gates(code, gfx942.resources(code), gfx942.regions(code.asm))
+
+    assert broken(code()) == ["7 vector registers spilled", "2 scalar registers spilled", "48 bytes of scratch memory"]
+    clean = ASSEMBLY.replace("spill_count: 7", "spill_count: 0").replace("spill_count: 2", "spill_count: 0").replace("size: 48", "size: 0")
+    assert broken(code(clean)) == []
+    assert broken(code(clean, lds_bytes=65537)) == ["65537 bytes of LDS, the chip has 65536"]
+    assert broken(code(clean.replace("count:     129", "count:     300"), num_warps=8)) == ["8 waves of 300 registers do not fit a CU"]
+    in_no_loop = "\n".join(line for line in clean.splitlines() if "v_mfma" not in line)
+    assert broken(code(in_no_loop + "\n; %bb.9:\n\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]\n")) == [
+        "tl.dot, but no MFMA in its hot loop"]
+    assert broken(code(in_no_loop, has_dot=False)) == []
