@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,8 @@ from zaya.model import hf
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"  # tied to the embedding: some files store it all the same
+ARCHITECTURE = "ZayaForCausalLM"
+CONFIG_DTYPES = ("float32", "bfloat16", "float16", "float64")
 DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names
 
 
@@ -109,16 +112,54 @@ def _read_json(path: Path) -> dict[str, Any]:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"{path} is not a JSON object")
     return parsed
 
 
+def check_config(config: dict[str, Any]) -> None:
+    """Types that transformers would not take back, and what could not even be compared with what we support. ValueError names the key."""
+    def refuse(key: str, must: str) -> NoReturn:
+        raise ValueError(f"{key} = {reprlib.repr(config[key])} is not supported; it must be {must}")
+
+    for key, value in config.items():
+        if not _is_finite(value):
+            refuse(key, "of finite numbers, nested a few levels at most")
+    for key, fixed in hf.FIXED.items():  # 0 equals False and 2.0 equals 2, but not for transformers
+        if key in config and type(config[key]) is not type(fixed) and not (isinstance(fixed, float) and type(config[key]) is int):
+            refuse(key, repr(fixed))
+    if config.get("architectures") is not None and config["architectures"] != [ARCHITECTURE]:
+        refuse("architectures", repr([ARCHITECTURE]))
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) is not None and config[key] not in CONFIG_DTYPES:
+            refuse(key, f"one of {', '.join(CONFIG_DTYPES)}")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = config.get(key)
+        ids = given if key == "eos_token_id" and isinstance(given, list) else [] if given is None else [given]
+        if any(type(token) is not int or token < 0 for token in ids):
+            refuse(key, "a token id or null")
+    length = config.get("max_position_embeddings", 1)
+    if type(length) is not int or length < 1:
+        refuse("max_position_embeddings", "an integer of at least 1")
+    layers = config.get("layer_types")
+    if isinstance(layers, list) and not all(isinstance(layer, str) for layer in layers):
+        refuse("layer_types", "a list of strings")
+
+
+def _is_finite(value: Any, depth: int = 0) -> bool:
+    """Also of every number inside; an integer no float can hold counts as infinite."""
+    if isinstance(value, (dict, list)):
+        return depth < 16 and all(_is_finite(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max
+
+
 def import_hf(source: Path, target: Path) -> None:
     """ValueError, with nothing left at `target`, for a directory that is not a Zaya model of transformers or is not complete."""
     directory = HFDirectory(source)
+    if directory.config.get("model_type") == hf.MODEL_TYPE:  # another architecture may have other types; from_hf_config names it
+        check_config(directory.config)
     model, rest = hf.from_hf_config(directory.config)
     table = hf.links(model)
     directory.open_shards()

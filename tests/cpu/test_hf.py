@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -309,6 +310,11 @@ def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
     return edit
 
 
+def replace_by_directory(path: Path) -> None:
+    (path / "config.json").unlink()
+    (path / "config.json").mkdir()
+
+
 def truncate(path: Path) -> None:
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[:-100])
@@ -337,6 +343,26 @@ BAD_DIRECTORIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "layer types": (edit_config(layer_types=["hybrid"]), "layer_types has 1 entries for num_hidden_layers = 3"),
     "unknown layer type": (edit_config(layer_types=["hybrid", "mamba", "hybrid"]), "layer_types has 'mamba'"),
     "text for a number": (edit_config(hidden_size="32"), "hidden_size = '32' is not supported; it must be an integer"),
+    **{f"{key} {name}": (edit_config(**{key: value}), f"{key} = ") for key, name, value in [
+        ("architectures", "int", 5), ("dtype", "list", ["float32"]), ("eos_token_id", "float", [1.5]), ("bos_token_id", "object", {}),
+        ("pad_token_id", "negative", -1), ("num_experts_per_tok", "bool", True), ("max_position_embeddings", "zero", 0),
+        ("sliding_window", "negative", -5), ("num_hidden_layers", "null", None), ("num_experts", "float", 4.0), ("head_dim", "bool", True),
+        ("attention_bias", "int", 0), ("cca_time0", "float", 2.0), ("rope_parameters", "list", []), ("initializer_range", "huge", 10**400),
+        ("initializer_range", "text", "0.02"), ("rms_norm_eps", "text", "1e-5"), ("hidden_size", "negative", -32),
+        ("router_hidden_size", "list", [8]), ("vocab_size", "huge", 2**31), ("layer_types", "numbers", [1, 2, 3])]},
+    "text for architectures": (edit_config(architectures="ZayaForCausalLM"), "architectures = 'ZayaForCausalLM' is not supported"),
+    "other class": (edit_config(architectures=["LlamaForCausalLM"]), "architectures = ['LlamaForCausalLM'] is not supported; it must"),
+    "unknown dtype": (edit_config(dtype="int4"), "dtype = 'int4' is not supported; it must be one of float32"),
+    "old dtype key": (edit_config(dtype=None, torch_dtype=7), "torch_dtype = 7 is not supported"),
+    "endless rope": (edit_config(rope_parameters={kind: {"rope_type": "default", "rope_theta": math.inf, "partial_rotary_factor": 0.5}
+                                                  for kind in hf.ROPE_DEFAULTS}), "is not supported; it must be of finite numbers"),
+    "object as layer type": (edit_config(layer_types=[{}, {}, {}]), "layer_types = [{}, {}, {}] is not supported"),
+    "deep config": (lambda path: (path / "config.json").write_text("[" * 10**5), "config.json is not JSON"),
+    "no model type": (lambda path: (path / "config.json").write_text("{}"), "model_type = None is not supported; only 'zaya' is"),
+    "empty config": (lambda path: (path / "config.json").write_text(""), "config.json is not JSON"),
+    "a list": (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "config is a directory": (replace_by_directory, "config.json: Is a directory"),
+    "empty weights": (lambda path: (path / "model.safetensors").write_bytes(b""), "model.safetensors is truncated or damaged"),
     "head dim": (edit_config(head_dim=6), "head_dim = 6 is not a multiple of 4"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     "truncated": (truncate, "model.safetensors is truncated or damaged"),
