@@ -46,6 +46,10 @@ class Case:
     itself is a chain of roundings."""
     num_bytes: int = 0
     """That must be read and written in bf16, forward; 0: bound by arithmetic."""
+    backward_bytes: int = 0
+    """The same of the backward pass; 0: not counted."""
+    timed: Callable[..., Any] | None = None
+    """What a benchmark calls instead of `op`, with the same arguments, where that works on copies."""
 
 
 def cases(size: str | None = None) -> list[Case]:
@@ -73,7 +77,7 @@ def run(function: Callable[..., Any], arguments: Mapping[str, Any], gradients: t
     like: the result of a run in a narrower dtype; cotangents are then rounded as that run had them.
     """
     leaves = [at(arguments, path).detach().requires_grad_() for path in gradients]
-    outputs = function(**_with(arguments, dict(zip(gradients, leaves))))
+    outputs = function(**with_leaves(arguments, dict(zip(gradients, leaves))))
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     result = {f"out.{index}": output.detach() for index, output in enumerate(outputs)}
     if gradients:
@@ -90,7 +94,7 @@ def cotangent(output: Tensor, index: int) -> Tensor:
     return torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
 
 
-def _with(arguments: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+def with_leaves(arguments: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments, with the tensors at the given paths replaced."""
     replaced = dict(arguments)
     for path, leaf in leaves.items():

@@ -65,7 +65,8 @@ def shard(length: int, *, step: int = 7, commit: bool = True, poisoned: bool = F
 
 
 def _case(name: str, size: str, length: int, **changes: Any) -> Case:
-    return Case(f"adamw {name}", size, updated, expected, shard(length, **changes), num_bytes=BYTES_PER_ELEMENT * length)
+    return Case(f"adamw {name}", size, updated, expected, shard(length, **changes), num_bytes=BYTES_PER_ELEMENT * length,
+                timed=adamw_)
 
 
 CASES = [

@@ -51,14 +51,15 @@ def _random(device: torch.device, seed: int) -> Callable[..., Tensor]:
 
 def _joins(name: str, size: str, *shape: int, channel_scale: float = 1.0) -> Case:
     elements = torch.Size(shape).numel()
-    # Forward in bf16: stream and new stream 4 bytes each, branch and x 2 bytes each.
+    # In bf16, forward: stream and new stream 4 bytes each, branch and x 2 each; backward: their gradients, stream and branch once more.
     return Case(f"residual_norm {name}", size, residual_norm, reference.residual_norm, join(*shape, channel_scale=channel_scale),
-                JOIN_GRADIENTS, num_bytes=12 * elements)
+                JOIN_GRADIENTS, num_bytes=12 * elements, backward_bytes=18 * elements)
 
 
 def _norms(name: str, size: str, *shape: int) -> Case:
     elements = torch.Size(shape).numel()
-    return Case(f"rms_norm {name}", size, rms_norm, reference.rms_norm, norm(*shape), ("x", "weight"), num_bytes=4 * elements)
+    return Case(f"rms_norm {name}", size, rms_norm, reference.rms_norm, norm(*shape), ("x", "weight"), num_bytes=4 * elements,
+                backward_bytes=6 * elements)
 
 
 CASES = [
