@@ -41,6 +41,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # whose 2,048 x 2,048 outputs are 64 tiles of 256 x 256 for 304 compute units already.
 CHUNK_LOGITS = 2048 * 262_272
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E)
+
 Partials = tuple[Tensor, Tensor, Tensor]
 
 
@@ -48,25 +50,31 @@ Partials = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def _cross_entropy_partials_kernel(logits_ptr, labels_ptr, largest_ptr, total_ptr, target_ptr, V, vocab_start, BLOCK_V: tl.constexpr):
-    """One row each: every lane keeps its own largest logit and sum of exp, so that nothing waits for a neighbour until the end."""
+def _merged(largest_L, total_L, x_SL):
+    """Running largest and sum of exp of L columns, after S more rows."""
+    above_L = tl.maximum(largest_L, tl.max(x_SL, 0))
+    # exp2 is one instruction; the difference, taken first, is exact where it matters.
+    total_L = total_L * tl.exp2((largest_L - above_L) * LOG2E) + tl.sum(tl.exp2((x_SL - above_L[None, :]) * LOG2E), 0)
+    return above_L, total_L
+
+
+@triton.jit
+def _cross_entropy_partials_kernel(logits_ptr, labels_ptr, largest_ptr, total_ptr, target_ptr, V, vocab_start, BLOCK_V: tl.constexpr,
+                                   LANES: tl.constexpr):
+    """One row each: LANES columns keep their own largest logit and sum of exp, so that no thread waits for another until the end, and
+    each rescales once for BLOCK_V / LANES logits."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
-    v = tl.arange(0, BLOCK_V)
-    largest = tl.full((BLOCK_V,), -3.0e38, tl.float32)  # finite: exp(-inf - -inf) would be NaN
-    total = tl.zeros((BLOCK_V,), tl.float32)
+    v = tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    largest = tl.full((LANES,), -1.0e38, tl.float32)  # finite: exp(-inf - -inf) would be NaN
+    total = tl.zeros((LANES,), tl.float32)
     full = V // BLOCK_V * BLOCK_V
     for start in range(0, full, BLOCK_V):
-        x = tl.load(logits_ptr + start + v).to(tl.float32)
-        above = tl.maximum(largest, x)
-        total = total * tl.exp(largest - above) + tl.exp(x - above)
-        largest = above
-    x = tl.load(logits_ptr + full + v, mask=v < V - full, other=-float("inf")).to(tl.float32)
-    above = tl.maximum(largest, x)
-    total = total * tl.exp(largest - above) + tl.exp(x - above)
-    row_largest = tl.max(above, 0)
+        largest, total = _merged(largest, total, tl.load(logits_ptr + start + v).to(tl.float32))
+    largest, total = _merged(largest, total, tl.load(logits_ptr + full + v, mask=v < V - full, other=-float("inf")).to(tl.float32))
+    row_largest = tl.max(largest, 0)
     tl.store(largest_ptr + row, row_largest)
-    tl.store(total_ptr + row, tl.sum(total * tl.exp(above - row_largest), 0))
+    tl.store(total_ptr + row, tl.sum(total * tl.exp2((largest - row_largest) * LOG2E), 0))
     local = tl.load(labels_ptr + row) - vocab_start
     tl.store(target_ptr + row, tl.load(logits_ptr + local, mask=(local >= 0) & (local < V), other=0.0).to(tl.float32))
 
@@ -87,10 +95,10 @@ def _cross_entropy_gradient_kernel(logits_ptr, labels_ptr, lse_ptr, dlogits_ptr,
     full = V // BLOCK_V * BLOCK_V
     for start in range(0, full, BLOCK_V):
         x = tl.load(logits_ptr + start + v).to(tl.float32)
-        dx = scale * tl.exp(x - lse) - tl.where(start + v == hit, 1.0, 0.0)
+        dx = scale * tl.exp2((x - lse) * LOG2E) - tl.where(start + v == hit, 1.0, 0.0)
         tl.store(dlogits_ptr + start + v, dx.to(dlogits_ptr.dtype.element_ty))
     x = tl.load(logits_ptr + full + v, mask=v < V - full, other=0.0).to(tl.float32)
-    dx = scale * tl.exp(x - lse) - tl.where(full + v == hit, 1.0, 0.0)
+    dx = scale * tl.exp2((x - lse) * LOG2E) - tl.where(full + v == hit, 1.0, 0.0)
     tl.store(dlogits_ptr + full + v, dx.to(dlogits_ptr.dtype.element_ty), mask=v < V - full)
 
 
