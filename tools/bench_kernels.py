@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +21,7 @@ from tqdm import tqdm
 from zaya.cli import Parser
 from zaya.kernels import cases
 from zaya.kernels.peers import Peer, all_routed, peers
-
-Call = Callable[[], Any]
-FLUSH_BYTES = 512 << 20  # more than any cache: 256 MiB of the MI300X, 50 MB of the H100
-
-
-class Clock:
-    """Times calls on the GPU one at a time, after emptying its caches."""
-
-    def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-    def milliseconds(self, call: Call) -> float:
-        self.flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def peak_bytes(self, call: Call) -> int:
-        """Largest allocation while it runs, beyond what is there before."""
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def medians(self, calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-        """Each call once a round, so that a change of the clock speed meets all of them."""
-        for call in calls.values():
-            for _ in range(3):
-                call()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                times[name].append(self.milliseconds(call))
-        return {name: statistics.median(each) for name, each in times.items()}
+from zaya.kernels.timing import Clock, passes
 
 
 def ceilings(clock: Clock, rounds: int, size: int = 8192, copied: int = 1 << 30) -> dict[str, float]:
@@ -68,21 +30,6 @@ def ceilings(clock: Clock, rounds: int, size: int = 8192, copied: int = 1 << 30)
     source, target = (torch.empty(copied, dtype=torch.int8, device="cuda") for _ in range(2))
     times = clock.medians({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds)
     return {"tflops": 2 * size**3 / times["matmul"] / 1e9, "gbs": 2 * copied / times["copy"] / 1e6}
-
-
-def passes(op: Callable[..., Any], case: cases.Case, arguments: Mapping[str, Any]) -> dict[str, Call]:
-    """Forward alone, and with backward where the op has one; cotangents are made before."""
-    if not case.gradients:
-        return {"forward": lambda: op(**arguments)}
-    leaves = [cases.at(arguments, path).detach().requires_grad_() for path in case.gradients]
-    bound = cases.with_leaves(arguments, dict(zip(case.gradients, leaves)))
-
-    def outputs() -> list[Tensor]:
-        result = op(**bound)
-        return [output for output in ((result,) if isinstance(result, Tensor) else result) if output.requires_grad]
-
-    cotangents = [cases.cotangent(output, index) for index, output in enumerate(outputs())]
-    return {"forward": lambda: op(**bound), "both": lambda: torch.autograd.grad(outputs(), leaves, cotangents, allow_unused=True)}
 
 
 def transformers_experts(case: cases.Case, arguments: Mapping[str, Any]) -> dict[str, Peer]:

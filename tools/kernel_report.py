@@ -7,12 +7,10 @@ Equal launches are compiled once, in as many processes as there are CPUs.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from zaya.cli import Parser
 from zaya.kernels import cases, gfx942
-from zaya.kernels.launch import MI300X, Config, launching_through
+from zaya.kernels.launch import MI300X
 
 
 @dataclass
@@ -39,45 +37,25 @@ class Launch:
 def launches(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """The distinct launches of the cases, forward and backward."""
     found: dict[str, Launch] = {}
-    meta = torch.device("meta")
     for case in chosen:
-        def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config, name: str = case.name) -> None:
-            build = gfx942.specialise(kernel, arguments, config.options(MI300X))
-            entry = found.setdefault(build.key, Launch(build, {**config.blocks, **config.options(MI300X)}))
-            if name not in entry.cases:
-                entry.cases.append(name)
-
         try:
-            with launching_through(note):
-                cases.run(case.op, case.make(meta, dtype), case.gradients)
+            with gfx942.recording() as noted:
+                cases.run(case.op, case.make(torch.device("meta"), dtype), case.gradients)
         except Exception as error:
             error.add_note(f"in case {case.name}")
             raise
+        for build, config in noted:
+            entry = found.setdefault(build.key, Launch(build, {**config.blocks, **config.options(MI300X)}))
+            if case.name not in entry.cases:
+                entry.cases.append(case.name)
     return list(found.values())
-
-
-def figures(build: gfx942.Build) -> dict[str, Any]:
-    """Compile one launch and read its machine code; "broken" lists its failed gates."""
-    broken = []
-    try:
-        code = gfx942.build(build)
-    except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; the other launches are still reported
-        code = gfx942.Code(build.kernel, "", b"", build.num_warps, 0, False)
-        broken = [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
-    used, regions = gfx942.resources(code), gfx942.regions(code.asm)
-    loop = gfx942.hot(regions)
-    return {**used, "mfma": sum(region.mfma for region in regions), "mfma_share": round(loop.mfma_share, 3), "hot_mfma": loop.mfma,
-            "hot_valu": loop.valu, "hot_lds": loop.lds, "hot_instructions": loop.instructions, "hot_depth": loop.depth,
-            "wide_loads": loop.wide_loads, "narrow_loads": loop.narrow_loads, "wide_share": round(loop.wide_share, 3),
-            "is_matrix_kernel": code.has_dot, "broken": broken + gfx942.gates(code, used, regions)}
 
 
 def report(found: list[Launch]) -> list[dict[str, Any]]:
     """The figures of every launch, in their order."""
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(found), 1)), multiprocessing.get_context("spawn")) as pool:
-        every = tqdm(pool.map(figures, [launch.build for launch in found]), total=len(found), unit="kernel", disable=None)
-        return [{"kernel": launch.build.kernel, "config": launch.config, "arch": MI300X.arch, **row, "cases": launch.cases}
-                for launch, row in zip(found, every)]
+    every = tqdm(gfx942.all_figures([launch.build for launch in found]), total=len(found), unit="kernel", disable=None)
+    return [{"kernel": launch.build.kernel, "config": launch.config, "arch": MI300X.arch, **row, "cases": launch.cases}
+            for launch, row in zip(found, every)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

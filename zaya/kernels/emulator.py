@@ -49,7 +49,7 @@ def emulating(checkout: str | Path) -> Launcher:
 
     def launcher(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
         build = gfx942.specialise(kernel, arguments, config.options(MI300X))
-        code = gfx942.build(build)
+        code = gfx942.build_code(build)
         if scratch := gfx942.resources(code)["scratch_bytes"]:
             raise ValueError(f"{code.name} uses {scratch} bytes of scratch memory: the emulator cannot run a kernel that spills")
         _run(emulator, code, gfx942.runtime_arguments(kernel, arguments, build), grid)

@@ -1,22 +1,28 @@
 """What a launch becomes on an MI300X, on a machine that has none: Triton's AMD backend builds the code object, and this file reads it.
 
 `specialise` does what Triton does between a launch and the compiler: types, constexprs, the integers equal to 1, what 16 divides, which
-tensors are small enough (2 GiB) for buffer instructions. `build` compiles that for gfx942; `resources` reads registers, spills and LDS off
-the assembly, `regions` its loops, `gates` what must not ship. Tensors may lie on "meta". Knows no op.
+tensors are small enough (2 GiB) for buffer instructions. `build_code` compiles that for gfx942; `resources` reads registers, spills and
+LDS off the assembly, `regions` its loops, `gates` what must not ship; `figures` is all of it. Tensors may lie on "meta". Knows no op.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import multiprocessing
+import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from zaya.kernels.launch import MI300X, Config, launching_through
 
 TARGET = GPUTarget("hip", "gfx942", 64)
 SIMDS = 4  # per CU
@@ -109,7 +115,7 @@ def runtime_arguments(kernel: Any, arguments: Mapping[str, Any], build: Build) -
     return [(kind, value) for (_, kind), value in zip(build.signature, values, strict=True) if kind != "constexpr"]
 
 
-def build(build: Build) -> Code:
+def build_code(build: Build) -> Code:
     """Compile, or take it from Triton's cache."""
     kernel = getattr(importlib.import_module(build.module), build.kernel)
     source = ASTSource(kernel, dict(build.signature), dict(build.constexprs), {path: attr for path, attr in build.attrs})
@@ -195,3 +201,37 @@ def gates(code: Code, used: Mapping[str, int], found: list[Region]) -> list[str]
     if code.has_dot and not hot(found).mfma:
         broken.append("tl.dot, but no MFMA in its hot loop" if hot(found).depth else "tl.dot, but no MFMA")
     return broken
+
+
+def figures(build: Build) -> dict[str, Any]:
+    """Compile one launch and read its machine code; "broken" lists its failed gates."""
+    broken = []
+    try:
+        code = build_code(build)
+    except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; the other launches are still reported
+        code = Code(build.kernel, "", b"", build.num_warps, 0, False)
+        broken = [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+    used, found = resources(code), regions(code.asm)
+    loop = hot(found)
+    return {**used, "mfma": sum(region.mfma for region in found), "mfma_share": round(loop.mfma_share, 3), "hot_mfma": loop.mfma,
+            "hot_valu": loop.valu, "hot_lds": loop.lds, "hot_instructions": loop.instructions, "hot_depth": loop.depth,
+            "wide_loads": loop.wide_loads, "narrow_loads": loop.narrow_loads, "wide_share": round(loop.wide_share, 3),
+            "is_matrix_kernel": code.has_dot, "broken": broken + gates(code, used, found)}
+
+
+def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
+    """`figures` of each, in order, in as many processes as there are CPUs."""
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(builds), 1)), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(figures, builds)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Build, Config]]]:
+    """Inside, launches are noted in the list instead of being run, as on an MI300X."""
+    noted: list[tuple[Build, Config]] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
+        noted.append((specialise(kernel, arguments, config.options(MI300X)), config))
+
+    with launching_through(note):
+        yield noted

@@ -1,0 +1,198 @@
+"""Search better tile sizes for one op's kernels and write the winners, with their figures, into zaya/kernels/configs.json.
+
+Each entry of the table that the op's chip cases use is varied on its own, its neighbours first: every block, the warps and the stages
+halved and doubled, one at a time (or the products of --space). On a GPU a candidate must compute the right thing, and the shortest median
+time of forward and backward over the cases wins. Without one, for gfx942, the machine code decides: no failed gate, at least two waves a
+SIMD, then the MFMA share of the hot loop (of matrix kernels), the share of bytes in 16-byte loads, and the waves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # candidates are compiled; Triton reads this once, as it is imported
+
+import torch
+from tqdm import tqdm
+
+from zaya.cli import Parser
+from zaya.kernels import cases, gfx942, launch
+from zaya.kernels.launch import MI300X, TABLE
+from zaya.kernels.timing import Clock, passes
+
+Entry = dict[str, Any]
+CEILINGS = {"num_warps": 16, "num_stages": 4}
+MARGIN = 0.02  # a winner must be so much better: less is noise, of a clock or of a scheduler
+
+
+def neighbours(entry: Entry) -> Iterator[Entry]:
+    """The entry itself, then with one number halved or doubled (stages: one less or more)."""
+    yield entry
+    for name, value in {**entry["blocks"], "num_warps": entry["num_warps"], "num_stages": entry.get("num_stages", 2)}.items():
+        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2):
+            if 1 <= other <= CEILINGS.get(name, 1 << 20):
+                yield varied(entry, {name: other})
+
+
+def products(entry: Entry, space: dict[str, list[int]]) -> Iterator[Entry]:
+    """The entry itself, then all combinations of the space's numbers that it knows."""
+    yield entry
+    known = {name: numbers for name, numbers in space.items() if name in entry["blocks"] or name in CEILINGS}
+    for numbers in itertools.product(*known.values()):
+        candidate = varied(entry, dict(zip(known, numbers)))
+        if known and candidate != entry:
+            yield candidate
+
+
+def varied(entry: Entry, changes: dict[str, int]) -> Entry:
+    options = {name: number for name, number in changes.items() if name in CEILINGS}
+    return {**entry, **options, "blocks": {**entry["blocks"], **{n: v for n, v in changes.items() if n not in CEILINGS}}}
+
+
+def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candidates: list[Entry],
+                  chosen: list[cases.Case]) -> list[tuple[tuple[float, ...], str]]:
+    """(score, figures in words) of each candidate, by the worst of the kernel's launches; a candidate that no launch takes gets none."""
+    owners, builds = [], {}
+    for number, candidate in enumerate(candidates):
+        table[kernel][index] = candidate
+        for case in chosen:
+            try:
+                with gfx942.recording() as noted:
+                    cases.run(case.op, case.make(torch.device("meta"), torch.bfloat16), case.gradients)
+            except Exception:  # noqa: BLE001  # an op refuses a tile size in its own way; that candidate is out
+                noted = []
+            for build, config in noted:
+                if build.kernel == kernel and config.blocks == candidate["blocks"] and (number, build.key) not in builds:
+                    builds[number, build.key] = build
+                    owners.append(number)
+    table[kernel][index] = candidates[0]
+    scores: list[tuple[tuple[float, ...], str]] = [((-1.0,), "does not launch")] * len(candidates)
+    figures = tqdm(gfx942.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
+    for number, row in zip(owners, figures):
+        share = row["mfma_share"] if row["is_matrix_kernel"] else 0.0
+        score = (float(not row["broken"]), float(min(row["waves_per_simd"], 2)), share, row["wide_share"], float(row["waves_per_simd"]))
+        words = (f"static: {row['vgprs']} VGPRs, {row['vgpr_spills']} spills, LDS {row['lds_bytes'] / 1024:g} KiB, "
+                 f"{row['waves_per_simd']} waves per SIMD" + (f", MFMA share {share:.2f}" if row["is_matrix_kernel"] else ""))
+        if scores[number][0] == (-1.0,) or score < scores[number][0]:
+            scores[number] = score, words
+    return scores
+
+
+def measured_scores(table: dict[str, list[Entry]], kernel: str, index: int, candidates: list[Entry],
+                    chosen: list[cases.Case]) -> list[tuple[tuple[float, ...], str]]:
+    """(score, figures in words) of each candidate: minus the milliseconds of all cases; a wrong one gets none."""
+    clock, device, gpu = Clock(), torch.device("cuda"), torch.cuda.get_device_name()
+    scores: list[tuple[tuple[float, ...], str]] = []
+    for candidate in tqdm(candidates, unit="candidate", disable=None, leave=False):
+        table[kernel][index] = candidate
+        total = 0.0
+        try:
+            for case in chosen:
+                arguments = case.make(device, torch.bfloat16)
+                if any(not error <= case.limit for error in cases.errors(case, arguments).values()):
+                    raise ValueError(f"wrong in {case.name}")
+                last = list(passes(case.timed or case.op, case, arguments).items())[-1]
+                total += clock.medians(dict([last]), rounds=20)[last[0]]
+            scores.append(((-total,), f"measured: {total:.3f} ms over {len(chosen)} cases, {gpu}"))
+        except Exception as error:  # noqa: BLE001  # too much shared memory, a compiler's failure: that candidate is out
+            scores.append(((-float("inf"),), f"fails: {' '.join(str(error).split())[:80]}"))
+    table[kernel][index] = candidates[0]
+    return scores
+
+
+def is_better(score: tuple[float, ...], than: tuple[float, ...]) -> bool:
+    """The first figure that differs by more than noise decides."""
+    for ours, theirs in zip(score, than):
+        if abs(ours - theirs) > MARGIN * max(abs(ours), abs(theirs)) or abs(ours) == float("inf"):
+            return ours > theirs
+    return len(score) > len(than)
+
+
+def used_entries(table: dict[str, list[Entry]], arch: str, chosen: list[cases.Case], only: str | None) -> list[tuple[str, int]]:
+    """(kernel, index) of the arch's entries that the cases use, in the order of the table."""
+    with gfx942.recording() as noted:  # whatever the arch: which kernels an op launches does not depend on it
+        for case in chosen:
+            cases.run(case.op, case.make(torch.device("meta"), torch.bfloat16), case.gradients)
+    kernels = {build.kernel for build, _ in noted if only in (None, build.kernel)}
+    blocks = [(build.kernel, config.blocks) for build, config in noted]
+    return [(kernel, index) for kernel, entries in table.items() if kernel in kernels for index, entry in enumerate(entries)
+            if entry["arch"] == arch and (arch != MI300X.arch or (kernel, entry["blocks"]) in blocks)]
+
+
+def write(winners: dict[tuple[str, int], Entry]) -> None:
+    """Into the table as it is now on the disk, one line an entry, the whole file replaced at once."""
+    table = json.loads(TABLE.read_text())
+    for (kernel, index), entry in winners.items():
+        table[kernel][index] = entry
+    lines = {kernel: ",\n".join(f"    {json.dumps(entry)}" for entry in entries) for kernel, entries in table.items()}
+    kernels = [f'  "{kernel}": [\n{entries}\n  ]' for kernel, entries in lines.items()]
+    with tempfile.NamedTemporaryFile("w", dir=TABLE.parent, suffix=".json", delete=False) as file:
+        file.write("{\n" + ",\n".join(kernels) + "\n}\n")
+    os.chmod(file.name, TABLE.stat().st_mode)
+    os.replace(file.name, TABLE)
+
+
+def parse_space(words: list[str]) -> dict[str, list[int]]:
+    """["BLOCK_M=64,128", "num_warps=4,8"] -> {"BLOCK_M": [64, 128], "num_warps": [4, 8]}"""
+    space = {}
+    for word in words:
+        name, _, numbers = word.partition("=")
+        if not numbers or not all(number.isdigit() and int(number) for number in numbers.split(",")):
+            raise ValueError(f"--space {word}: expected NAME=NUMBER,NUMBER,...")
+        space[name] = [int(number) for number in numbers.split(",")]
+    return space
+
+
+def main() -> int:
+    parser = Parser(prog="tools.tune_kernels", description=__doc__)
+    parser.add_argument("--op", required=True, help="the cases to tune on: those whose name starts so")
+    parser.add_argument("--kernel", help="only this kernel of the op, by its name in the table")
+    parser.add_argument("--arch", help="whose entries: this GPU's, or gfx942 where there is none")
+    parser.add_argument("--space", nargs="+", default=[], metavar="NAME=N,N", help="numbers to combine, instead of neighbours")
+    parser.add_argument("--dry-run", action="store_true", help="print the ranking and write nothing")
+    arguments = parser.parse_args()
+    here = launch.target(torch.device("cuda")).arch if torch.cuda.is_available() else MI300X.arch
+    arch = arguments.arch or here
+    if arch not in (here, MI300X.arch):
+        parser.error(f"--arch {arch}: this machine can measure {here} and judge {MI300X.arch} by its machine code")
+    chosen = [case for case in cases.cases(cases.CHIP) if case.name.startswith(arguments.op)]
+    if not chosen:
+        parser.error(f"--op {arguments.op}: no chip case has such a name")
+    try:
+        space = parse_space(arguments.space)
+    except ValueError as error:
+        parser.error(str(error))
+    table = launch._table()  # the very one that launches read: a candidate is tried by standing in it
+    entries = used_entries(table, arch, chosen, arguments.kernel)
+    if not entries:
+        parser.error(f"the cases of {arguments.op} use no entry of {arguments.kernel or 'any kernel'} for {arch}")
+    judge = measured_scores if torch.cuda.is_available() and arch == here else static_scores
+    winners = {}
+    for kernel, index in entries:
+        present = table[kernel][index]
+        candidates = list(products(present, space) if space else neighbours(present))
+        scored = list(zip(candidates, judge(table, kernel, index, candidates, chosen)))
+        best = scored[0]
+        for one in scored[1:]:
+            best = one if is_better(one[1][0], best[1][0]) else best
+        print(f"{kernel} {arch} {present.get('when', '')}")
+        for candidate, (_, words) in scored:
+            mark = "*" if candidate is best[0] else " "
+            print(f" {mark} {candidate['blocks']} warps {candidate['num_warps']} stages {candidate.get('num_stages', 2)}: {words}")
+        if best[0] is not present:
+            winners[kernel, index] = {**best[0], "figures": best[1][1]}
+            table[kernel][index] = winners[kernel, index]  # later kernels of the op are judged beside it
+    if winners and not arguments.dry_run:
+        write(winners)
+    print(f"{len(winners)} of {len(entries)} entries have a better neighbour{'; nothing written' if arguments.dry_run else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
