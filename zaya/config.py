@@ -141,7 +141,7 @@ class TrainConfig:
     device: str = "auto"
     """auto | cuda (ROCm too) | cpu."""
     kernels: str = "auto"
-    """auto | triton | reference: implementation of the ops in zaya/kernels."""
+    """auto (triton on a GPU, else reference; environment ZAYA_KERNELS decides first) | triton | reference."""
     recompute: str = "none"
     """none | selective (attention and expert activations) | full (whole blocks) are recomputed in backward."""
     eval_interval: int = 0
@@ -160,8 +160,6 @@ class TrainConfig:
         _one_of("train.device", self.device, ("auto", "cuda", "cpu"))
         _one_of("train.kernels", self.kernels, ("auto", "triton", "reference"))
         _one_of("train.recompute", self.recompute, ("none", "selective", "full"))
-        if self.kernels == "triton":
-            raise ValueError('train.kernels = "triton" is not built yet; use "auto" or "reference"')
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from zaya.config import OptimConfig
 from zaya.kernels import reference
+from zaya.kernels.backend import ops
 from zaya.plan import AdamW, Muon, ParameterPlan
 
 MUON_SCALE = 0.2  # update RMS of AdamW (Liu et al. 2025, "Muon is scalable"): one learning rate serves both rules
+MUON_BATCH = 1 << 27  # elements orthogonalised at once: 256 MiB in bf16, 32 matrices of 2048 x 2048 in one launch
 
 
 class FlatGroup:
@@ -89,6 +90,7 @@ class Optimizer:
         self.config = config
         rows = [table[name] for name in parameters]
         muon = [row for row in rows if isinstance(self._rule(row), Muon)]
+        assert all(row.decay for row in muon), "every matrix of the plan decays"
         rest = [row for row in rows if isinstance(self._rule(row), AdamW)]
         decayed, plain = [r for r in rest if r.decay], [r for r in rest if not r.decay]
         self.muon = [FlatGroup(muon, parameters, ("momentum",))] if muon else []
@@ -124,18 +126,15 @@ class Optimizer:
         for group in self.adamw:
             decay = config.weight_decay if group.rows[0].decay else 0.0
             arrays = (group.master, group.grad, group.state["exp_avg"], group.state["exp_avg_sq"])
-            adamw_(*arrays, lr=lr, beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=decay, grad_scale=grad_scale,
-                   step=self.step, commit=commit)
+            ops().adamw_(*arrays, lr=lr, beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=decay, grad_scale=grad_scale,
+                         step=self.step, commit=commit, out=None if group.master is group.param else group.param)
         for group in self.muon:
-            for row in group.rows:
-                assert isinstance(row.optimizer, Muon)
-                views = [group.view(flat, row.name) for flat in (group.master, group.grad, group.state["momentum"])]
-                decay = config.weight_decay if row.decay else 0.0
-                muon_(*views, blocks=row.optimizer.blocks, lr=lr, momentum=config.momentum, weight_decay=decay, grad_scale=grad_scale,
-                      dtype=group.param.dtype, commit=commit)
-        self.step += commit
-        for group in self.groups:
+            for matrix, rows in _alike(group.rows, group.shapes):
+                flats = (group.master, group.grad, group.state["momentum"])
+                muon_(*([group.view(flat, row.name) for row in rows] for flat in flats), matrix=matrix, lr=lr, momentum=config.momentum,
+                      weight_decay=config.weight_decay, grad_scale=grad_scale, dtype=group.param.dtype, commit=commit)
             group.publish()
+        self.step += commit
 
     def tensors(self) -> dict[str, Tensor]:
         """State by checkpoint name; writing into these tensors restores it."""
@@ -143,31 +142,41 @@ class Optimizer:
         return named | {"optim.step": self.step}
 
 
-def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float, beta2: float, eps: float,
-           weight_decay: float, grad_scale: Tensor, step: Tensor, commit: Tensor) -> None:
-    """AdamW in place (Loshchilov & Hutter 2019) from grad * grad_scale, by torch's fused kernel; nothing changes where commit is false.
+def muon_(params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *, matrix: tuple[int, int], lr: float,
+          momentum: float, weight_decay: float, grad_scale: Tensor, dtype: torch.dtype, commit: Tensor) -> None:
+    """Muon in place on parameters that are stacks of `matrix` (rows, cols), one above the other (Jordan et al. 2024).
 
-    step: 0-dim fp32, updates so far; the caller counts this one. The kernel takes the scale in fp32, so an fp64 gradient is scaled to 6e-8
-    only, which AdamW hardly sees; it may leave grad scaled.
+    Nesterov momentum as a moving average, Newton-Schulz in `dtype` over all matrices at once, update times 0.2 sqrt(max(rows, cols)),
+    decoupled decay.
     """
-    adamw([param], [grad], [exp_avg], [exp_avg_sq], [], [step.clone()], fused=True, grad_scale=grad_scale.reciprocal().float(),
-          found_inf=(~commit).float(), amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
+    scaled = [grad * grad_scale for grad in grads]
+    averages = [torch.lerp(buffer, grad, 1 - momentum) for buffer, grad in zip(momentum_buffers, scaled)]
+    directions = [torch.lerp(grad, average, momentum).to(dtype).view(-1, *matrix) for grad, average in zip(scaled, averages)]
+    updates = ops().newton_schulz(torch.cat(directions)).split([len(direction) for direction in directions])
+    step = -lr * MUON_SCALE * math.sqrt(max(matrix))
+    for param, update, buffer, average in zip(params, updates, momentum_buffers, averages):
+        updated = torch.add(param * (1 - lr * weight_decay), update.to(param.dtype).view_as(param), alpha=step)
+        param.copy_(torch.where(commit, updated, param))
+        buffer.copy_(torch.where(commit, average, buffer))
 
 
-def muon_(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, blocks: int, lr: float, momentum: float, weight_decay: float,
-          grad_scale: Tensor, dtype: torch.dtype, commit: Tensor) -> None:
-    """Muon in place on one parameter (..., rows, cols), each matrix cut into `blocks` groups of rows (Jordan et al. 2024).
-
-    Nesterov momentum as a moving average, Newton-Schulz in `dtype`, update times 0.2 sqrt(max(rows, cols)), decoupled decay.
-    """
-    matrices = (-1, param.shape[-2] // blocks, param.shape[-1])
-    averaged = torch.lerp(momentum_buffer, grad * grad_scale, 1 - momentum)
-    direction = torch.lerp(grad * grad_scale, averaged, momentum).view(matrices)
-    update = reference.newton_schulz(direction.to(dtype)).to(param.dtype).view(param.shape)
-    scale = MUON_SCALE * math.sqrt(max(matrices[1:]))
-    updated = torch.add(param * (1 - lr * weight_decay), update, alpha=-lr * scale)
-    param.copy_(torch.where(commit, updated, param))
-    momentum_buffer.copy_(torch.where(commit, averaged, momentum_buffer))
+def _alike(rows: Sequence[ParameterPlan], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[tuple[int, int], list[ParameterPlan]]]:
+    """Rows whose matrices have one shape, with that shape; at most MUON_BATCH elements at a time, but at least a row."""
+    by_matrix: dict[tuple[int, int], list[ParameterPlan]] = {}
+    for row in rows:
+        assert isinstance(row.optimizer, Muon)
+        height, width = shapes[row.name][-2:]
+        by_matrix.setdefault((height // row.optimizer.blocks, width), []).append(row)
+    for matrix, alike in by_matrix.items():
+        batch, size = [], 0
+        for row in alike:
+            numel = shapes[row.name].numel()
+            if batch and size + numel > MUON_BATCH:
+                yield matrix, batch
+                batch, size = [], 0
+            batch.append(row)
+            size += numel
+        yield matrix, batch
 
 
 class RouterBalance:
@@ -190,8 +199,8 @@ class RouterBalance:
         """counts (L, C) int64: tokens of the global batch per block and router class."""
         bias_LE = torch.stack([bias[: self.num_experts] for bias in self.biases])
         excess_LE = self.shares(counts_LC) - 1 / self.num_experts
-        adamw_(bias_LE, excess_LE, self.exp_avg, self.exp_avg_sq, lr=self.lr, beta1=self.BETA1, beta2=self.BETA2, eps=self.EPS,
-               weight_decay=0.0, grad_scale=torch.ones_like(self.step), step=self.step, commit=commit)
+        ops().adamw_(bias_LE, excess_LE, self.exp_avg, self.exp_avg_sq, lr=self.lr, beta1=self.BETA1, beta2=self.BETA2, eps=self.EPS,
+                     weight_decay=0.0, grad_scale=torch.ones_like(self.step), step=self.step, commit=commit)
         self.step += commit
         for bias, new in zip(self.biases, torch.where(commit, bias_LE - bias_LE.mean(-1, keepdim=True), bias_LE)):
             bias[: self.num_experts] = new

@@ -22,6 +22,7 @@ from zaya.checkpoint.write import save
 from zaya.config import Recipe
 from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
 from zaya.data.tokenizer import load_tokenizer, vocabulary_size
+from zaya.kernels import backend
 from zaya.metrics import MetricsWriter, format_line, routing_metrics
 from zaya.model import flops
 from zaya.model.init import init_weights
@@ -72,6 +73,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader) -> None:
         self.recipe, self.mesh, self.loader = recipe, mesh, loader
         train = recipe.train
+        self.kernels = backend.choose(train.kernels, mesh.device, DTYPES[train.dtype], recipe.model.head_dim)
         with mesh.device:
             self.model = Zaya(recipe.model, DTYPES[train.dtype], train.recompute)
         self.table = plan(recipe.model)
@@ -196,7 +198,7 @@ class Trainer:
     def fit(self, metrics: MetricsWriter | None) -> None:
         """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it."""
         recipe, run_dir = self.recipe, Path(self.recipe.run.dir)
-        log.info("%s | %s", self.mesh, self.origin)
+        log.info("%s | kernels: %s | %s", self.mesh, self.kernels, self.origin)
         if self.step >= recipe.train.steps:
             log.info("run %s is finished at step %d; nothing to do", run_dir, self.step)
             return

@@ -158,7 +158,6 @@ def test_what_cannot_run(changes: dict[str, Any], world_size: int, message: str)
     ({"parallel__ep": 2}, "parallel.ep = 2 is not built yet; use ep = 1"),
     ({"parallel__zero_size": 2}, "parallel.zero_size = 2 is not built yet; use 0"),
     ({"parallel__engine": "deepspeed"}, 'parallel.engine = "deepspeed" is not built yet; use "zaya"'),
-    ({"train__kernels": "triton"}, 'train.kernels = "triton" is not built yet; use "auto" or "reference"'),
 ])
 def test_what_is_not_built_yet(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:

@@ -94,7 +94,7 @@ def test_muon_equals_torch_muon_slice_by_slice() -> None:
     ours, buffer = stack.clone(), torch.zeros_like(stack)
     for _ in range(4):
         gradient = torch.randn_like(stack)
-        muon_(ours, gradient, buffer, blocks=1, lr=0.02, momentum=0.95, weight_decay=0.1, grad_scale=torch.tensor(1.0),
+        muon_([ours], [gradient], [buffer], matrix=(32, 48), lr=0.02, momentum=0.95, weight_decay=0.1, grad_scale=torch.tensor(1.0),
               dtype=torch.float32, commit=TRUE)
         for parameter, g in zip(slices, gradient):
             parameter.grad = g.clone()

@@ -194,30 +194,60 @@ def test_experts_equal_a_loop_over_tokens(sizes: list[int]) -> None:
     compare(lambda x, g, d: reference.experts(x, torch.tensor(sizes), g, d), literal, inputs)
 
 
-def test_sort_then_combine_is_the_identity_times_the_gate() -> None:
-    choice = torch.tensor([2, 0, 3, 0, 2, 1])
-    order = reference.sort_by_expert(choice)
-    assert choice[order].tolist() == [0, 0, 1, 2, 2, 3] and order.tolist() == [1, 3, 5, 0, 4, 2]
-    x, gate = torch.randn(6, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
-    assert torch.equal(reference.combine(reference.gather(x, order), gate, order), x * gate[:, None])
+def test_sort_brings_classes_together_in_their_old_order() -> None:
+    order, sizes = reference.sort_by_expert(torch.tensor([[2], [0], [3], [0], [2], [1]]), 5)
+    assert order.tolist() == [1, 3, 5, 0, 4, 2] and sizes.tolist() == [2, 1, 2, 1, 0]
+    order, sizes = reference.sort_by_expert(torch.tensor([[1, 0], [0, 2]]), 3)  # assignment = token * 2 + slot
+    assert order.tolist() == [1, 2, 0, 3] and sizes.tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routed_experts_equal_a_loop_over_tokens(top_k: int) -> None:
+    torch.manual_seed(5)
+    T, E, D, width = 9, 3, 6, 5
+    choice = torch.stack([torch.randperm(E + 1)[:top_k] for _ in range(T)])  # class E is no expert
+    order, sizes = reference.sort_by_expert(choice, E + 1)
+
+    def literal(x: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        tokens = []
+        for t in range(T):
+            total = 0.0 * (x[t] + gate.sum() + gate_up.sum() + down.sum())
+            for slot, expert in enumerate(choice[t].tolist()):
+                if expert < E:
+                    first, second = (gate_up[expert] @ x[t]).split(width)
+                    total = total + gate[t, slot] * (down[expert] @ (first * torch.sigmoid(first) * second))
+            tokens.append(total)
+        return torch.stack(tokens)
+
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((T, D), (T, top_k), (E, 2 * width, D), (E, D, width))]
+    compare(lambda x, gate, gate_up, down: reference.experts(x, sizes[:E], gate_up, down, order, gate), literal, inputs)
 
 
 def test_route_takes_the_biased_choice_and_the_raw_gate() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
-    choice, gate, counts = reference.route(logits, torch.tensor([0.0, 0.9, -1.0]))
-    assert choice.tolist() == [1, 1] and counts.tolist() == [0, 2, 0]
-    assert torch.equal(gate, logits.softmax(-1)[:, 1])
+    logits, bias = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]), torch.tensor([0.0, 0.9, -1.0])
+    choice, gate, counts = reference.route(logits, bias)
+    assert choice.tolist() == [[1], [1]] and counts.tolist() == [0, 2, 0]
+    assert torch.equal(gate, logits.softmax(-1)[:, 1:2])
+    choice, gate, counts = reference.route(logits, bias, top_k=2)
+    assert choice.tolist() == [[1, 0], [1, 0]] and counts.tolist() == [2, 2, 0]  # of equal classes the first
+    assert torch.equal(gate, logits.softmax(-1)[:, [1, 0]])
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_cross_entropy_equals_torch(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_equals_torch(tokens: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "LOSS_BLOCK", 11 * 3)  # blocks of 3 tokens
     torch.manual_seed(6)
     labels = torch.randint(0, 11, (tokens,))
     labels[::3] = reference.IGNORE
     inputs = [5 * torch.randn(tokens, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)]
-    compare(lambda h, w: reference.cross_entropy(h, w, labels),
-            lambda h, w: F.cross_entropy(h @ w.T, labels, ignore_index=reference.IGNORE, reduction="sum"), inputs)
+
+    def literal(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.T
+        squares = logits.logsumexp(-1).square()[labels != reference.IGNORE].sum()
+        return F.cross_entropy(logits, labels, ignore_index=reference.IGNORE, reduction="sum") + z_loss * squares
+
+    compare(lambda h, w: reference.cross_entropy(h, w, labels, z_loss), literal, inputs)
 
 
 def test_cross_entropy_partials_of_two_shards_combine_to_the_whole() -> None:

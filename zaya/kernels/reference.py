@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 IGNORE = -100  # label of a token that predicts nothing; torch's and transformers' losses skip it too
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024: steepest at 0 while singular values stay in about [0.7, 1.2]
@@ -207,21 +208,23 @@ def _taps(x_BTC: Tensor, halo_BK2C: Tensor, keeps: Sequence[Tensor], H: int) -> 
     return taps.view(B * T, heads, 3 * H)
 
 
-def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
+def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
         k_convs: tuple[Tensor, Tensor, Tensor, Tensor], temperature_G: Tensor, positions_BT: Tensor, rope: tuple[Tensor, Tensor],
         halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed convolutional attention: from projected q~, k~, v to attention-ready q (B,T,N,H), k and v (B,T,G,H).
 
     q = conv(q~) + (q~ + k~) / 2;  k = conv(k~) + (mean of q~ over the group + k~) / 2;  both to length sqrt(H), k times its
     temperature, then RoPE. Channels [start, end) of v = delayed_rows come from the previous token of the document.
-    q_mean: q~'s mean over each group (its own input, because a group can span devices). convs = (depthwise weight, bias, grouped
+    q_mean: q~'s mean over each group, where the group spans devices; None: it is taken here. convs = (depthwise weight, bias, grouped
     weight, bias). halos: the two tokens before each chunk of q~ and k~ (B,K,2,C) and the one before of the delayed values (B,K,1,C).
     """
     B, T, _ = q_BTC.shape
-    G, H = q_mean_BTGH.shape[2:]
+    G = len(temperature_G)
+    H = k_BTC.shape[-1] // G
     eps, dtype = torch.finfo(q_BTC.dtype).eps, q_BTC.dtype
     high = wide(dtype)
-    q, k, mean = q_BTC.to(high), k_BTC.to(high), q_mean_BTGH.to(high)
+    q, k = q_BTC.to(high), k_BTC.to(high)
+    mean = q.view(B, T, G, -1, H).mean(3) if q_mean_BTGH is None else q_mean_BTGH.to(high)
     keeps = [(positions_BT >= by).to(high)[..., None] for by in (1, 2)]
     k_heads = k.view(B, T, G, H)
     q_mean = (q.view(B, T, G, -1, H) + k_heads[:, :, :, None]).flatten(2, 3) * 0.5
@@ -321,30 +324,44 @@ def _beside(x: Tensor, shape: torch.Size) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- experts
 
 
-def route(logits_TC: Tensor, balance_bias_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-1 routing: class = argmax(softmax + balance bias); the gate is the raw probability of the class, not renormalised.
+def route(logits_TC: Tensor, balance_bias_C: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Routing: the top_k classes with the largest softmax + balance bias, the lowest index first among equals; the gate is the raw
+    probability of the class, not renormalised.
 
-    Returns class (T,) int64, gate (T,) fp32 (fp64), and the number of tokens per class (C,) int64. The bias gets no gradient here.
+    Returns classes (T, k) int32, gates (T, k) fp32 (fp64), and the number of assignments per class (C,) int64. The bias gets no gradient.
     """
     probs_TC = logits_TC.softmax(-1, dtype=wide(logits_TC.dtype))
-    choice_T = (probs_TC.detach() + balance_bias_C).argmax(-1)
-    gate_T = probs_TC.gather(-1, choice_T[:, None])[:, 0]
-    counts_C = torch.zeros_like(balance_bias_C, dtype=torch.int64).scatter_add_(0, choice_T, torch.ones_like(choice_T))
-    return choice_T, gate_T, counts_C
+    choice_Tk = (probs_TC.detach() + balance_bias_C).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    choice_R = choice_Tk.flatten()
+    counts_C = torch.zeros_like(balance_bias_C, dtype=torch.int64).scatter_add_(0, choice_R, torch.ones_like(choice_R))
+    return choice_Tk.int(), probs_TC.gather(-1, choice_Tk), counts_C
 
 
-def sort_by_expert(choice_T: Tensor) -> Tensor:
-    """Row order (T,) that brings the tokens of expert 0, 1, ... together, each in its old order; a skip class, the last, ends up last."""
-    return choice_T.argsort(stable=True)
+def sort_by_expert(choice_Tk: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Order (R,) int32 of the R = T k assignments (token * k + slot) that brings class 0, 1, ... together, each in its old order, and the
+    size of each class (C,) int64. A skip class, the last, ends up last."""
+    choice_R = choice_Tk.flatten()
+    sizes_C = choice_R.new_zeros(num_classes, dtype=torch.int64)
+    sizes_C.scatter_add_(0, choice_R.long(), torch.ones_like(choice_R, dtype=torch.int64))
+    return choice_R.argsort(stable=True).int(), sizes_C
 
 
-def experts(x_RD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """SwiGLU experts over rows sorted by expert: down(silu(gate) * up), gate_up = [gate | up] (E, 2F, D), down (E, D, F).
+def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
+            gate_Tk: Tensor | None = None) -> Tensor:
+    """SwiGLU experts: down(silu(gate) * up), gate_up = [gate | up] (E, 2F, D), down (E, D, F); each token's results times its gates (T, k),
+    summed (T, D). Tokens that no expert takes come out zero.
 
-    sizes (E,) int64: rows of each expert, in order; rows beyond their sum (skipped tokens) come out as zero.
-    Waits for the device once.
+    sizes (E,) int64: assignments of each expert, which `order` (R,) brings together; those of no expert come last. Without order and gate
+    x is a row per assignment, already sorted, and so is the result. Waits for the device once.
     """
-    return _Experts.apply(x_RD, sizes_E.tolist(), gate_up_EFD, down_EDF)
+    sizes = sizes_E.tolist()
+    if order_R is None or gate_Tk is None:
+        return _Experts.apply(x_TD, sizes, gate_up_EFD, down_EDF)
+    T, k = gate_Tk.shape
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R.long(), torch.arange(T * k, dtype=order_R.dtype, device=order_R.device))
+    rows_RD = _Permute.apply(x_TD[:, None].expand(T, k, -1).flatten(0, 1), order_R, inverse_R)
+    y_RD = _Permute.apply(_Experts.apply(rows_RD, sizes, gate_up_EFD, down_EDF), inverse_R, order_R)
+    return (y_RD.view(T, k, -1) * gate_Tk[..., None].to(y_RD.dtype)).sum(1)
 
 
 class _Experts(torch.autograd.Function):
@@ -396,20 +413,6 @@ class _Permute(torch.autograd.Function):
     def backward(ctx, dy):
         return dy.index_select(0, ctx.saved_tensors[0]), None, None
 
-
-def inverse_order(order_R: Tensor) -> Tensor:
-    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-
-
-def gather(x_TD: Tensor, order_R: Tensor) -> Tensor:
-    """Token rows in the order of their experts."""
-    return _Permute.apply(x_TD, order_R, inverse_order(order_R))
-
-
-def combine(rows_RD: Tensor, gate_T: Tensor, order_R: Tensor) -> Tensor:
-    """Each token's expert output times its gate, back in token order: the inverse of `gather`."""
-    return _Permute.apply(rows_RD, inverse_order(order_R), order_R) * gate_T[:, None].to(rows_RD.dtype)
-
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
@@ -428,21 +431,22 @@ def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int
     return logits_TV.amax(-1), 1 / probs_TV.amax(-1), torch.where(inside_T, target_T, 0.0), probs_TV
 
 
-def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Sum over the labelled tokens of -log softmax(hidden @ weight.T)[label], in fp32 (fp64); labels of IGNORE count nothing."""
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, torch.is_grad_enabled())
+def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Sum over the labelled tokens of -log softmax(z)[label] + z_loss * logsumexp(z)^2, z = hidden @ weight.T, in fp32 (fp64); labels of
+    IGNORE count nothing."""
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, torch.is_grad_enabled())
 
 
 LOSS_BLOCK = 1 << 21  # logits at a time (docs/experiments.md): 8 MiB in fp32, and as much for their softmax
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Blocks of tokens: logits, loss, and at once both gradients (softmax - onehot), so that logits are never kept.
+    """Blocks of tokens: logits, loss, and at once both gradients, (1 + 2 z_loss logsumexp) softmax - onehot, so that logits are never kept.
 
     Saves the two gradients."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, training):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, training):
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
@@ -453,8 +457,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             block_logits = torch.mm(h.to(dtype), wide_weight_VD.t(), out=logits[: len(h)])
             largest, total, target, dlogits = cross_entropy_partials(block_logits, labels, probs_TV=probs[: len(h)])
             labelled = labels != IGNORE
-            loss += torch.where(labelled, total.log() + largest - target, 0.0).sum()
+            lse = total.log() + largest
+            loss += torch.where(labelled, lse - target + z_loss * lse.square(), 0.0).sum()
             if training:
+                if z_loss:
+                    dlogits.mul_((1 + 2 * z_loss * lse)[:, None])
                 dlogits.scatter_add_(-1, labels.clamp_min(0)[:, None], -torch.ones_like(total)[:, None]).mul_(labelled[:, None])
                 torch.mm(dlogits.to(weight_VD.dtype), weight_VD, out=dh)
                 torch.addmm(dweight_VD, dlogits.t(), h.to(dtype), out=dweight_VD)
@@ -465,7 +472,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        return dhidden_TD.mul_(dloss), dweight_VD.mul_(dloss).to(ctx.weight_dtype), None, None
+        return dhidden_TD.mul_(dloss), dweight_VD.mul_(dloss).to(ctx.weight_dtype), None, None, None
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 
@@ -483,3 +490,18 @@ def newton_schulz(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Ten
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
+
+
+@torch.no_grad()
+def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float, beta2: float, eps: float,
+           weight_decay: float, grad_scale: Tensor, step: Tensor, commit: Tensor, out: Tensor | None = None) -> None:
+    """AdamW in place (Loshchilov & Hutter 2019) from grad * grad_scale, by torch's fused kernel; nothing changes where commit is false.
+    `out` gets the weights, rounded.
+
+    step: 0-dim fp32, updates so far; the caller counts this one. The kernel takes the scale in fp32, so an fp64 gradient is scaled to 6e-8
+    only, which AdamW hardly sees; it may leave grad scaled.
+    """
+    adamw([param], [grad], [exp_avg], [exp_avg_sq], [], [step.clone()], fused=True, grad_scale=grad_scale.reciprocal().float(),
+          found_inf=(~commit).float(), amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
+    if out is not None:
+        out.copy_(param)

@@ -1,6 +1,6 @@
 """Compressed convolutional grouped-query attention (CCGQA, arXiv 2510.04476): project, convolve, norm, rotate, attend, project back.
 
-On a batch's path: x from the block's norm -> q~, k~, v (narrow) -> reference.cca -> `context.attend` -> the branch added to the stream.
+On a batch's path: x from the block's norm -> q~, k~, v (narrow) -> the op cca -> `context.attend` -> the branch added to the stream.
 Head counts come from weight shapes and `delayed_rows`, so a module holding a part of the heads runs the same lines. Seams that can be
 replaced from outside: each Linear's map, `context` (where the rest of the sequence is) and `group_mean` (where the rest of a group is).
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zaya.config import ModelConfig
 from zaya.kernels import reference
+from zaya.kernels.backend import ops
 from zaya.model.layers import Linear, parameter, recomputed
 
 
@@ -53,13 +54,12 @@ class LocalContext:
         return x_BTC.new_zeros(x_BTC.shape[0], 1, n, x_BTC.shape[-1])
 
     def attend(self, q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:
-        return reference.attention(q_BTNH, k_BTGH, v_BTGH, first_key_BT, offsets)
+        return ops().attention(q_BTNH, k_BTGH, v_BTGH, first_key_BT, offsets)
 
 
-def local_group_mean(q_BTNH: Tensor, num_groups: int) -> Tensor:
-    """Mean of the query heads of each KV group (B, T, G, H)."""
-    B, T, _, H = q_BTNH.shape
-    return q_BTNH.view(B, T, num_groups, -1, H).mean(3)
+def local_group_mean(q_BTNH: Tensor, num_groups: int) -> Tensor | None:
+    """Mean of the query heads of each KV group (B, T, G, H); None says that every group is whole here, and leaves it to the op."""
+    return None
 
 
 class Convolution(nn.Module):
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         start, end = self.delayed_rows
         halos = (self.context.halo(q_BTC, 2), self.context.halo(k_BTC, 2), self.context.halo(v_BTC[..., start:end], 1))
         q_mean_BTGH = self.group_mean(q_BTC.unflatten(-1, (-1, self.head_dim)), k_BTC.shape[-1] // self.head_dim)
-        q, k, v = reference.cca(
+        q, k, v = ops().cca(
             q_BTC, k_BTC, v_BTC, q_mean_BTGH,
             (self.q_depthwise.weight, self.q_depthwise.bias, self.q_grouped.weight, self.q_grouped.bias),
             (self.k_depthwise.weight, self.k_depthwise.bias, self.k_grouped.weight, self.k_grouped.bias),

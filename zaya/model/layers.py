@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zaya.kernels import reference
+from zaya.kernels.backend import ops
 
 RMS_NORM_EPS = 1e-5  # ZAYA1's released configuration
 
@@ -56,7 +57,7 @@ class RMSNorm(nn.Module):
         self.weight = parameter(size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.rms_norm(x, self.weight, RMS_NORM_EPS)
+        return ops().rms_norm(x, self.weight, RMS_NORM_EPS)
 
 
 class ResidualScale(nn.Module):
@@ -69,7 +70,11 @@ class ResidualScale(nn.Module):
 
     def forward(self, stream_BTD: Tensor, branch_BTD: Tensor, next_norm: RMSNorm) -> tuple[Tensor, Tensor]:
         scales = (self.branch_scale, self.branch_bias, self.stream_scale, self.stream_bias)
-        return reference.residual_norm(stream_BTD, branch_BTD, scales, next_norm.weight, RMS_NORM_EPS)
+        return ops().residual_norm(stream_BTD, branch_BTD, scales, next_norm.weight, RMS_NORM_EPS)
+
+
+def whole_vocabulary(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    return ops().cross_entropy(hidden_TD, weight_VD, labels_T)
 
 
 class Embedding(nn.Module):
@@ -80,7 +85,7 @@ class Embedding(nn.Module):
         self.weight = parameter(vocab_size, size)
         self.scale, self.bias = parameter(size), parameter(size)
         self.lookup = F.embedding
-        self.cross_entropy = reference.cross_entropy
+        self.cross_entropy = whole_vocabulary
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """The first residual stream (B, T, D), in fp32 (fp64)."""

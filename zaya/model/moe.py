@@ -1,10 +1,10 @@
 """The mixture of experts: a router that averages its state over depth, and top-1 SwiGLU experts.
 
-On a batch's path: x from the block's norm -> router (class and gate per token) -> `dispatcher` sorts, computes, combines -> branch.
+On a batch's path: x from the block's norm -> router (class and gate per token) -> `dispatcher` sorts and computes -> branch.
 Balance is kept by a bias on the choice alone, moved by zaya/optim.py from the counts returned here: there is no auxiliary loss.
 Seam: `dispatcher`, which by default finds all experts on this device.
 
-Letters: B batch, T tokens (of all rows), D hidden, E experts, C router classes (E, or E + 1 with skip), F expert width, R rows routed.
+Letters: B batch, T tokens (of all rows), D hidden, E experts, C router classes (E, or E + 1 with skip), k experts per token, R assignments.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from zaya.config import ModelConfig
 from zaya.kernels import reference
+from zaya.kernels.backend import ops
 from zaya.model.layers import Linear, RMSNorm, parameter, recomputed
 
 SKIP_BIAS = -1.0  # the skip class' balance bias: where released training started it, and where it stays
 
 
 class Router(nn.Module):
-    """x (B, T, D) and the previous block's state (B, T, R) -> class, gate, counts and the state for the next block."""
+    """x (B, T, D) and the previous block's state (B, T, R) -> classes and gates (B T, k), counts and the state for the next block."""
 
     def __init__(self, config: ModelConfig, *, first: bool) -> None:
         super().__init__()
@@ -40,8 +41,8 @@ class Router(nn.Module):
             assert state_BTR is not None
             hidden = torch.addcmul(hidden, state_BTR, self.depth_scale)  # exponential depth averaging
         logits = self.out(F.gelu(self.fc2(F.gelu(self.fc1(self.norm(hidden))))))
-        choice_T, gate_T, counts_C = reference.route(logits.flatten(0, 1), self.balance_bias)
-        return choice_T, gate_T, counts_C, hidden
+        choice_Tk, gate_Tk, counts_C = ops().route(logits.flatten(0, 1), self.balance_bias)
+        return choice_Tk, gate_Tk, counts_C, hidden
 
 
 class Experts(nn.Module):
@@ -53,23 +54,17 @@ class Experts(nn.Module):
         self.gate_up = parameter(E, 2 * width, D)
         self.down = parameter(E, D, width)
 
-    def forward(self, rows_RD: Tensor, sizes_E: Tensor) -> Tensor:
-        return reference.experts(rows_RD, sizes_E, self.gate_up, self.down)
+    def forward(self, x_TD: Tensor, sizes_E: Tensor, order_R: Tensor | None = None, gate_Tk: Tensor | None = None) -> Tensor:
+        return ops().experts(x_TD, sizes_E, self.gate_up, self.down, order_R, gate_Tk)
 
 
 class LocalDispatcher:
-    """All experts are here: sort the rows, compute, put them back."""
+    """All experts are here: sort the assignments; gathering and scattering tokens is part of the op."""
 
-    def sort(self, x_TD: Tensor, choice_T: Tensor, counts_C: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows in the order of their experts (R, D), rows of each expert (E,), and the order (R,) to undo it."""
-        order_R = reference.sort_by_expert(choice_T)
-        return reference.gather(x_TD, order_R), counts_C[:num_experts], order_R
-
-    def experts(self, experts: Experts, rows_RD: Tensor, sizes_E: Tensor) -> Tensor:
-        return experts(rows_RD, sizes_E)
-
-    def combine(self, rows_RD: Tensor, gate_T: Tensor, order_R: Tensor) -> Tensor:
-        return reference.combine(rows_RD, gate_T, order_R)
+    def compute(self, experts: Experts, x_TD: Tensor, choice_Tk: Tensor, gate_Tk: Tensor, num_classes: int) -> Tensor:
+        """The experts' output per token, gated (T, D)."""
+        order_R, sizes_C = ops().sort_by_expert(choice_Tk, num_classes)
+        return experts(x_TD, sizes_C[: len(experts.gate_up)], order_R, gate_Tk)
 
 
 class MoE(nn.Module):
@@ -77,19 +72,13 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, *, first: bool, recompute: bool = False) -> None:
         super().__init__()
-        self.num_experts, self.recompute = config.num_experts, recompute
+        self.recompute = recompute
         self.router = Router(config, first=first)
         self.experts = Experts(config)
         self.dispatcher = LocalDispatcher()
 
     def forward(self, x_BTD: Tensor, state_BTR: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        choice_T, gate_T, counts_C, state_BTR = self.router(x_BTD, state_BTR)
-        compute = recomputed(self.compute) if self.recompute else self.compute
-        branch_TD = compute(x_BTD.flatten(0, 1), choice_T, gate_T, counts_C)
+        choice_Tk, gate_Tk, counts_C, state_BTR = self.router(x_BTD, state_BTR)
+        compute = recomputed(self.dispatcher.compute) if self.recompute else self.dispatcher.compute
+        branch_TD = compute(self.experts, x_BTD.flatten(0, 1), choice_Tk, gate_Tk, len(counts_C))
         return branch_TD.view_as(x_BTD), state_BTR, counts_C
-
-    def compute(self, x_TD: Tensor, choice_T: Tensor, gate_T: Tensor, counts_C: Tensor) -> Tensor:
-        """The experts' output per token, gated."""
-        rows_RD, sizes_E, order_R = self.dispatcher.sort(x_TD, choice_T, counts_C, self.num_experts)
-        rows_RD = self.dispatcher.experts(self.experts, rows_RD, sizes_E)
-        return self.dispatcher.combine(rows_RD, gate_T, order_R)

@@ -1,0 +1,80 @@
+"""The choice between Triton kernels and the reference: what each setting means on each device, and that both train the same."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import recipe
+from zaya.kernels import backend
+from zaya.parallel.mesh import open_mesh
+from zaya.trainer import Trainer, open_data
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def reference_afterwards() -> Iterator[None]:
+    """The choice is one for the process: the next test shall not inherit it."""
+    yield
+    backend.choose("reference", CPU, torch.float32, 32)
+
+
+@pytest.mark.parametrize(("kernels", "device", "dtype", "head_dim", "chosen"), [
+    ("auto", CPU, torch.float32, 128, "reference"), ("auto", GPU, torch.bfloat16, 128, "triton"),
+    ("auto", GPU, torch.float64, 128, "reference"),
+    ("auto", GPU, torch.bfloat16, 48, "reference"), ("reference", GPU, torch.bfloat16, 128, "reference"),
+    ("triton", CPU, torch.float32, 32, "triton"),  # by the interpreter
+])
+def test_the_choice(monkeypatch: pytest.MonkeyPatch, kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int,
+                    chosen: str) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.choose(kernels, device, dtype, head_dim) == chosen
+    assert (backend.ops() is backend.REFERENCE) == (chosen == "reference")
+
+
+@pytest.mark.parametrize(("device", "dtype", "head_dim", "says"), [
+    (GPU, torch.float64, 128, "has no fp64"), (GPU, torch.bfloat16, 48, "not 48"), (CPU, torch.float32, 128, "cannot run on cpu")])
+def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype, head_dim: int,
+                                                says: str) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=says):
+        backend.choose("triton", device, dtype, head_dim)
+
+
+def test_the_environment_decides_before_auto_and_not_before_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.ENVIRONMENT, "reference")
+    assert backend.choose("auto", GPU, torch.bfloat16, 128) == "reference"
+    assert backend.choose("triton", GPU, torch.bfloat16, 128) == "triton"
+    monkeypatch.setenv(backend.ENVIRONMENT, "cuda")
+    with pytest.raises(ValueError, match="ZAYA_KERNELS = 'cuda'"):
+        backend.choose("auto", GPU, torch.bfloat16, 128)
+
+
+def test_both_implementations_of_an_op_are_called_alike() -> None:
+    backend.choose("triton", GPU, torch.bfloat16, 128)
+    for name, triton, reference in zip(backend.Ops._fields, backend.ops(), backend.REFERENCE):
+        mine, theirs = inspect.signature(triton).parameters, inspect.signature(reference).parameters
+        assert list(mine)[: len(theirs)] == list(theirs), name
+        assert all(mine[p].default == theirs[p].default and mine[p].kind == theirs[p].kind for p in theirs), name
+
+
+@pytest.mark.parametrize(("optimizer", "steps"), [("muon", 2), ("adamw", 4)])
+def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps: int) -> None:
+    """A handful of steps in fp32 by the interpreter (on a GPU natively): the same losses, gradient norms and routing."""
+    curves = {}
+    for kernels in ("reference", "triton"):
+        parts = recipe(tmp_path, model__head_dim=32, train__steps=9, train__global_batch_size=2, train__device="auto",
+                       train__kernels=kernels, optim__name=optimizer)
+        mesh = open_mesh("auto")
+        trainer = Trainer(parts, mesh, open_data(parts, mesh))
+        assert trainer.kernels == kernels
+        results = [trainer.train_step() for _ in range(steps)]
+        curves[kernels] = torch.stack([torch.stack([r.loss.double(), r.grad_norm.double()]) for r in results])
+        curves[kernels + " shares"] = torch.stack([r.shares_LE for r in results])
+    torch.testing.assert_close(curves["triton"], curves["reference"], rtol=2e-5, atol=0)  # fp32 sums in another order
+    assert torch.equal(curves["triton shares"], curves["reference shares"])
