@@ -112,7 +112,7 @@ def test_planted_faults_are_caught(tmp_path: Path) -> None:
     assert any("vector registers spilled" in words for words in spills["broken"])
     assert any("bytes of scratch memory" in words for words in spills["broken"])
     assert any("bytes of LDS" in words for words in lds["broken"])
-    assert no_mfma["broken"] == ["tl.dot, but no MFMA in its hot loop"]
+    assert no_mfma["broken"] == ["no MFMA for 1 of 1 tl.dot"]
     assert [words.partition(":")[0] for words in no_code["broken"]] == ["does not compile"]
 
 
@@ -177,19 +177,19 @@ kernel:
 """
 
 
-def code(asm: str = ASSEMBLY, num_warps: int = 4, lds_bytes: int = 0, has_dot: bool = True) -> gfx942.Code:
-    return gfx942.Code("kernel", asm, b"", num_warps, lds_bytes, has_dot)
+def code(asm: str = ASSEMBLY, num_warps: int = 4, lds_bytes: int = 0, dots: int = 3, dots_elsewhere: int = 0) -> gfx942.Code:
+    return gfx942.Code("kernel", asm, b"", num_warps, lds_bytes, dots, dots_elsewhere)
 
 
 def test_regions_are_llvms_loops() -> None:
-    inner, outer, rest = gfx942.regions(ASSEMBLY)
+    inner, rest, outer = gfx942.regions(ASSEMBLY)  # rest has matrix work, outer has none
     assert (inner.label, inner.depth, outer.label, outer.depth, rest.depth) == ("BB0_2", 2, "BB0_1", 1, 0)
     assert (inner.instructions, inner.mfma, inner.valu, inner.lds, inner.stores) == (9, 2, 2, 1, 0)
     assert (inner.wide_loads, inner.narrow_loads, inner.wide_share) == (2, 1, 32 / 34)
     assert inner.mfma_share == 8 / 10  # two of four slots each, beside two vector instructions
     assert (outer.instructions, outer.mfma, outer.valu, outer.stores, outer.narrow_loads) == (4, 0, 1, 1, 1)
     assert (rest.mfma, rest.stores, rest.wide_share) == (1, 1, 1.0)
-    assert gfx942.hot([inner, outer, rest]) is inner
+    assert gfx942.hot(gfx942.regions(ASSEMBLY)) == inner
 
 
 def test_of_two_loops_with_equal_matrix_work_the_leaner_is_hot() -> None:
@@ -224,7 +224,7 @@ def test_gates_name_what_is_wrong() -> None:
     assert broken(code(clean)) == []
     assert broken(code(clean, lds_bytes=65537)) == ["65537 bytes of LDS, the chip has 65536"]
     assert broken(code(clean.replace("count:     129", "count:     300"), num_warps=8)) == ["8 waves of 300 registers do not fit a CU"]
-    in_no_loop = "\n".join(line for line in clean.splitlines() if "v_mfma" not in line)
-    assert broken(code(in_no_loop + "\n; %bb.9:\n\tv_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]\n")) == [
-        "tl.dot, but no MFMA in its hot loop"]
-    assert broken(code(in_no_loop, has_dot=False)) == []
+    assert broken(code(clean, dots_elsewhere=1)) == ["no MFMA for 1 of 3 tl.dot"]
+    no_mfma = "\n".join(line for line in clean.splitlines() if "v_mfma" not in line)
+    assert broken(code(no_mfma)) == ["no MFMA for 3 of 3 tl.dot"]
+    assert broken(code(no_mfma, dots=0)) == []

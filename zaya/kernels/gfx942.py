@@ -72,8 +72,10 @@ class Code:
     elf: bytes
     num_warps: int
     lds_bytes: int
-    has_dot: bool
-    """Contains tl.dot: its place is on the matrix cores."""
+    dots: int
+    """How often it contains tl.dot, after unrolling and pipelining."""
+    dots_elsewhere: int
+    """Of these, those that the compiler did not put on the matrix cores."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,10 @@ def build_code(build: Build) -> Code:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = compile(source, target=TARGET, options=dict(build.options))
-    asm, ttir = compiled.asm["amdgcn"], compiled.asm["ttir"]
+    asm, dots = compiled.asm["amdgcn"], re.findall(r"= tt\.dot\b.*-> (.*)", compiled.asm["ttgir"])
     lds_bytes = max(compiled.metadata.shared, _field(asm, "group_segment_fixed_size"))
-    return Code(build.kernel, asm, compiled.asm["hsaco"], compiled.metadata.num_warps, lds_bytes, "tt.dot" in ttir)
+    return Code(build.kernel, asm, compiled.asm["hsaco"], compiled.metadata.num_warps, lds_bytes, len(dots),
+                sum("#mma" not in layout for layout in dots))
 
 
 def resources(code: Code) -> dict[str, int]:
@@ -146,10 +149,10 @@ def _field(asm: str, key: str) -> int:
 
 
 def regions(asm: str) -> list[Region]:
-    """Every loop, the hot one first; last the instructions in no loop.
+    """Every loop, and the instructions in none; the hot one first.
 
-    Hotter is a loop with matrix work, then a deeper one, then one with more of it; of two with as much, as attention has with and without a
-    mask, the leaner, which runs more often; without matrix work the longer.
+    Hotter is what has matrix work, then a deeper loop, then more of it; of two with as much, as attention has with and without a mask,
+    the leaner, which runs more often; without matrix work the longer. So products unrolled in no loop count, where no loop has any.
     """
     bodies: dict[tuple[int, str], list[str]] = {(0, ""): []}
     here = 0, ""
@@ -161,7 +164,7 @@ def regions(asm: str) -> list[Region]:
         if _INSTRUCTION.match(line):
             bodies.setdefault(here, []).append(line.split()[0])
     found = [_region(label, depth, body) for (depth, label), body in bodies.items()]
-    return sorted(found, key=lambda region: (region.depth == 0, not region.mfma, -region.depth, -region.mfma,
+    return sorted(found, key=lambda region: (not region.mfma, -region.depth, -region.mfma,
                                              region.instructions if region.mfma else -region.instructions))
 
 
@@ -186,7 +189,7 @@ def mfma_slots(opcode: str) -> int:
 
 
 def hot(found: list[Region]) -> Region:
-    """Where a kernel spends its time: its first loop in the order of `regions`; without a loop the whole."""
+    """Where a kernel spends its time: the first in the order of `regions`."""
     return found[0]
 
 
@@ -198,8 +201,8 @@ def gates(code: Code, used: Mapping[str, int], found: list[Region]) -> list[str]
         broken.append(f"{used['lds_bytes']} bytes of LDS, the chip has {LDS_BYTES}")
     elif used["waves_per_simd"] * SIMDS < code.num_warps:
         broken.append(f"{code.num_warps} waves of {used['vgprs']} registers do not fit a CU")
-    if code.has_dot and not hot(found).mfma:
-        broken.append("tl.dot, but no MFMA in its hot loop" if hot(found).depth else "tl.dot, but no MFMA")
+    if code.dots_elsewhere or (code.dots and not hot(found).mfma):
+        broken.append(f"no MFMA for {code.dots_elsewhere or code.dots} of {code.dots} tl.dot")
     return broken
 
 
@@ -209,14 +212,14 @@ def figures(build: Build) -> dict[str, Any]:
     try:
         code = build_code(build)
     except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; the other launches are still reported
-        code = Code(build.kernel, "", b"", build.num_warps, 0, False)
+        code = Code(build.kernel, "", b"", build.num_warps, 0, 0, 0)
         broken = [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
     used, found = resources(code), regions(code.asm)
     loop = hot(found)
     return {**used, "mfma": sum(region.mfma for region in found), "mfma_share": round(loop.mfma_share, 3), "hot_mfma": loop.mfma,
             "hot_valu": loop.valu, "hot_lds": loop.lds, "hot_instructions": loop.instructions, "hot_depth": loop.depth,
             "wide_loads": loop.wide_loads, "narrow_loads": loop.narrow_loads, "wide_share": round(loop.wide_share, 3),
-            "is_matrix_kernel": code.has_dot, "broken": broken + gates(code, used, found)}
+            "is_matrix_kernel": code.dots > 0, "broken": broken + gates(code, used, found)}
 
 
 def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
