@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 NEW_TORCH = "2.13.0"
@@ -75,6 +75,14 @@ def check_python(version: tuple[int, int], has_ensurepip: bool) -> None:
         raise SetupError(f"Python {name} is too new, 3.11 to 3.13 is needed; install one and name it: make setup PYTHON=python3.12")
     if not has_ensurepip:
         raise SetupError(f"this Python cannot make virtual environments; run: sudo apt-get install -y python{name}-venv")
+
+
+def check_place(venv: Path) -> None:
+    """SetupError where something else than an environment lies: making one clears the directory."""
+    if venv.exists() and not venv.is_dir():
+        raise SetupError(f"{venv} is not a directory; name another place with --venv")
+    if venv.is_dir() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").is_file():
+        raise SetupError(f"{venv} is not empty and no virtual environment; it would be cleared, so name another place with --venv")
 
 
 def probe_torch(python: str) -> dict[str, Any] | None:
@@ -160,6 +168,7 @@ def verify(venv: Path, before: dict[str, Any] | None) -> dict[str, Any]:
 
 def setup(venv: Path) -> None:
     check_python(sys.version_info[:2], importlib.util.find_spec("ensurepip") is not None)  # Debian splits it off into python3-venv
+    check_place(venv)
     inside = Path(sys.prefix).resolve() == venv.resolve()  # an activated .venv must not be its own parent
     python = getattr(sys, "_base_executable", sys.executable) if inside else sys.executable
     torch = probe_torch(python)
@@ -185,8 +194,15 @@ def say(phase: int, text: str) -> None:
     print(f"setup {phase}/3: {text}", flush=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong call is one line, as with zaya.cli's, of which nothing is imported here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools.setup_env", description="Build .venv; an importable torch is inherited, never replaced.")
+    parser = Parser(prog="tools.setup_env", description="Build .venv; an importable torch is inherited, never replaced.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where to build it (default: .venv beside setup.py)")
     options = parser.parse_args(argv)
     try:

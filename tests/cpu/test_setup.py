@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -55,6 +56,21 @@ def rocm_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     add_distribution(site, "pytorch-triton-rocm", ROCM_TRITON, "triton", {"__init__.py": ""})
     add_distribution(site, "pip", "99.0", "pip", {"__init__.py": "", "__main__.py": FAKE_PIP})
     return str(image / "bin/python")
+
+
+def test_only_an_environment_is_ever_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(python: str) -> None:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(setup_env, "probe_torch", probe)
+    (tmp_path / "mine").write_text("keep")
+    for place, message in ((tmp_path, "is not empty and no virtual environment"), (tmp_path / "mine", "is not a directory")):
+        with pytest.raises(SetupError, match=message):
+            setup_env.setup(place)
+    (tmp_path / "pyvenv.cfg").touch()
+    for place in (tmp_path, tmp_path / "new"):
+        with pytest.raises(AssertionError, match="too late"):
+            setup_env.setup(place)
 
 
 @pytest.mark.parametrize(("version", "has_ensurepip", "message"), [
@@ -158,7 +174,9 @@ def pip_plans(python: str, shop: Path, constraints: list[str], requirement: str)
     (shop / "constraints.txt").write_text("".join(f"{line}\n" for line in constraints))
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--dry-run", "--no-index", "--no-cache-dir"]
     where = ["--find-links", str(shop), "--constraint", str(shop / "constraints.txt")]
-    result = subprocess.run([*command, *where, requirement], capture_output=True, text=True)
+    # This machine's own settings, such as constraints on torch, would decide instead of ours.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")} | {"PIP_CONFIG_FILE": os.devnull}
+    result = subprocess.run([*command, *where, requirement], capture_output=True, text=True, env=environment)
     if result.returncode:
         assert "onflict" in result.stderr, result.stderr
         return "refused"
