@@ -184,6 +184,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"tools.import_hf: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a name that no file can have; what is read and written says so itself
+        print(f"tools.import_hf: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     print(options.checkpoint)
     return 0
 

@@ -27,8 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parse(argv)
         written = _run(args)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"tools.tokenize_corpus: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"tools.tokenize_corpus: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     empty = f" ({written.num_empty} empty ones left out)" if written.num_empty else ""
     print(f"{args.output}.bin, {args.output}.idx: {written.num_documents} documents, {written.num_tokens} tokens{empty}")

@@ -53,7 +53,8 @@ class Checkpoint:
     @classmethod
     def find(cls, path: str | Path) -> Checkpoint:
         """A checkpoint, or the newest one of a run."""
-        found = Path(path) if (Path(path) / MANIFEST).is_file() else newest(Path(path) / "checkpoints")
+        with disk_errors("read", Path(path)):
+            found = Path(path) if (Path(path) / MANIFEST).is_file() else newest(Path(path) / "checkpoints")
         if found is None:
             raise CheckpointError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one "
                                   f"(no checkpoints/step-*/{MANIFEST})")
