@@ -58,13 +58,14 @@ def broken(row: dict[str, Any]) -> list[str]:
     return [row["fault"]] if row["fault"] else [f"above {row['limit']:.1e}: {', '.join(above)}"] if above else []
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| case | outputs | gradients | limit |", "|---|---|---|---|"]
-    for row in rows:
-        parts = [", ".join(f"{name.removeprefix('d ').removeprefix('out.')} {error:.1e}" for name, error in row["errors"].items()
-                           if name.startswith(prefix)) for prefix in ("out", "d ")]
-        lines.append(f"| {row['case']} | {parts[0] or row['fault']} | {parts[1] or '-'} | {row['limit']:.0e} |")
-    return "\n".join(lines)
+HEADER = "| case | outputs | gradients | limit |\n|---|---|---|---|"
+
+
+def line(row: dict[str, Any]) -> str:
+    """Markdown."""
+    parts = [", ".join(f"{name.removeprefix('d ').removeprefix('out.')} {error:.1e}" for name, error in row["errors"].items()
+                       if name.startswith(prefix)) for prefix in ("out", "d ")]
+    return f"| {row['case']} | {parts[0] or row['fault']} | {parts[1] or '-'} | {row['limit']:.0e} |"
 
 
 def main() -> int:
@@ -82,13 +83,16 @@ def main() -> int:
         parser.error(f"--op {arguments.op}: no small case has such a name")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(names)), multiprocessing.get_context("spawn")) as pool:
         every = tqdm(pool.map(emulate, names, [arguments.emulator] * len(names)), total=len(names), unit="case", disable=None)
-        rows = list(every)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+        print(HEADER)
+        rows = []
+        for row in every:
+            rows.append(row)
+            tqdm.write(line(row))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")  # after each case: minutes are not lost to a later one
     failed = [f"{row['case']}: {fault}" for row in rows for fault in broken(row)]
-    for line in failed:
-        print("WRONG", line, file=sys.stderr)
+    for words in failed:
+        print("WRONG", words, file=sys.stderr)
     print(f"{len(rows)} cases, {len(failed)} wrong", file=sys.stderr)
     return 1 if failed else 0
 
