@@ -1,0 +1,133 @@
+"""The experts against their reference, outputs and every gradient: ragged, empty and single groups, skipped tokens; what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from zaya.kernels import launch, moe, reference
+from zaya.kernels.cases import SMALL, Case, cotangent, error, errors, run, widened
+from zaya.kernels.cases.moe import CASES, routed
+from zaya.kernels.launch import Config, launching_through
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# fp32: sums of up to 300 products in another order. fp16: h, the activation and the result are each rounded once, 2e-4 a time.
+THRESHOLDS = {torch.float32: 2e-6, torch.float16: 1e-3}
+SMALL_CASES = [case for case in CASES if case.size == SMALL]
+NEW_EMPTY, EMPTY_LIKE = torch.Tensor.new_empty, torch.empty_like
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kernel forgets to write is NaN, or a row that no tensor has."""
+    def poison(new: torch.Tensor) -> torch.Tensor:
+        return new if new.device.type == "meta" else new.fill_(torch.nan if new.is_floating_point() else -(10**9))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *shape, **options: poison(NEW_EMPTY(like, *shape, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda like, **options: poison(EMPTY_LIKE(like, **options)))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
+    found = errors(case, case.make(DEVICE, dtype))
+    assert all(error < THRESHOLDS[dtype] for error in found.values()), found
+
+
+def test_rows_past_32_bits_are_addressed_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "_is_wide", lambda arguments: True)
+    for case in SMALL_CASES[0], SMALL_CASES[3], SMALL_CASES[4]:
+        found = errors(case, case.make(DEVICE, torch.float32))
+        assert all(error < THRESHOLDS[torch.float32] for error in found.values()), found
+
+
+def test_small_tiles_and_dies_leave_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles a program, tiles of different heights in forward and backward, programs renumbered over dies."""
+    shipped = launch.config
+
+    def small(kernel: Any, target: Any, **when: Any) -> Config:
+        found = shipped(kernel, target, **when)
+        if "GROUP_M" not in found.blocks:
+            return found
+        heights = {"_gate_up_bwd_kernel": 32, "_weight_grad_kernel": 64}
+        return dataclasses.replace(found, blocks={"BLOCK_M": heights.get(kernel.__name__, 16), "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 2})
+
+    monkeypatch.setattr(moe, "config", small)
+    monkeypatch.setattr(moe, "target", lambda device: dataclasses.replace(launch.target(device), num_cus=6, num_xcds=2))
+    case = SMALL_CASES[0]
+    found = errors(case, case.make(DEVICE, torch.float32))
+    assert all(error < THRESHOLDS[torch.float32] for error in found.values()), found
+
+
+def test_weight_gradients_add_up_in_given_buffers() -> None:
+    case = SMALL_CASES[0]
+    arguments = case.make(DEVICE, torch.float16)
+    want = run(case.reference, widened(arguments), case.gradients)
+    out, h = moe.forward(**arguments)
+    into = tuple(torch.ones_like(arguments[name], dtype=torch.float32) for name in ("gate_up_EFD", "down_EDF"))
+    x, order, gate = arguments["x_TD"], arguments["order_R"], arguments["gate_Tk"]
+    dout = cotangent(want["out.0"], 0).to(out.dtype)
+    dx, dgate_up, ddown, _ = moe.backward(dout, x, h, arguments["sizes_E"], arguments["gate_up_EFD"], arguments["down_EDF"], order, gate,
+                                          weight_grad_out=(into[0], into[1]))
+    assert dgate_up is None and ddown is None and error(dx, want["d x_TD"]) < THRESHOLDS[torch.float16]
+    for buffer, name in zip(into, ("d gate_up_EFD", "d down_EDF")):
+        assert error(buffer - 1, want[name]) < THRESHOLDS[torch.float16]
+
+
+def test_sizes_beyond_the_rows_are_cut_at_the_last() -> None:
+    """A wrong count must not write outside a tensor."""
+    arguments = routed(20, 32, 16, (12, 8), is_sorted=True)(DEVICE, torch.float32)
+    want = reference.experts(**arguments)
+    arguments["sizes_E"] = torch.tensor([12, 10**6], device=DEVICE)
+    assert error(moe.experts(**arguments), want) < THRESHOLDS[torch.float32]
+
+
+def test_no_tokens_give_none() -> None:
+    arguments = routed(0, 32, 16, (0, 0))(DEVICE, torch.float32)
+    got = run(moe.experts, arguments, ("x_TD", "gate_up_EFD", "down_EDF", "gate_Tk"))
+    assert got["out.0"].shape == (0, 32) and not got["d gate_up_EFD"].any() and not got["d down_EDF"].any()
+
+
+def test_needs_no_values_on_the_host() -> None:
+    launched: list[str] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
+        launched.append(kernel.__name__)
+
+    for case in SMALL_CASES:  # the chip's would draw cotangents of 67 million numbers
+        arguments = case.make(torch.device("meta"), torch.bfloat16)
+        with launching_through(note):
+            got = run(case.op, arguments, case.gradients)
+        assert got["out.0"].shape == arguments["x_TD"].shape
+    assert {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel", "_dgate_kernel"} <= set(launched)
+
+
+def arguments_with(**changes: Any) -> dict[str, Any]:
+    return {**routed(6, 32, 16, (3, 2))(DEVICE, torch.float32), **changes}
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"x_TD": torch.zeros(6, 32, dtype=torch.float64)}, "x_TD has dtype float64, expected bfloat16"),
+    ({"x_TD": torch.zeros(6, 31)}, r"x_TD has shape \(6, 31\), expected \(any, 32\)"),
+    ({"x_TD": torch.zeros(32, 6).t()}, r"x_TD has strides \(1, 6\)"),
+    ({"gate_up_EFD": torch.zeros(2, 30, 32)}, r"gate_up_EFD has shape \(2, 30, 32\), expected \(any, 32, any\)"),
+    ({"gate_up_EFD": torch.zeros(32, 32)}, r"gate_up_EFD has shape \(32, 32\), expected \(E, 2F, D\)"),
+    ({"down_EDF": torch.zeros(2, 32, 16, dtype=torch.float16)}, "down_EDF has dtype float16, expected float32"),
+    ({"down_EDF": torch.zeros(3, 32, 16)}, r"down_EDF has shape \(3, 32, 16\), expected \(2, 32, any\)"),
+    ({"sizes_E": torch.zeros(3, dtype=torch.int64)}, r"sizes_E has shape \(3,\), expected \(2\)"),
+    ({"sizes_E": torch.zeros(2)}, "sizes_E has dtype float32, expected int32 or int64"),
+    ({"order_R": torch.zeros(7, dtype=torch.int32)}, r"order_R has shape \(7,\), expected \(6\)"),
+    ({"order_R": torch.zeros(6, dtype=torch.int64)}, "order_R has dtype int64, expected int32"),
+    ({"gate_Tk": torch.zeros(6, 1, dtype=torch.bfloat16)}, "gate_Tk has dtype bfloat16, expected float32"),
+    ({"gate_Tk": torch.zeros(5, 1)}, r"gate_Tk has shape \(5, 1\), expected \(6, any\)"),
+    ({"gate_Tk": None}, "gate_Tk is None, expected both"),
+    ({"order_R": None}, "order_R is None, expected both"),
+])
+def test_refuses(changes: dict[str, Any], words: str) -> None:
+    changes = {name: None if value is None else value.to(DEVICE) for name, value in changes.items()}
+    with pytest.raises(ValueError, match=words):
+        moe.experts(**arguments_with(**changes))

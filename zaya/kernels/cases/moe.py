@@ -1,0 +1,75 @@
+"""Inputs of the experts: ragged, empty and single groups, skipped tokens, rows already sorted; the 8B's and 74B's, uniform and skewed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zaya.kernels import reference
+from zaya.kernels.cases import CHIP, SMALL, Case
+from zaya.kernels.moe import experts
+
+GRADIENTS = ("x_TD", "gate_up_EFD", "down_EDF")
+
+
+def routed(tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: int = 1,
+           is_sorted: bool = False) -> Callable[[torch.device, torch.dtype], dict[str, Any]]:
+    """sizes: assignments of each expert; what remains of tokens * slots belongs to no expert."""
+    E, R = len(sizes), tokens * slots
+    assert sum(sizes) <= R
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        random = _random(device, R + width)
+        arguments = {"x_TD": random(R if is_sorted else tokens, width).to(dtype), "sizes_E": torch.tensor(sizes, device=device),
+                     "gate_up_EFD": (random(E, 2 * ffn, width) * width**-0.5).to(dtype),
+                     "down_EDF": (random(E, width, ffn) * ffn**-0.5).to(dtype)}
+        if is_sorted:
+            return arguments
+        # The places of sorted random numbers: any permutation, as sort_by_expert's are.
+        return {**arguments, "order_R": random(R).argsort().int(), "gate_Tk": 0.5 + 0.2 * random(tokens, slots)}
+
+    return make
+
+
+def _random(device: torch.device, seed: int) -> Callable[..., Tensor]:
+    """Seeded normal numbers, drawn on the CPU so that every device gets the same; on meta nothing is drawn."""
+    if device.type == "meta":
+        return lambda *shape: torch.empty(shape, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device)
+
+
+def _case(name: str, size: str, tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: int = 1,
+          is_sorted: bool = False) -> Case:
+    gradients = GRADIENTS if is_sorted else (*GRADIENTS, "gate_Tk")
+    return Case(f"experts {name}", size, experts, reference.experts, routed(tokens, width, ffn, sizes, slots=slots, is_sorted=is_sorted),
+                gradients, flops=2 * sum(sizes) * 3 * width * ffn)
+
+
+def _uniform(rows: int, experts: int) -> tuple[int, ...]:
+    return (rows // experts,) * experts
+
+
+def _skewed(rows: int, experts: int) -> tuple[int, ...]:
+    """One expert has half of the rows, the others share the rest."""
+    return (rows // 2, *_uniform(rows - rows // 2, experts - 1))
+
+
+CASES: list[Case] = [
+    _case("small ragged", SMALL, 150, 72, 40, (70, 0, 33, 1, 31)),
+    _case("small all on one", SMALL, 300, 64, 48, (0, 300, 0)),
+    _case("small none routed", SMALL, 20, 64, 32, (0, 0)),
+    _case("small two slots", SMALL, 77, 64, 32, (60, 11, 0, 70), slots=2),
+    _case("small sorted rows", SMALL, 90, 64, 32, (40, 0, 43), is_sorted=True),
+    _case("small several tiles", SMALL, 330, 320, 144, (300, 0, 20)),
+    # 4 rows of 4,096 tokens
+    _case("8b uniform", CHIP, 16384, 2048, 2048, _uniform(16384, 16)),
+    _case("8b skewed", CHIP, 16384, 2048, 2048, _skewed(16384, 16)),
+    _case("8b two slots", CHIP, 8192, 2048, 2048, _uniform(16384, 16), slots=2),
+    _case("8b sorted rows", CHIP, 16384, 2048, 2048, _uniform(16384, 16), is_sorted=True),
+    _case("74b uniform", CHIP, 16384, 4096, 4096, _uniform(16384, 24)),
+    _case("74b skewed", CHIP, 16384, 4096, 4096, _skewed(16384, 24)),
+]

@@ -1,0 +1,180 @@
+"""SwiGLU experts over routed tokens, from token rows to token rows: gather, three matrix products, gate and scatter in two launches.
+
+For assignment r (sorted by expert) of token t to expert e with gate s:
+  h = x_t W_gate_up[e]^T = [g | u],  a = silu(g) * u,  y_r = s (W_down[e] a),  out_t = sum of y_r over the token's slots.
+Backward, with d = W_down[e]^T dout_t per row:
+  ds = <d, a>   (= <dout_t, y_r / s>, so y need not be kept)
+  dg = s d u silu'(g),  du = s d silu(g),  dx_t = sum over slots of [dg | du] W_gate_up[e]
+  dW_gate_up[e] = sum_r [dg | du]^T x_t,   dW_down[e] = sum_r dout_t^T (s a)
+Saves x, h, order and gate; a is computed again in the epilogue of d. Neither the gathered rows nor y are ever written. With several slots
+per token each slot's row is written and summed afterwards, in a fixed order. The kernels stand in grouped_gemm.py. Knows no router.
+
+Letters: T tokens, k slots (experts per token), R = T k assignments, D hidden, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from zaya.kernels.grouped_gemm import (
+    _dgate_kernel,
+    _gate_up_bwd_kernel,
+    _gate_up_fwd_kernel,
+    _rows_kernel,
+    _tiles_kernel,
+    _weight_grad_kernel,
+)
+from zaya.kernels.launch import Config, check, config, launch, target
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
+            gate_Tk: Tensor | None = None) -> Tensor:
+    """The experts' output per token, gated and summed over its slots (T, D); zero for tokens that no expert takes.
+
+    gate_up (E, 2F, D) = [gate | up], down (E, D, F); sizes (E,) int32 or int64: assignments of each expert; order (R,) int32: assignment
+    (token * k + slot) of each sorted row, as sort_by_expert gives it, those of no expert last; gate (T, k) fp32.
+    Without order and gate x is a row per assignment, already sorted, and so is the result: rows beyond the sum of sizes come out zero.
+    """
+    if gate_up_EFD.dim() != 3:
+        raise ValueError(f"gate_up_EFD has shape {tuple(gate_up_EFD.shape)}, expected (E, 2F, D)")
+    E, _, D = gate_up_EFD.shape
+    F, device, dtype = down_EDF.shape[-1], x_TD.device, (x_TD.dtype,)
+    check("x_TD", x_TD, shape=(None, D), dtypes=FLOATS)
+    check("gate_up_EFD", gate_up_EFD, shape=(None, 2 * F, None), dtypes=dtype, device=device)
+    check("down_EDF", down_EDF, shape=(E, D, None), dtypes=dtype, device=device)
+    check("sizes_E", sizes_E, shape=(E,), dtypes=(torch.int32, torch.int64), device=device)
+    if (order_R is None) != (gate_Tk is None):
+        missing = "order_R" if order_R is None else "gate_Tk"
+        raise ValueError(f"{missing} is None, expected both order_R and gate_Tk, or neither for rows that are sorted already")
+    if order_R is not None and gate_Tk is not None:
+        check("gate_Tk", gate_Tk, shape=(x_TD.shape[0], None), dtypes=(torch.float32,), device=device)
+        check("order_R", order_R, shape=(gate_Tk.numel(),), dtypes=(torch.int32,), device=device)
+    return _Experts.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk):
+        out_TD, h_RF = forward(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
+        ctx.save_for_backward(x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx, dout_TD):
+        dx_TD, dgate_up_EFD, ddown_EDF, dgate_Tk = backward(dout_TD.contiguous(), *ctx.saved_tensors)
+        return dx_TD, None, dgate_up_EFD, ddown_EDF, None, dgate_Tk
+
+
+def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
+            gate_Tk: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output (T, D) and h (R, 2F), which the backward needs."""
+    E, D, F = down_EDF.shape
+    R, slots = _rows(x_TD, gate_Tk)
+    tiles = _Tiles(sizes_E, R)
+    h_RF, act_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
+    tiles.launch(_gate_up_fwd_kernel, {"x": x_TD, "weights": gate_up_EFD, "order": order_R, "h": h_RF, "act": act_RF,
+                                       "D": D, "F": F, "TOP_K": slots})
+    y_RD = x_TD.new_empty(R, D)
+    tiles.launch(_rows_kernel, {"a_rows": act_RF, "weights": down_EDF, "order": order_R, "gates": gate_Tk, "offsets": tiles.offsets,
+                                "out": y_RD, "num_rows": R, "E": E, "K": F, "N": D, "K_IS_INNER": True})
+    return _sum_slots(y_RD, slots), h_RF
+
+
+def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
+             gate_Tk: Tensor | None, weight_grad_out: tuple[Tensor, Tensor] | None = None,
+             ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gate_up, down and gate. weight_grad_out: fp32 buffers of the weights' shapes to which theirs are added, unrounded;
+    they are then not returned."""
+    E, D, F = down_EDF.shape
+    R, slots = _rows(x_TD, gate_Tk)
+    tiles = _Tiles(sizes_E, R)
+    dh_RF, act_RF, dx_RD = torch.empty_like(h_RF), x_TD.new_empty(R, F), x_TD.new_empty(R, D)
+    parts = None
+    if gate_Tk is not None:
+        parts = gate_Tk.new_empty(triton.cdiv(F, tiles.config(_gate_up_bwd_kernel, x_TD.dtype).blocks["BLOCK_N"]), R)
+    tiles.launch(_gate_up_bwd_kernel, {"dy": dout_TD, "weights": down_EDF, "order": order_R, "gates": gate_Tk, "h": h_RF, "dh": dh_RF,
+                                       "act": act_RF, "dgate_parts": parts, "num_rows": R, "D": D, "F": F, "TOP_K": slots})
+    tiles.launch(_rows_kernel, {"a_rows": dh_RF, "weights": gate_up_EFD, "order": order_R, "gates": None, "offsets": tiles.offsets,
+                                "out": dx_RD, "num_rows": R, "E": E, "K": 2 * F, "N": D, "K_IS_INNER": False})
+    into = weight_grad_out or (torch.empty_like(gate_up_EFD), torch.empty_like(down_EDF))
+    gathered = order_R is not None
+    shared = {"order": order_R, "TOP_K": slots, "ACCUMULATE": weight_grad_out is not None}
+    tiles.weight_grad(into[0], {"a_rows": dh_RF, "b_rows": x_TD, "GATHER_A": False, "GATHER_B": gathered, **shared})
+    tiles.weight_grad(into[1], {"a_rows": dout_TD, "b_rows": act_RF, "GATHER_A": gathered, "GATHER_B": False, **shared})
+    dgate_Tk = None
+    if gate_Tk is not None and parts is not None:
+        dgate_Tk = torch.empty_like(gate_Tk)
+        tiles.dgate(parts, order_R, dgate_Tk)
+    weight_grads = (None, None) if weight_grad_out is not None else into
+    return _sum_slots(dx_RD, slots), *weight_grads, dgate_Tk
+
+
+class _Tiles:
+    """The table of row tiles of one call, for each height of tile that its kernels are configured with."""
+
+    def __init__(self, sizes_E: Tensor, num_rows: int) -> None:
+        self.sizes_E, self.num_rows, self.E = sizes_E, num_rows, len(sizes_E)
+        self.target = target(sizes_E.device)
+        self.offsets = sizes_E.new_empty(self.E + 1, dtype=torch.int32)
+        self.largest_first = sizes_E.new_empty(self.E, dtype=torch.int32)
+        self.tables: dict[int, Tensor] = {}
+
+    def config(self, kernel: Any, dtype: torch.dtype, **when: str | int) -> Config:
+        return config(kernel, self.target, dtype=str(dtype).removeprefix("torch."), **when)
+
+    def table(self, block_m: int) -> Tensor:
+        """(1 + tiles, 4) int32; every group may end in a partial tile, so rows / height + groups bounds their number."""
+        if block_m not in self.tables:
+            num_tiles = triton.cdiv(self.num_rows, block_m) + self.E
+            self.tables[block_m] = table = self.sizes_E.new_empty(1 + num_tiles, 4, dtype=torch.int32)
+            chosen = config(_tiles_kernel, self.target)
+            launch(_tiles_kernel, (triton.cdiv(num_tiles, chosen.blocks["BLOCK_TILES"]),), {
+                "sizes": self.sizes_E, "tiles": table, "offsets": self.offsets, "largest_first": self.largest_first,
+                "num_rows": self.num_rows, "max_tiles": num_tiles, "E": self.E, "BLOCK_E": triton.next_power_of_2(self.E + 1),
+                "BLOCK_M": block_m}, chosen)
+        return self.tables[block_m]
+
+    def launch(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        """A persistent grid over all tiles."""
+        when = {"K_IS_INNER": arguments["K_IS_INNER"]} if "K_IS_INNER" in arguments else {}
+        chosen = self.config(kernel, arguments["weights"].dtype, **when)
+        table = self.table(chosen.blocks["BLOCK_M"])
+        launch(kernel, (self.target.num_cus,), {**arguments, "tiles": table, "NUM_XCDS": self.target.num_xcds,
+                                                "WIDE": _is_wide(arguments)}, chosen)
+
+    def weight_grad(self, into_EMN: Tensor, arguments: dict[str, Any]) -> None:
+        E, M, N = into_EMN.shape
+        chosen = self.config(_weight_grad_kernel, arguments["a_rows"].dtype)
+        programs = E * triton.cdiv(M, chosen.blocks["BLOCK_M"]) * triton.cdiv(N, chosen.blocks["BLOCK_N"])
+        launch(_weight_grad_kernel, (programs,), {
+            **arguments, "offsets": self.offsets, "largest_first": self.largest_first, "out": into_EMN, "E": E, "M": M, "N": N,
+            "NUM_XCDS": self.target.num_xcds, "WIDE": _is_wide(arguments)}, chosen)
+
+    def dgate(self, parts: Tensor, order_R: Tensor | None, dgate_Tk: Tensor) -> None:
+        chosen = config(_dgate_kernel, self.target)
+        programs = triton.cdiv(self.num_rows, chosen.blocks["BLOCK_R"])
+        if programs:
+            launch(_dgate_kernel, (programs,), {"parts": parts, "order": order_R, "offsets": self.offsets, "dgate": dgate_Tk,
+                                                "num_rows": self.num_rows, "E": self.E, "NUM_PARTS": len(parts)}, chosen)
+
+
+def _rows(x_TD: Tensor, gate_Tk: Tensor | None) -> tuple[int, int]:
+    """Number of assignments, and slots per token."""
+    slots = 1 if gate_Tk is None else gate_Tk.shape[1]
+    return x_TD.shape[0] * slots, slots
+
+
+def _is_wide(arguments: dict[str, Any]) -> bool:
+    """Whether some tensor of rows has more bytes than 32-bit offsets reach."""
+    rows = (arguments.get(name) for name in ("x", "dy", "a_rows", "b_rows", "out"))
+    return any(tensor.numel() * tensor.element_size() >= 2**31 for tensor in rows if tensor is not None)
+
+
+def _sum_slots(rows_RD: Tensor, slots: int) -> Tensor:
+    return rows_RD if slots == 1 else rows_RD.view(-1, slots, rows_RD.shape[1]).sum(1)
