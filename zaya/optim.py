@@ -168,7 +168,8 @@ def _alike(rows: Sequence[ParameterPlan], shapes: Mapping[str, torch.Size]) -> I
         height, width = shapes[row.name][-2:]
         by_matrix.setdefault((height // row.optimizer.blocks, width), []).append(row)
     for matrix, alike in by_matrix.items():
-        batch, size = [], 0
+        batch: list[ParameterPlan] = []
+        size = 0
         for row in alike:
             numel = shapes[row.name].numel()
             if batch and size + numel > MUON_BATCH:

@@ -66,7 +66,8 @@ def test_both_implementations_of_an_op_are_called_alike() -> None:
 @pytest.mark.parametrize(("optimizer", "steps"), [("muon", 2), ("adamw", 4)])
 def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps: int) -> None:
     """A handful of steps in fp32 by the interpreter (on a GPU natively): the same losses, gradient norms and routing."""
-    curves = {}
+    curves: dict[str, torch.Tensor] = {}
+    shares: dict[str, torch.Tensor] = {}
     for kernels in ("reference", "triton"):
         parts = recipe(tmp_path, model__head_dim=32, train__steps=9, train__global_batch_size=2, train__device="auto",
                        train__kernels=kernels, optim__name=optimizer)
@@ -75,6 +76,6 @@ def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps:
         assert trainer.kernels == kernels
         results = [trainer.train_step() for _ in range(steps)]
         curves[kernels] = torch.stack([torch.stack([r.loss.double(), r.grad_norm.double()]) for r in results])
-        curves[kernels + " shares"] = torch.stack([r.shares_LE for r in results])
+        shares[kernels] = torch.stack([r.shares_LE for r in results])
     torch.testing.assert_close(curves["triton"], curves["reference"], rtol=2e-5, atol=0)  # fp32 sums in another order
-    assert torch.equal(curves["triton shares"], curves["reference shares"])
+    assert torch.equal(shares["triton"], shares["reference"])
