@@ -411,6 +411,8 @@ def _atomic(first: int, second: int, name: str, wave: _Wave, lds: int) -> None:
 
 def _combine(name: str, bits: int, old: int, new: int, compare: int) -> int:
     """What an atomic leaves in memory."""
+    name = name.replace("_RTN", "")
+
     def signed(x: int) -> int:
         return x - (1 << bits) if x >> bits - 1 else x
 
