@@ -50,12 +50,6 @@ def _place(programs, HEADS: tl.constexpr, XCDS: tl.constexpr):
 
 
 @triton.jit
-def _either(condition, yes, no):
-    """Pointers to rows of two tensors; the host has checked that rows start at multiples of 16 bytes, which a choice hides."""
-    return tl.multiple_of(tl.where(condition, yes, no), 16)
-
-
-@triton.jit
 def _cca_fold_kernel(q_w_ptr, q_b_ptr, q_W_ptr, q_c_ptr, k_w_ptr, k_b_ptr, k_W_ptr, k_c_ptr, kernel_ptr, transposed_ptr, constant_ptr,
                      N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
     """kernel (head, tap, H out, H in), transposed (head, tap, H in, H out) and constant (head, H) of BLOCK output channels of a head."""
@@ -102,9 +96,11 @@ def _cca_fwd_kernel(q_ptr, k_ptr, v_ptr, mean_ptr, kernel_ptr, constant_ptr, tem
         own = (head - N - G) * H + channel
         delayed = (own >= delayed_start) & (own < delayed_end)
         now = tl.load(v_ptr + row[:, None] * v_stride + own[None, :], mask=real[:, None] & ~delayed[None, :], other=0.0)
-        halo = v_halo_ptr + (chunk.to(tl.int64) + 0 * token) * (delayed_end - delayed_start) - delayed_start
-        line_ptr = _either(token >= 1, v_ptr + (row - 1) * v_stride, halo)
-        before = tl.load(line_ptr[:, None] + own[None, :], mask=(real & (position >= 1))[:, None] & delayed[None, :], other=0.0)
+        passes = (real & (position >= 1))[:, None] & delayed[None, :]
+        before = tl.load(v_ptr + (row - 1)[:, None] * v_stride + own[None, :], mask=passes & (token >= 1)[:, None], other=0.0)
+        halo_ptr = v_halo_ptr + chunk.to(tl.int64) * (delayed_end - delayed_start) - delayed_start
+        halo = tl.load(halo_ptr + own[None, :] + 0 * token[:, None], mask=passes & (token < 1)[:, None], other=0.0)
+        before = tl.where((token < 1)[:, None], halo, before)
         tl.store(v_out_ptr + row[:, None] * (G * H) + own[None, :], tl.where(delayed[None, :], before, now), mask=real[:, None])
         return
     is_q = head < N
@@ -125,14 +121,22 @@ def _cca_fwd_kernel(q_ptr, k_ptr, v_ptr, mean_ptr, kernel_ptr, constant_ptr, tem
                 other += q.to(tl.float32) / REP
     u = 0.5 * (u + other) + tl.load(constant_ptr + head * H + channel)[None, :]
     inner = tl.arange(0, BLOCK_K)
+    here_ptr = x_ptr + row[:, None] * stride + inner[None, :]
     weight_ptr = kernel_ptr + head * 3 * H * H + channel[None, :] * H + inner[:, None]
     for step in range(0, 3 * H, BLOCK_K):
         tap = step // H
-        source = token - tap
-        line_ptr = _either(source >= 0, x_ptr + (row - tap) * stride, halo_ptr + (chunk.to(tl.int64) * 2 + source + 2) * width)
-        tokens = tl.load(line_ptr[:, None] + step % H + inner[None, :], mask=(real & (position >= tap))[:, None], other=0.0)
+        reads = real & (position >= tap) & (token >= tap)
+        tokens = tl.load(here_ptr + step % H - tap * stride, mask=reads[:, None], other=0.0)
         weight = tl.load(weight_ptr + tap * (H * H) + step % H)
         u = tl.dot(tokens, weight, u, input_precision="ieee")
+    if tile % tiles == 0:  # The first two tokens of a chunk read its halo: not in the loop, where a choice of rows narrows the loads.
+        before_ptr = halo_ptr + (chunk.to(tl.int64) * 2 + token + 2)[:, None] * width + inner[None, :]
+        for step in range(H, 3 * H, BLOCK_K):
+            tap = step // H
+            reads = real & (position >= tap) & (token < tap)
+            tokens = tl.load(before_ptr + step % H - tap * width, mask=reads[:, None], other=0.0)
+            weight = tl.load(weight_ptr + tap * (H * H) + step % H)
+            u = tl.dot(tokens, weight, u, input_precision="ieee")
     norm = tl.sqrt(tl.sum(u * u, axis=1))
     inverse = sqrt_h / tl.maximum(norm, eps)
     # The sign tells backward that |u| was clamped.
@@ -154,17 +158,22 @@ def _cca_fwd_kernel(q_ptr, k_ptr, v_ptr, mean_ptr, kernel_ptr, constant_ptr, tem
 def _cca_bwd_weight_kernel(q_ptr, k_ptr, q_halo_ptr, k_halo_ptr, q_unit_ptr, k_unit_ptr, dq_ptr, dk_ptr, inverse_ptr, temperature_ptr,
                            positions_ptr, cos_ptr, sin_ptr, dz_ptr, dkernel_ptr, dvector_ptr, q_stride, k_stride, length, tiles,
                            tiles_total, tiles_each, splits, rows_total, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-                           BLOCK_M: tl.constexpr):
-    """dz of the tokens of one split, one head, and their part of dK (tap, H in, H out), dconstant and dtemperature."""
-    head, split = tl.program_id(0) % (N + G), tl.program_id(0) // (N + G)
+                           BLOCK_M: tl.constexpr, PARTS: tl.constexpr):
+    """dz of the tokens of one split, one head, and their part of dK (tap, H in, H out), dconstant and dtemperature.
+
+    PARTS > 1: as many programs share dK's input channels, where one has not the registers for 3 H H sums; the first writes all else."""
+    part, unit = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    head, split = unit % (N + G), unit // (N + G)
     is_q = head < N
     own = tl.where(is_q, head, head - N) * H
     stride, width = tl.where(is_q, q_stride, k_stride), tl.where(is_q, N, G) * H
     x_ptr, halo_ptr = tl.where(is_q, q_ptr, k_ptr) + own, tl.where(is_q, q_halo_ptr, k_halo_ptr) + own
     unit_ptr, dout_ptr = tl.where(is_q, q_unit_ptr, k_unit_ptr) + own, tl.where(is_q, dq_ptr, dk_ptr) + own
     temperature = tl.where(is_q, 1.0, tl.load(temperature_ptr + tl.maximum(head - N, 0)).to(tl.float32))
-    channel, half, angle = tl.arange(0, H), tl.arange(0, 2)[None, :, None], tl.arange(0, H // 4)[None, None, :]
-    dK0, dK1, dK2 = tl.zeros((H, H), tl.float32), tl.zeros((H, H), tl.float32), tl.zeros((H, H), tl.float32)
+    half, angle = tl.arange(0, 2)[None, :, None], tl.arange(0, H // 4)[None, None, :]
+    HIN: tl.constexpr = H // PARTS
+    inner, channel = part * HIN + tl.arange(0, HIN), tl.arange(0, H)
+    dK0, dK1, dK2 = tl.zeros((HIN, H), tl.float32), tl.zeros((HIN, H), tl.float32), tl.zeros((HIN, H), tl.float32)
     dconstant0, dconstant1 = tl.zeros((BLOCK_M, 2, H // 4), tl.float32), tl.zeros((BLOCK_M, 2, H // 4), tl.float32)
     dtemperature = tl.zeros((BLOCK_M,), tl.float32)
     for tile in range(split * tiles_each, tl.minimum(split * tiles_each + tiles_each, tiles_total)):
@@ -192,28 +201,33 @@ def _cca_bwd_weight_kernel(q_ptr, k_ptr, q_halo_ptr, k_halo_ptr, q_unit_ptr, k_u
         dconstant1 += dz1
         low0, low1 = dz0.to(dz_ptr.dtype.element_ty), dz1.to(dz_ptr.dtype.element_ty)
         to_ptr = dz_ptr + row3 * ((N + G) * H) + head * H + half * (H // 2) + angle
-        tl.store(to_ptr, low0, mask=real3)
-        tl.store(to_ptr + H // 4, low1, mask=real3)
+        if part == 0:
+            tl.store(to_ptr, low0, mask=real3)
+            tl.store(to_ptr + H // 4, low1, mask=real3)
         dz = tl.reshape(tl.permute(tl.join(low0, low1), (0, 1, 3, 2)), (BLOCK_M, H))
-        now_ptr, halo_row = x_ptr + row * stride, halo_ptr + (chunk.to(tl.int64) * 2 + token) * width
-        x0 = tl.load(now_ptr[:, None] + channel[None, :], mask=real[:, None], other=0.0)
-        x1_ptr = _either(token >= 1, now_ptr - stride, halo_row + width)
-        x2_ptr = _either(token >= 2, now_ptr - 2 * stride, halo_row)
-        x1 = tl.load(x1_ptr[:, None] + channel[None, :], mask=(real & (position >= 1))[:, None], other=0.0)
-        x2 = tl.load(x2_ptr[:, None] + channel[None, :], mask=(real & (position >= 2))[:, None], other=0.0)
+        here_ptr = x_ptr + row[:, None] * stride + inner[None, :]
+        halo_row_ptr = halo_ptr + (chunk.to(tl.int64) * 2 + token)[:, None] * width + inner[None, :]
+        x0 = tl.load(here_ptr, mask=real[:, None], other=0.0)
+        reads1, reads2 = (real & (position >= 1))[:, None], (real & (position >= 2))[:, None]
+        inside1, inside2 = (token >= 1)[:, None], (token >= 2)[:, None]
+        x1 = tl.load(here_ptr - stride, mask=reads1 & inside1, other=0.0)
+        x2 = tl.load(here_ptr - 2 * stride, mask=reads2 & inside2, other=0.0)
+        x1 = tl.where(inside1, x1, tl.load(halo_row_ptr + width, mask=reads1 & ~inside1, other=0.0))
+        x2 = tl.where(inside2, x2, tl.load(halo_row_ptr, mask=reads2 & ~inside2, other=0.0))
         dK0 = tl.dot(tl.trans(x0), dz, dK0, input_precision="ieee")
         dK1 = tl.dot(tl.trans(x1), dz, dK1, input_precision="ieee")
         dK2 = tl.dot(tl.trans(x2), dz, dK2, input_precision="ieee")
-    part = (head * splits + split).to(tl.int64)
-    to_ptr = dkernel_ptr + part * (3 * H * H) + channel[:, None] * H + channel[None, :]
+    place = (head * splits + split).to(tl.int64)
+    to_ptr = dkernel_ptr + place * (3 * H * H) + inner[:, None] * H + channel[None, :]
     tl.store(to_ptr, dK0)
     tl.store(to_ptr + H * H, dK1)
     tl.store(to_ptr + 2 * H * H, dK2)
-    vector_ptr = dvector_ptr + part * (2 * H)
-    quarters = vector_ptr + half * (H // 2) + angle
-    tl.store(quarters, tl.sum(dconstant0, axis=0)[None])
-    tl.store(quarters + H // 4, tl.sum(dconstant1, axis=0)[None])
-    tl.store(vector_ptr + H + channel, tl.where(channel == 0, tl.sum(dtemperature), 0.0))
+    if part == 0:
+        vector_ptr = dvector_ptr + place * (2 * H)
+        quarters = vector_ptr + half * (H // 2) + angle
+        tl.store(quarters, tl.sum(dconstant0, axis=0)[None])
+        tl.store(quarters + H // 4, tl.sum(dconstant1, axis=0)[None])
+        tl.store(vector_ptr + H + channel, tl.where(channel == 0, tl.sum(dtemperature), 0.0))
 
 
 @triton.jit
@@ -325,7 +339,8 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
         delayed_rows: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.cca` on Triton: q (B, T, N, H), k and v (B, T, G, H) in q_BTC's dtype.
 
-    q, k, v may be slices of one wider projection (unit stride over channels, tokens evenly spaced); everything else lies contiguously.
+    q, k, v may be slices of one wider projection (unit stride over channels, tokens evenly spaced; 16-byte loads where all start at
+    multiples of 16 bytes); everything else lies contiguously.
     q_mean None: the mean of q over each group is taken here, and its gradient goes to q. Parameters may have a dtype of their own.
     Raises ValueError for anything else, before any launch.
     """
@@ -403,7 +418,8 @@ def _weight_parts(q: Tensor, k: Tensor, halos: tuple[Tensor, ...], units: tuple[
     chosen = config(_cca_bwd_weight_kernel, chip, H=H, itemsize=q.element_size())
     K = halos[0].shape[1]
     tiles = triton.cdiv(T // K, chosen.blocks["BLOCK_M"])
-    each = triton.cdiv(B * K * tiles, max(chip.num_cus // (N + G), 1))
+    parts = chosen.blocks["PARTS"]
+    each = triton.cdiv(B * K * tiles, max(chip.num_cus // ((N + G) * parts), 1))
     splits = triton.cdiv(B * K * tiles, each)
     dz = q.new_empty(B * T, (N + G) * H)
     dkernel = q.new_empty(N + G, splits, 3, H, H, dtype=torch.float32)
@@ -413,7 +429,7 @@ def _weight_parts(q: Tensor, k: Tensor, halos: tuple[Tensor, ...], units: tuple[
         dk_ptr=douts[1], inverse_ptr=inverse, temperature_ptr=temperature, positions_ptr=positions, cos_ptr=rope[0], sin_ptr=rope[1],
         dz_ptr=dz, dkernel_ptr=dkernel, dvector_ptr=dvector, q_stride=_row_stride(q), k_stride=_row_stride(k), length=T // K, tiles=tiles,
         tiles_total=B * K * tiles, tiles_each=each, splits=splits, rows_total=B * T, N=N, G=G, H=H)
-    launch(_cca_bwd_weight_kernel, ((N + G) * splits,), arguments, chosen)
+    launch(_cca_bwd_weight_kernel, ((N + G) * splits * parts,), arguments, chosen)
     return dz, dkernel, dvector
 
 
@@ -463,12 +479,6 @@ def _row_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _check_alignment(name: str, x: Tensor, row_stride: int) -> None:
-    """Rows are read 16 bytes at a time, and `_either` promises the compiler that this is possible."""
-    if x.data_ptr() % 16 or row_stride * x.element_size() % 16:
-        raise ValueError(f"{name} has tokens every {row_stride * x.element_size()} bytes from {x.data_ptr():#x}, expected multiples of 16")
-
-
 def _validate(q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, q_convs: Convolutions, k_convs: Convolutions, temperature: Tensor,
               positions: Tensor, rope: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor, Tensor], delayed: tuple[int, int]) -> None:
     check("q_BTC", q, shape=(None, None, None), dtypes=DTYPES, contiguous=False)
@@ -487,7 +497,6 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, q_convs: Con
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least one token")
         if x.stride(2) != 1 or (B > 1 and T > 1 and x.stride(0) != T * x.stride(1)):
             raise ValueError(f"{name} has strides {x.stride()}, expected (T * s, s, 1): evenly spaced tokens of adjacent channels")
-        _check_alignment(name, x, _row_stride(x))
     if mean is not None:
         check("q_mean_BTGH", mean, shape=(B, T, G, H), **common)
     for side, convs, width in (("q", q_convs, q_channels), ("k", k_convs, channels)):
@@ -500,11 +509,8 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, q_convs: Con
     start, end = delayed
     if not 0 <= start <= end <= channels:
         raise ValueError(f"delayed_rows is {delayed}, expected a range within v_BTC's {channels} channels")
-    if start * v.element_size() % 16:
-        raise ValueError(f"delayed_rows is {delayed}, expected a start at a multiple of {16 // v.element_size()} channels (16 bytes)")
     for name, x, n, width in zip("qkv", halos, (2, 2, 1), (q_channels, channels, end - start)):
         check(f"halos.{name}", x, shape=(B, None, n, width), **common)
-        _check_alignment(f"halos.{name}", x, x.shape[-1])
     K = halos[0].shape[1]
     if K < 1 or T % K or any(x.shape[1] != K for x in halos):
         raise ValueError(f"halos are for {[x.shape[1] for x in halos]} chunks, expected one number that divides {T} tokens")
