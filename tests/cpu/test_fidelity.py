@@ -129,7 +129,7 @@ def watch_ours(model: Zaya) -> Routing:
     routing = Routing()
     routers: list[Any] = [block.moe.router for block in model.blocks]
     for router in routers:
-        router.register_forward_hook(lambda _module, _inputs, output: routing.chosen.append(output[0]))
+        router.register_forward_hook(lambda _module, _inputs, output: routing.chosen.append(output[0][:, 0].long()))
     return routing
 
 
