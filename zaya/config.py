@@ -85,6 +85,7 @@ class ModelConfig:
             raise ValueError('model.attention_pattern is empty; use ["full"]')
         for kind in self.attention_pattern:
             _one_of("model.attention_pattern", kind, ATTENTION_KINDS)
+        _at_least("model.sliding_window", self.sliding_window, 0)
         slides = any(self.attention_kind(i) == "sliding" for i in range(self.num_layers))
         if slides and self.sliding_window < 1:
             raise ValueError(f"model.attention_pattern has sliding blocks but model.sliding_window = {self.sliding_window}; "
@@ -472,7 +473,8 @@ def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m zaya.config RECIPE.toml [--section.key=value ...]\n\nValidate a recipe and print it resolved.")
+        usage = "usage: python -m zaya.config RECIPE.toml [--section.key=value ...]\n\nValidate a recipe and print it resolved."
+        print(usage) if argv else print("zaya.config: name a recipe; see --help", file=sys.stderr)
         return 0 if argv else 2
     try:
         recipe = load_recipe(argv[0], argv[1:])

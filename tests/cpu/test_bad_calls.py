@@ -41,7 +41,7 @@ CALLS: dict[str, list[list[str]]] = {
     "tools.setup_env": [["--venv", "empty"], ["--venv"]],
     "tools.tokenize_corpus": [["{bad}", "--output", "{new}", "--tokenizer", "{bad}"], ["text", "--output", "{new}", "--tokenizer", "{bad}"],
                               ["{bad}", "--output", "{new}", "--tokenizer", "new.json", "--train-bpe", "300"], []],
-    "zaya.config": [["{bad}"], ["{bad}", "--train.steps=1"]],
+    "zaya.config": [["{bad}"], ["{bad}", "--train.steps=1"], []],
     "zaya.train": [["{bad}"], ["{bad}", "--train.steps=1"], []],
 }
 COMMANDS = sorted(CALLS.keys() | {f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"})

@@ -111,6 +111,7 @@ INVALID: list[tuple[dict[str, Any], int, str]] = [
     ({"model__attention_pattern": ["local"]}, 1, "model.attention_pattern = 'local' is not one of 'full', 'sliding'"),
     ({"model__attention_pattern": ["full", "sliding"]}, 1,
      "model.attention_pattern has sliding blocks but model.sliding_window = 0; set it"),
+    ({"model__sliding_window": -4}, 1, "model.sliding_window = -4 must be at least 0"),
     ({"data__train": []}, 1, "data.train = [] names no corpus; name at least one prefix"),
     ({"data__weights": [1.0, 2.0]}, 1, "data.weights has 2 entries for 1 corpora in data.train; give one each"),
     ({"data__weights": [0.0]}, 1, "data.weights = 0.0 must be above 0"),
