@@ -262,8 +262,9 @@ def _dgate_kernel(parts, order, offsets, dgate, num_rows, E: tl.constexpr, NUM_P
     total = tl.zeros((BLOCK_R,), tl.float32)
     at = parts + rows
     for _ in range(NUM_PARTS):
-        total += tl.load(at, mask=is_routed, other=0.0)
+        total += tl.load(at, mask=is_row, other=0.0)
         at += num_rows
+    total = tl.where(is_routed, total, 0.0)
     tl.store(dgate + tl.load(order + rows, mask=is_row, other=0), total, mask=is_row)
 
 
