@@ -61,7 +61,9 @@ def _case(name: str, size: str, *, gradients: tuple[str, ...] = (), **shape: Any
         name=f"cca {size if size == SMALL else ''} {name}".replace("  ", " "), size=size, op=cca, reference=specification,
         make=lambda device, dtype: make(device, dtype, **shape), gradients=(*inputs, *PARAMETERS, *gradients),
         # Two convolutions of two taps each, the grouped one H x H per tap and head; backward: both operands' gradients.
-        flops=2 * B * T * (N + G) * (2 * H + 2 * H * H), num_bytes=2 * 2 * B * T * (N + 2 * G) * H)
+        flops=2 * B * T * (N + G) * (2 * H + 2 * H * H), num_bytes=2 * 2 * B * T * (N + 2 * G) * H,
+        # All tensors are within 4e-3 but dtemperature: one sum per key head, of terms of either sign, by chance 6 times below their size.
+        limit=2e-2)
 
 
 CASES = [
