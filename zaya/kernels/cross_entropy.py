@@ -9,7 +9,7 @@ A chunk's logits come from the vendor's GEMM, at full speed; then one kernel rea
 and label's logit, and another reads them again and writes dz in the compute dtype, from which two more GEMMs make dh and dW. Gradients are
 made in the forward pass, from logits that are still there: 3 products of 2 T V D operations. Not keeping anything and computing the logits
 again in backward would make it 4 (a third more time in a part that is all GEMM); fusing softmax into our own GEMM saves 10 bytes of traffic
-a logit, 43 GB = 10 ms of about 85 ms for 16,384 tokens on an MI300X, but a GEMM 12 % slower than the vendor's costs as much.
+a logit, by arithmetic 43 GB = 10 ms of some 85 ms for 16,384 tokens on an MI300X, but a GEMM 12 % slower than the vendor's costs as much.
 Saved are dh and dW, the latter in fp32, because it is summed over chunks. backward multiplies them by dloss.
 
 Memory beside these: 6 bytes a logit of one chunk, CHUNK_LOGITS of them. Logits are fp32 where torch's GEMM can write fp32 from bf16 (CUDA,
