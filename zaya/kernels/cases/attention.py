@@ -86,7 +86,7 @@ CASES = [
     small("window over blocks", 300, 1, 1, 64, rows=((90,),), window=150),
     small("two chunks, zig-zag", 4 * 75, 2, 1, 64, rows=((110, 100),), chunk=75, offsets=(75, 150)),
     small("first and last chunk", 4 * 70, 1, 1, 32, rows=((250,), (60,)), window=100, chunk=70, offsets=(0, 210)),
-    small("one late chunk", 300, 1, 1, 128, rows=((33, 150),), chunk=90, offsets=(190,)),
+    small("one late chunk", 300, 1, 1, 128, rows=((33,),), chunk=90, offsets=(190,)),
     small("one token", 1, 4, 2, 32, gradients=("v_BSGH",)),  # its probability is 1 whatever q and k are
     small("views", 140, 2, 1, 64, rows=((50,), (131,)), views=True),
     chip("8b 4k", 4, 4096, 8, 2),
