@@ -30,6 +30,13 @@ def fake_checkout(path: Path) -> Path:
     return path
 
 
+def test_hidden_block_counts_stand_where_the_metadata_says() -> None:
+    asm = "".join(f"      - .offset:         {at}\n        .size:           {size}\n        .value_kind:     hidden_{kind}\n"
+                  for at, size, kind in ((64, 4, "block_count_x"), (68, 4, "block_count_y"), (76, 2, "group_size_x")))
+    assert emulator._block_counts(asm, (304,)) == [(64, 304), (68, 1)]
+    assert emulator._block_counts("no metadata", (304,)) == []
+
+
 def test_what_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(emulator.EmulatorMissing, match=r"^.* holds no test/mockgpu/amd/emu.py: pass a checkout of tinygrad$"):
         emulator.emulating(tmp_path)

@@ -79,7 +79,9 @@ def _run(emulator: Any, code: gfx942.Code, arguments: list[tuple[str, Any]], gri
     """Lay out code and arguments as the command processor would, then run every work-group."""
     memory, entry, size, rsrc2, preloaded = _load(code.elf)
     packed = _pack(arguments)
-    kernarg = ctypes.create_string_buffer(packed + bytes(512))  # behind them the hidden arguments, which our kernels leave alone
+    kernarg = ctypes.create_string_buffer(packed + bytes(512))  # behind them the hidden arguments
+    for at, count in _block_counts(code.asm, grid):
+        struct.pack_into("<I", kernarg, at, count)
     address = ctypes.addressof(kernarg)
     num_user_sgprs = rsrc2 >> 1 & 0x1F
     user = [address & 0xFFFFFFFF, address >> 32] + [0] * (num_user_sgprs - 2)
@@ -110,6 +112,14 @@ def _load(elf_bytes: bytes) -> tuple[Any, int, int, int, int]:
     descriptor = ctypes.string_at(address, 64)
     (entry,), (rsrc2,), (preload,) = (struct.unpack_from(kind, descriptor, at) for kind, at in (("<q", 16), ("<I", 52), ("<H", 58)))
     return memory, address + entry, size, rsrc2, preload & 0x7F
+
+
+def _block_counts(asm: str, grid: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Byte offset in the arguments and value of each hidden block count, which tl.num_programs reads: without them a persistent kernel
+    steps by 0 and never ends."""
+    found = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+4\s+\.value_kind:\s+hidden_block_count_([xyz])", asm)
+    offsets = {axis: int(at) for at, axis in found}
+    return [(offsets[axis], count) for axis, count in zip("xyz", (*grid, 1, 1)) if axis in offsets]
 
 
 def _pack(arguments: list[tuple[str, Any]]) -> bytes:

@@ -31,6 +31,7 @@ from zaya.kernels.grouped_gemm import (
 from zaya.kernels.launch import Config, check, config, launch, target
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ALIGNED = 256  # the widest tile: other widths need clamped columns, whose registers the largest tiles do not have on gfx942
 
 
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
@@ -76,7 +77,7 @@ def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     """Output (T, D) and h (R, 2F), which the backward needs."""
     E, D, F = down_EDF.shape
     R, slots = _rows(x_TD, gate_Tk)
-    tiles = _Tiles(sizes_E, R)
+    tiles = _Tiles(sizes_E, R, down_EDF.shape[1:])
     h_RF, act_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     tiles.launch(_gate_up_fwd_kernel, {"x": x_TD, "weights": gate_up_EFD, "order": order_R, "h": h_RF, "act": act_RF,
                                        "D": D, "F": F, "TOP_K": slots})
@@ -93,7 +94,7 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
     they are then not returned."""
     E, D, F = down_EDF.shape
     R, slots = _rows(x_TD, gate_Tk)
-    tiles = _Tiles(sizes_E, R)
+    tiles = _Tiles(sizes_E, R, down_EDF.shape[1:])
     dh_RF, act_RF, dx_RD = torch.empty_like(h_RF), x_TD.new_empty(R, F), x_TD.new_empty(R, D)
     parts = None
     if gate_Tk is not None:
@@ -118,15 +119,16 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
 class _Tiles:
     """The table of row tiles of one call, for each height of tile that its kernels are configured with."""
 
-    def __init__(self, sizes_E: Tensor, num_rows: int) -> None:
+    def __init__(self, sizes_E: Tensor, num_rows: int, widths: tuple[int, ...]) -> None:
         self.sizes_E, self.num_rows, self.E = sizes_E, num_rows, len(sizes_E)
+        self.aligned = all(width % ALIGNED == 0 for width in widths)
         self.target = target(sizes_E.device)
         self.offsets = sizes_E.new_empty(self.E + 1, dtype=torch.int32)
         self.largest_first = sizes_E.new_empty(self.E, dtype=torch.int32)
         self.tables: dict[int, Tensor] = {}
 
     def config(self, kernel: Any, dtype: torch.dtype, **when: str | int) -> Config:
-        return config(kernel, self.target, dtype=str(dtype).removeprefix("torch."), **when)
+        return config(kernel, self.target, dtype=str(dtype).removeprefix("torch."), aligned=self.aligned, **when)
 
     def table(self, block_m: int) -> Tensor:
         """(1 + tiles, 4) int32; every group may end in a partial tile, so rows / height + groups bounds their number."""
