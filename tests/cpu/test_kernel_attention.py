@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -20,19 +20,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # results once more; the reference rounds only the results.
 THRESHOLDS = {torch.float32: 2e-6, torch.float16: 1e-3}
 SMALL_CASES = [case for case in CASES if case.size == SMALL]
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New memory holds NaN: an element that no program writes shows."""
-    plain, plain_like = torch.empty, torch.empty_like
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(plain(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(plain_like(*args, **kwargs)))
-    yield
 
 
 @pytest.mark.parametrize("dtype", THRESHOLDS, ids=str)

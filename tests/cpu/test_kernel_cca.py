@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from zaya.kernels import reference
 from zaya.kernels.cases import CHIP, SMALL, Case, error, run
-from zaya.kernels.cases.cca import CASES, PARAMETERS, make, specification
+from zaya.kernels.cases.cca import CASES, PARAMETERS, make
 from zaya.kernels.cca import cca
 from zaya.kernels.launch import MI300X, Config, launching_through
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Both sides add in fp32, in another order: up to 400 terms, roundings of 6e-8 each. In 16 bits the folded kernel, dz, q and the results
 # are rounded, 2^-11 / sqrt(3) = 2.8e-4 in fp16 and 8 times that in bf16 (RMS at most), and dz carries those of q and the cotangents on.
@@ -23,20 +25,6 @@ SUMS = {"d temperature_G": 5.0}
 # The interpreter's bf16 products are wrong: bf16 is for a GPU and for the chip's machine code.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE.type == "cuda" else (torch.float32, torch.float16)
 SMALL_CASES = [case for case in CASES if case.size == SMALL]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, so an element that no kernel writes is seen."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, real=real, **kwargs: _nan(real(*args, **kwargs)))
-    real_new = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: _nan(real_new(self, *args, **kwargs)))
-
-
-def _nan(tensor: Tensor) -> Tensor:
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
 
 def _in_fp32(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +64,7 @@ def test_parameters_keep_a_dtype_of_their_own() -> None:
     got = run(cca, arguments, ("k_BTC", *PARAMETERS))
     assert {name: x.dtype for name, x in got.items()} == {
         **dict.fromkeys(("out.0", "out.1", "out.2", "d k_BTC"), torch.float16), **{f"d {name}": torch.float32 for name in PARAMETERS}}
-    _compare(got, run(specification, _in_fp32(arguments), ("k_BTC", *PARAMETERS)), THRESHOLD[torch.float16])
+    _compare(got, run(reference.cca, _in_fp32(arguments), ("k_BTC", *PARAMETERS)), THRESHOLD[torch.float16])
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.5])
@@ -85,7 +73,7 @@ def test_temperature_may_be_zero_or_negative(temperature: float) -> None:
     arguments = _tiny()
     arguments["temperature_G"] = torch.full_like(arguments["temperature_G"], temperature)
     names = ("q_BTC", "k_BTC", "v_BTC", "k_convs.2", "temperature_G")
-    _compare(run(cca, arguments, names), run(specification, arguments, names), THRESHOLD[torch.float32])
+    _compare(run(cca, arguments, names), run(reference.cca, arguments, names), THRESHOLD[torch.float32])
 
 
 def test_a_vanishing_head_is_divided_by_eps_and_not_by_zero() -> None:
@@ -97,7 +85,7 @@ def test_a_vanishing_head_is_divided_by_eps_and_not_by_zero() -> None:
     arguments["q_mean_BTGH"][0, 1] = 2 * 0.9 * torch.finfo(torch.float32).eps * 32**-0.5
     for side in ("q_convs", "k_convs"):
         arguments[side] = tuple(map(torch.zeros_like, arguments[side]))
-    _compare(run(cca, arguments, zeroed), run(specification, arguments, zeroed), THRESHOLD[torch.float32])
+    _compare(run(cca, arguments, zeroed), run(reference.cca, arguments, zeroed), THRESHOLD[torch.float32])
 
 
 def test_gradients_of_single_outputs_and_through_views() -> None:
@@ -107,7 +95,7 @@ def test_gradients_of_single_outputs_and_through_views() -> None:
     def only_k(function: Any) -> Any:
         return lambda **kwargs: function(**kwargs)[1].transpose(1, 3)[:, ::2]
 
-    got, want = run(only_k(cca), arguments, names), run(only_k(specification), arguments, names[:2] + names[4:])
+    got, want = run(only_k(cca), arguments, names), run(only_k(reference.cca), arguments, names[:2] + names[4:])
     assert not got.pop("d v_BTC").any() and not got.pop("d q_convs.0").any()
     _compare(got, want, THRESHOLD[torch.float32])
 
@@ -118,7 +106,7 @@ def test_inputs_and_the_border_of_delayed_values_may_lie_anywhere() -> None:
     for name in names[:3]:
         x = arguments[name]
         arguments[name] = torch.cat((torch.full_like(x[..., :1], torch.nan), x, torch.full_like(x[..., :2], torch.nan)), -1)[..., 1:-2]
-    _compare(run(cca, arguments, names), run(specification, arguments, names), THRESHOLD[torch.float32])
+    _compare(run(cca, arguments, names), run(reference.cca, arguments, names), THRESHOLD[torch.float32])
 
 
 def test_twice_the_same_bits() -> None:

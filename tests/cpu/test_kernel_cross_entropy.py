@@ -10,28 +10,22 @@ import torch
 from torch import Tensor
 
 from zaya.kernels import cross_entropy as module
+from zaya.kernels import reference
 from zaya.kernels.cases import SMALL, Case, error, run
-from zaya.kernels.cases.cross_entropy import CASES, expected, head
+from zaya.kernels.cases.cross_entropy import CASES, head
 from zaya.kernels.cross_entropy import Partials, cross_entropy, gradients, partials
 from zaya.kernels.launch import Config, launching_through
 from zaya.kernels.reference import IGNORE
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # fp32: sums of up to 9,001 terms, rounded to 6e-8 each. fp16: logits' gradients are rounded to 5e-4, and so are the results; gradients of
 # logits under 6e-5 are subnormal, with fewer digits.
 THRESHOLDS = {torch.float32: 5e-6, torch.float16: 2e-3}
 SMALL_CASES = [case for case in CASES if case.size == SMALL]
-EMPTY = torch.empty
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel forgets to write is NaN."""
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: EMPTY(*args, **kwargs).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda tensor, **kwargs: torch.full_like(tensor, torch.nan, **kwargs))
-
-
-def compare(op: Any, arguments: dict[str, Any], names: tuple[str, ...], threshold: float, want_from: Any = expected) -> None:
+def compare(op: Any, arguments: dict[str, Any], names: tuple[str, ...], threshold: float, want_from: Any = reference.cross_entropy) -> None:
     wide = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in arguments.items()}
     got, want = run(op, arguments, names), run(want_from, wide, names)
     assert set(got) == set(want)
@@ -65,7 +59,7 @@ def combined(parts: list[Partials]) -> Partials:
 def test_uneven_shards_combine_to_the_whole(ends: tuple[int, ...], logits: float) -> None:
     arguments = head(21, 16, 300, logits=logits)(DEVICE, torch.float32)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in arguments.items()}
-    want = run(expected, wide | {"z_loss": 1e-3}, ("hidden_TD", "weight_VD"))
+    want = run(reference.cross_entropy, wide | {"z_loss": 1e-3}, ("hidden_TD", "weight_VD"))
     each = shards(arguments, ends)
     largest, total, at_label = combined([partials(**shard) for shard in each])
     lse, labelled = largest + total.log(), arguments["labels_T"] != IGNORE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from zaya.kernels.cases.residual_norm import CASES, join, norm
 from zaya.kernels.launch import MI300X, Config, launching_through
 from zaya.kernels.residual_norm import residual_norm, rms_norm
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Both sides add in fp32, in another order: about sqrt(rows or width) roundings of 6e-8. What ends in a 16-bit dtype is rounded once,
 # 2^-11 / sqrt(3) = 2.8e-4 in fp16 and 8 times that in bf16 (RMS at most), from cotangents that are themselves rounded alike.
@@ -24,21 +25,6 @@ SMALL_CASES = [case for case in CASES if case.size == SMALL]
 # Wide rows take the interpreter seconds and differ by their tile only: once, in fp32, is enough.
 PAIRS = [(case, dtype) for case in SMALL_CASES for dtype in DTYPES
          if DEVICE.type == "cuda" or dtype == torch.float32 or not case.name.endswith("4096")]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory holds NaN, so an element that no kernel writes is seen."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, real=real, **kwargs: _nan(real(*args, **kwargs)))
-    real_new = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: _nan(real_new(self, *args, **kwargs)))
-    yield
-
-
-def _nan(tensor: Tensor) -> Tensor:
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
 
 def _in_fp32(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,16 +16,6 @@ HALOS = ("halos.0", "halos.1", "halos.2")
 PARAMETERS = (*(f"{side}_convs.{part}" for side in "qk" for part in range(4)), "temperature_G")
 
 
-def specification(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, **rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.cca`, with q's mean taken here where none is given."""
-    if q_mean_BTGH is None:
-        G = rest["temperature_G"].numel()
-        B, T, channels = k_BTC.shape
-        heads = q_BTC.to(reference.wide(q_BTC.dtype)).view(B, T, G, -1, channels // G)
-        q_mean_BTGH = heads.mean(3)
-    return reference.cca(q_BTC, k_BTC, v_BTC, q_mean_BTGH, **rest)
-
-
 def make(device: torch.device, dtype: torch.dtype, *, B: int, T: int, N: int, G: int, H: int, documents: Sequence[int] = (), first: int = 0,
          chunks: int = 1, mean: bool = False, delayed: tuple[int, int] | None = None, fused: bool = False) -> dict[str, Any]:
     """documents: lengths, repeated over the row; first: position of the row's first token. Halos are zero where the row is not cut.
@@ -58,7 +48,7 @@ def _case(name: str, size: str, *, gradients: tuple[str, ...] = (), **shape: Any
     B, T, N, G, H = (shape[letter] for letter in "BTNGH")
     inputs = ("q_BTC", "k_BTC", "v_BTC", *(("q_mean_BTGH",) if shape.get("mean") else ()))
     return Case(
-        name=f"cca {size if size == SMALL else ''} {name}".replace("  ", " "), size=size, op=cca, reference=specification,
+        name=f"cca {size if size == SMALL else ''} {name}".replace("  ", " "), size=size, op=cca, reference=reference.cca,
         make=lambda device, dtype: make(device, dtype, **shape), gradients=(*inputs, *PARAMETERS, *gradients),
         # Two convolutions of two taps each, the grouped one H x H per tap and head; backward: both operands' gradients.
         flops=2 * B * T * (N + G) * (2 * H + 2 * H * H), num_bytes=2 * 2 * B * T * (N + 2 * G) * H,
