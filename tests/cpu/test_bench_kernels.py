@@ -71,7 +71,7 @@ def test_adamw_peer_takes_the_same_step() -> None:
 
 def test_cca_peer_on_one_document() -> None:
     arguments = cca.make(CPU, torch.float32, B=2, T=9, N=4, G=2, H=32)
-    got, want = peers_module._cca(**arguments), cca.specification(**arguments)
+    got, want = peers_module._cca(**arguments), reference.cca(**arguments)
     assert [cases.error(*pair) < 1e-5 for pair in zip(got, want)] == [True] * 3
 
 
