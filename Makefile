@@ -9,12 +9,13 @@ RUN := runs/quickstart
 RECIPE := recipes/quickstart.toml
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup quickstart test test-full check lint clean
+.PHONY: help setup quickstart test test-full check lint clean accept-mi300x
 
 help:
 	@echo "make quickstart   set up, train a tiny ZAYA1 on real text on this machine, plot, sample, export"
 	@echo "make test         set up, run the tests; those that need a GPU are skipped without one"
 	@echo "make check        lint, then test"
+	@echo "make accept-mi300x  on a node of 8 MI300X: checks, tests/gpu, layouts over RCCL, benchmarks, one report"
 	@echo "make test-full    test, with the slow ones"
 	@echo "make lint         ruff and mypy"
 	@echo "make setup        build .venv only"
@@ -34,6 +35,9 @@ quickstart: setup
 	$(BIN)/python -m tools.export_hf $(RUN) $(RUN)/hf --overwrite
 	$(BIN)/python -m tools.generate $(RUN) --prompt "def "
 	$(BIN)/python -m tools.quickstart_report $(RUN) --bigram $(RUN)/bigram.json
+
+accept-mi300x: setup
+	$(BIN)/python -m tools.accept_mi300x $(ARGS)
 
 test: setup
 	$(PYTEST) tests/cpu tests/dist tests/gpu

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from zaya.config import Recipe, recipe_from_tables
+
+if TYPE_CHECKING:
+    import torch
+
+    from zaya.trainer import Trainer
 
 VOCABULARY = 96
 SEQ_LEN = 24
@@ -57,3 +63,9 @@ def variant(base: Recipe, **overrides: object) -> Recipe:
         section, _, name = key.partition("__")
         tables[section][name] = value
     return recipe_from_tables(tables)
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The state of a single process' trainer by checkpoint name; every tensor is one box, which is the memory that holds it."""
+    trainer.optimizer.wait()
+    return {name: share.parts[0][1] for name, share in trainer.shares().items()}

@@ -29,6 +29,7 @@ from zaya.config import Recipe, recipe_from_tables
 from zaya.data.loader import Batch
 from zaya.model import hf
 from zaya.parallel.mesh import open_mesh
+from zaya.shard import Layout
 from zaya.trainer import Trainer
 
 LOSS_TOLERANCE = 2e-3  # relative, at any step: two fp32 programs drift apart by rounding, a wrong one parts at once
@@ -117,7 +118,7 @@ def bench(steps: int, batch_size: int, seq_len: int) -> dict[str, Any]:
     recipe = make_recipe(batch_size, seq_len)
     torch.manual_seed(0)
     rows = Rows(torch.randint(0, SIZES["vocab_size"], (batch_size, seq_len + 1)))
-    trainer = Trainer(recipe, open_mesh("cpu"), rows)  # type: ignore[arg-type]  # the one method of a loader that a step calls
+    trainer = Trainer(recipe, open_mesh("cpu", Layout(1)), rows)  # type: ignore[arg-type]  # the one method of a loader that a step calls
     name, peer, tried = fastest_peer(trainer, limit_s=5.0)
     times: dict[str, list[float]] = {"zaya": [], "transformers": []}
     for index in tqdm(range(steps + 2), unit="pair", disable=None):

@@ -227,24 +227,56 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline parallelism does not exist here: anything but 1 is an error."""
     zero_size: int = 0
-    """Ranks that share one set of optimizer shards; 0 = all. Not built yet: with 0 every rank keeps the whole state."""
+    """Ranks that share one set of optimizer shards, with replicas beyond, so that the exchange can stay inside a node; 0 = all."""
+    grad_dtype: str = "fp32"
+    """Dtype in which gradients are summed over ranks: fp32 (fp64 where train.dtype is) | bf16 (half the traffic)."""
     engine: str = "zaya"
     """zaya | deepspeed."""
 
-    def validate(self) -> None:
+    def validate(self, world_size: int, model: ModelConfig, seq_len: int) -> None:
+        """ValueError names the two numbers that do not fit, and what would."""
         _one_of("parallel.engine", self.engine, ("zaya", "deepspeed"))
         for name in ("tp", "cp", "ep", "pp"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         _at_least("parallel.zero_size", self.zero_size, 0)
         if self.pp > 1:
             raise ValueError(f"parallel.pp = {self.pp}: there is no pipeline parallelism; use pp = 1")
-        for name in ("tp", "cp", "ep"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"parallel.{name} = {getattr(self, name)} is not built yet; use {name} = 1 (data parallel)")
-        if self.zero_size:
-            raise ValueError(f"parallel.zero_size = {self.zero_size} is not built yet; use 0 (optimizer state on every rank)")
         if self.engine != "zaya":
             raise ValueError(f'parallel.engine = "{self.engine}" is not built yet; use "zaya"')
+        _one_of("parallel.grad_dtype", self.grad_dtype, ("fp32", "bf16"))
+        tp, cp, ep = self.tp, self.cp, self.ep
+        heads, kv_heads = model.num_heads, model.num_kv_heads
+        tp_fits = [n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0)]
+        if tp not in tp_fits:
+            raise ValueError(f"parallel.tp = {tp} neither divides model.num_kv_heads = {kv_heads} nor is a multiple of it that divides "
+                             f"model.num_heads = {heads}; use tp = {_nearest(tp, tp_fits)}")
+        if model.vocab_size % tp:
+            raise ValueError(f"model.vocab_size = {model.vocab_size} is not a multiple of parallel.tp = {tp}; "
+                             f"use vocab_size = {_next_multiple(model.vocab_size, tp)}, or another tp")
+        if world_size % (tp * cp):
+            fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ValueError(f"parallel.tp * parallel.cp = {tp} * {cp} = {tp * cp} does not divide the {world_size} ranks; "
+                             f"use tp * cp = {_nearest(tp * cp, fits)}, or {_next_multiple(world_size, tp * cp)} ranks")
+        if model.num_experts % ep:
+            fits = [n for n in range(1, model.num_experts + 1) if model.num_experts % n == 0]
+            raise ValueError(f"parallel.ep = {ep} does not divide model.num_experts = {model.num_experts}; use ep = {_nearest(ep, fits)}")
+        if world_size % ep:
+            fits = [n for n in range(1, world_size + 1) if world_size % n == 0 and model.num_experts % n == 0]
+            raise ValueError(f"parallel.ep = {ep} does not divide the {world_size} ranks; use ep = {_nearest(ep, fits)}, "
+                             f"or {_next_multiple(world_size, ep)} ranks")
+        # Zig-zag: 2 cp chunks of at least the convolutions' halo of two tokens; each rank's two are cut over tp once more.
+        parts = cp * math.lcm(2, tp) if cp > 1 else tp
+        if seq_len % parts or (cp > 1 and seq_len < 4 * cp):
+            least = max(_next_multiple(seq_len, parts), _next_multiple(4 * cp, parts) if cp > 1 else 0)
+            raise ValueError(f"train.seq_len = {seq_len} cannot be cut into the {parts} equal parts that parallel.cp = {cp} and "
+                             f"parallel.tp = {tp} need; use seq_len = {least}")
+        replicas = max(tp // kv_heads, 1)
+        for what, holders in (("ranks", world_size), ("holders of a tp piece", world_size // tp),
+                              ("holders of an expert", world_size // ep), ("holders of a KV head", world_size // tp * replicas)):
+            if self.zero_size and holders > self.zero_size and holders % self.zero_size:
+                fits = [n for n in range(1, holders + 1) if holders % n == 0]
+                raise ValueError(f"parallel.zero_size = {self.zero_size} does not divide the {holders} {what}; "
+                                 f"use zero_size = {_nearest(self.zero_size, fits)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,27 +338,26 @@ class Recipe:
         self.data.validate()
         self.train.validate()
         self.optim.validate(self.train.steps)
-        self.parallel.validate()
+        self.parallel.validate(world_size, self.model, self.train.seq_len)
         self.checkpoint.validate()
         self.run.validate()
-        rows = self.train.global_batch_size
-        if rows % world_size:
-            raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {world_size} data-parallel ranks; "
-                             f"use {_next_multiple(rows, world_size)}")
-        micro = self.micro_batch_rows(world_size)
-        if rows // world_size % micro:
-            raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // world_size} rows "
-                             f"(train.global_batch_size = {rows} over {world_size} data-parallel ranks); "
-                             f"use {math.gcd(rows // world_size, micro)}")
+        rows, dp = self.train.global_batch_size, world_size // (self.parallel.tp * self.parallel.cp)
+        if rows % dp:
+            raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {dp} data-parallel ranks; "
+                             f"use {_next_multiple(rows, dp)}")
+        micro = self.micro_batch_rows(dp)
+        if rows // dp % micro:
+            raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // dp} rows "
+                             f"(train.global_batch_size = {rows} over {dp} data-parallel ranks); use {math.gcd(rows // dp, micro)}")
         if self.train.eval_interval and not self.data.valid:
             raise ValueError(f"train.eval_interval = {self.train.eval_interval} but data.valid is empty; name a held-out corpus")
-        if self.train.eval_interval and self.train.eval_rows % world_size:
-            raise ValueError(f"train.eval_rows = {self.train.eval_rows} is not a multiple of the {world_size} data-parallel ranks; "
-                             f"use {_next_multiple(self.train.eval_rows, world_size)}")
+        if self.train.eval_interval and self.train.eval_rows % dp:
+            raise ValueError(f"train.eval_rows = {self.train.eval_rows} is not a multiple of the {dp} data-parallel ranks; "
+                             f"use {_next_multiple(self.train.eval_rows, dp)}")
 
-    def micro_batch_rows(self, world_size: int) -> int:
-        """Rows of one forward pass on each of world_size data-parallel ranks."""
-        return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
+    def micro_batch_rows(self, dp: int) -> int:
+        """Rows of one forward pass on each of dp data-parallel ranks."""
+        return min(self.train.micro_batch_size, self.train.global_batch_size // dp)
 
     def identity(self) -> dict[str, object]:
         """What makes two recipes the same run: model, data, optim, seed and sequence length. Everything else may change."""
@@ -454,6 +485,12 @@ def _a(name: str) -> str:
 
 def _next_multiple(value: int, of: int) -> int:
     return max(1, -(-value // of)) * of
+
+
+def _nearest(value: int, fits: list[int]) -> str:
+    """The fitting numbers on both sides of value."""
+    below, above = [n for n in fits if n < value], [n for n in fits if n > value]
+    return " or ".join(map(str, [*below[-1:], *above[:1]]))
 
 
 def _at_least(key: str, value: float, least: float) -> None:

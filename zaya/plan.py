@@ -1,7 +1,7 @@
 """THE table: how every parameter is shaped, initialised, sharded and optimized. One row per kind of parameter.
 
-Initialisation, the optimizers and export read it; sharding, gradient sync and resharding of checkpoints will. None keeps a list of names
-of its own. Knows ModelConfig and the standard library: no torch, no ranks.
+Initialisation, the optimizers, sharding, gradient sync, checkpoints and export read it. None keeps a list of names of its own. Knows
+ModelConfig and the standard library: no torch, no ranks.
 
 Letters: D hidden, H head dim, N query heads, G KV heads, E experts, C router classes, F expert width, R router width, V vocabulary.
 """
@@ -13,42 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from zaya.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Cut along `dim` over mesh axis `axis`, never inside one of `units` equal units (heads, experts, vocabulary rows).
-
-    With more ranks than units, size / units neighbouring ranks hold the same unit: `replicas`. Their gradients are summed once,
-    and norm, Muon and checkpoints count replica 0 only.
-    """
-
-    dim: int
-    axis: str
-    units: int
-
-    def replicas(self, size: int) -> int:
-        """Ranks of an axis of `size` that hold the same piece. ValueError where `size` fits neither way."""
-        if self.units % size == 0:
-            return 1
-        if size % self.units == 0:
-            return size // self.units
-        raise ValueError(f"{self.axis} = {size} neither divides {self.units} units nor is a multiple of them")
-
-    def piece(self, rank: int, size: int, length: int) -> tuple[int, int]:
-        """[start, stop) along `dim` (of `length` elements) that `rank` of `size` holds."""
-        pieces = size // self.replicas(size)
-        step = length // pieces
-        index = rank // self.replicas(size)
-        return index * step, (index + 1) * step
-
-
-@dataclass(frozen=True)
-class Replicate:
-    """Whole on every rank. `grad_sum` names the axes whose ranks see different tokens with it, beside data parallelism:
-    under sequence parallelism a norm, scale or router weight sees only its rank's part of the sequence."""
-
-    grad_sum: tuple[str, ...] = ("tp",)
+from zaya.shard import Replicate, Shard
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Turns a command line into a Trainer and its end into an exit code: 0 done, 2 bad recipe, arguments, corpus or checkpoint (one clear
 line, nothing half-written). A bug shows its traceback.
 """
+# ruff: noqa: E402  # settings first, then torch
 
 from __future__ import annotations
 
@@ -13,6 +14,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from zaya import runtime
+
+# HIP reads its variables as torch loads: before the imports below.
+SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
+
 from tqdm import tqdm
 
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, load
@@ -21,6 +27,7 @@ from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
+from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
 
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
@@ -132,12 +139,14 @@ def main(argv: list[str]) -> int:
         recipe = load_recipe(argv[0], argv[1:])
         recipe.validate(world_size_from_environment())
         check_run_directory(recipe)
-        mesh = open_mesh(recipe.train.device)
+        mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, world_size_from_environment()))
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
         metrics = open_run_directory(recipe, mesh, trainer.step)
     except ValueError as error:
         return refuse(error, mesh)
+    for line in runtime.describe(SETTINGS):
+        log.info(line)
     try:
         trainer.fit(metrics)
     except (CorpusError, CheckpointError) as error:  # any other ValueError of the loop is a bug, and shows where

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zaya.checkpoint.read import Checkpoint, newest, prune
-from zaya.checkpoint.write import save
+from zaya.checkpoint.write import Share, save
 from zaya.config import Recipe
 from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
 from zaya.data.tokenizer import load_tokenizer, vocabulary_size
@@ -26,11 +26,13 @@ from zaya.kernels import backend
 from zaya.metrics import MetricsWriter, format_line, routing_metrics
 from zaya.model import flops
 from zaya.model.init import init_weights
-from zaya.model.transformer import Zaya
-from zaya.optim import Optimizer, RouterBalance
+from zaya.optim import RouterBalance
 from zaya.parallel.collectives import all_reduce_sum, barrier, gather_objects
 from zaya.parallel.mesh import Mesh
+from zaya.parallel.parallelize import build_model, pieces, token_index, wait_for_parameters
+from zaya.parallel.zero1 import Zero1
 from zaya.plan import plan
+from zaya.runtime import GarbageCollection
 from zaya.schedule import learning_rate
 
 log = logging.getLogger("zaya")
@@ -41,7 +43,7 @@ def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
     """The loader, once rank 0 has built what data.source asks for (one barrier). ValueError: bad corpora, too few evaluation rows."""
     if mesh.rank == 0:
         build_corpora(recipe)
-    barrier(mesh.dp)
+    barrier(mesh.world)
     loader = open_loader(recipe)
     if recipe.data.tokenizer:
         known = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
@@ -74,13 +76,15 @@ class Trainer:
         self.recipe, self.mesh, self.loader = recipe, mesh, loader
         train = recipe.train
         self.kernels = backend.choose(train.kernels, mesh.device, DTYPES[train.dtype], recipe.model.head_dim)
-        with mesh.device:
-            self.model = Zaya(recipe.model, DTYPES[train.dtype], train.recompute)
         self.table = plan(recipe.model)
-        init_weights(self.model, recipe.model, train.seed)
-        self.optimizer = Optimizer(dict(self.model.named_parameters()), self.table, recipe.optim)
+        self.model = build_model(recipe.model, DTYPES[train.dtype], train.recompute, mesh, self.table)
+        init_weights(self.model, recipe.model, train.seed, pieces(mesh, self.table))
+        self.optimizer = Zero1({name: self.model.get_parameter(name) for name in self.table}, self.table, recipe.optim, mesh,
+                               reduce_dtype=torch.bfloat16 if recipe.parallel.grad_dtype == "bf16" else None)
+        wait_for_parameters(self.model, self.optimizer)
         self.balance = RouterBalance([block.moe.router.balance_bias for block in self.model.blocks], recipe.model.num_experts,
                                      recipe.optim.balance_lr)
+        self.token_index = token_index(mesh, train.seq_len)
         self.step, self.position = 0, 0
         self.origin = f"new weights from seed {train.seed}"
 
@@ -89,28 +93,30 @@ class Trainer:
     def train_step(self) -> StepResult:
         """Forward and backward over this rank's rows, one update.
 
-        Collectives: one sum per flat gradient buffer (at most three), then one of loss, token count and routing counts.
+        Collectives beside the model's own: gradients and parameters (zaya/parallel/zero1.py), and one sum of everything small.
         """
-        recipe, group = self.recipe, self.mesh.dp
-        self.optimizer.start_step()
+        recipe = self.recipe
+        batches = self._micro_batches()
+        self.optimizer.start_step(len(batches))
         counts_LC = torch.zeros(recipe.model.num_layers, recipe.model.num_router_classes, dtype=torch.int64, device=self.mesh.device)
         loss_sum, labelled = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for batch in self._micro_batches():
+        for first, rows in batches:
+            batch = self._mine(self.loader.batch(first, rows))
             output = self.model(batch.tokens_BT, batch.positions_BT)
             loss = self.model.loss(output.hidden_BTD, batch.labels_BT)
-            loss.backward()
+            self.optimizer.backward(loss)
             loss_sum += loss.detach()  # rows of one small tensor, summed in place
             labelled += (batch.labels_BT != IGNORE).sum()
             counts_LC += output.counts_LC
-        for gradient in self.optimizer.gradients():
-            all_reduce_sum(gradient, group)
-        # One small fp64 tensor carries loss, token count and routing counts: integers up to 2^53 are exact in it.
-        sums = torch.cat([torch.stack([loss_sum, labelled]), counts_LC.double().flatten()])
-        all_reduce_sum(sums, group)
-        loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[2:].view_as(counts_LC)
+        self.optimizer.finish_gradients()
+        # One small fp64 tensor carries loss, token count, gradient norm and routing counts: integers up to 2^53 are exact in it.
+        own = self.mesh.tp.rank == 0  # all tp ranks computed this loss
+        sums = torch.cat([torch.stack([loss_sum * own, labelled * own, self.optimizer.squared_norm()]), counts_LC.double().flatten()])
+        all_reduce_sum(sums, self.mesh.world)
+        loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[3:].view_as(counts_LC)
 
         # Gradients are those of the summed loss; the mean over the global token count enters here, with the clipping.
-        grad_norm = self.optimizer.norm() / labelled.to(loss.dtype)
+        grad_norm = (sums[2].sqrt() / labelled).to(loss.dtype)
         committed = grad_norm.isfinite() & loss_sum.isfinite()
         clip = recipe.optim.clip
         clip_scale = (clip / (grad_norm + 1e-6)).clamp_max(1.0) if clip else torch.ones_like(grad_norm)
@@ -121,41 +127,58 @@ class Trainer:
         self.position += recipe.train.global_batch_size
         return StepResult(loss_sum / labelled, grad_norm, committed, self.balance.shares(counts_LC))
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        train = self.recipe.train
-        share = train.global_batch_size // self.mesh.world_size
-        first = self.position + self.mesh.rank * share
-        rows = self.recipe.micro_batch_rows(self.mesh.world_size)
-        for row in range(first, first + share, rows):
-            yield self.loader.batch(row, rows).to(self.mesh.device)
+    def _micro_batches(self) -> list[tuple[int, int]]:
+        """(first row, rows) of each forward pass of this step on this rank."""
+        dp = self.mesh.dp
+        share = self.recipe.train.global_batch_size // dp.size
+        first = self.position + dp.rank * share
+        rows = self.recipe.micro_batch_rows(dp.size)
+        return [(row, rows) for row in range(first, first + share, rows)]
+
+    def _mine(self, batch: Batch) -> Batch:
+        """The tokens of these rows that lie on this rank's part of the sequence, on its device."""
+        return batch.columns(self.token_index).to(self.mesh.device)
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean nats per labelled token over the first train.eval_rows rows of data.valid; changes nothing (one all-reduce)."""
         train = self.recipe.train
-        share = train.eval_rows // self.mesh.world_size
-        first = self.mesh.rank * share
+        share = train.eval_rows // self.mesh.dp.size
+        first = self.mesh.dp.rank * share
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for row in range(first, first + share, train.micro_batch_size):
-            batch = self.loader.evaluation(row, min(train.micro_batch_size, first + share - row)).to(self.mesh.device)
+            batch = self._mine(self.loader.evaluation(row, min(train.micro_batch_size, first + share - row)))
             loss = self.model.loss(self.model(batch.tokens_BT, batch.positions_BT).hidden_BTD, batch.labels_BT)
             sums += torch.stack([loss.double(), (batch.labels_BT != IGNORE).sum().double()])
-        all_reduce_sum(sums, self.mesh.dp)
+        all_reduce_sum(sums, self.mesh.token)
         return (sums[0] / sums[1].clamp_min(1)).item()
 
     # ------------------------------------------------------------------------------------------------------------ state
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The whole state by checkpoint name; writing into these tensors restores it."""
-        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        return model | self.optimizer.tensors() | self.balance.tensors()
+    def shares(self) -> dict[str, Share]:
+        """The state by checkpoint name, and the boxes of it that this rank owns: together the ranks hold every element once."""
+        shares = {}
+        for name, row in self.table.items():
+            for kind in self.optimizer.kinds(name):
+                parts = list(self.optimizer.parts(name, kind)) if self.optimizer.counts(name) else []
+                shares[_stored(kind, name)] = Share(self.optimizer.dtype(name, kind), row.shape, parts)
+        for name, tensor in self._replicated().items():
+            whole = ((0,) * tensor.dim(), tuple(tensor.shape))
+            shares[name] = Share(tensor.dtype, tuple(tensor.shape), [(whole, tensor)] if self.mesh.rank == 0 else [])
+        return shares
+
+    def _replicated(self) -> dict[str, Tensor]:
+        """The small rest of the state, equal on all ranks; writing into these tensors restores it."""
+        biases = {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+        return biases | {"optim.step": self.optimizer.step} | self.balance.tensors()
 
     def save(self, root: Path) -> Path:
         """Write checkpoint root/step-N on all ranks together."""
+        self.optimizer.wait()
         tokens = self.position * self.recipe.train.seq_len
-        path = save(root, self.tensors(), step=self.step, tokens=tokens, tokens_by_corpus=self.loader.tokens_by_corpus(self.position),
-                    position=self.position, recipe=dataclasses.asdict(self.recipe), layout={"dp": self.mesh.world_size},
-                    rank=self.mesh.rank, world_size=self.mesh.world_size, gather=lambda value: gather_objects(value, self.mesh.dp))
+        path = save(root, self.shares(), step=self.step, tokens=tokens, tokens_by_corpus=self.loader.tokens_by_corpus(self.position),
+                    position=self.position, recipe=dataclasses.asdict(self.recipe), layout=self.mesh.layout.as_dict(),
+                    rank=self.mesh.rank, world_size=self.mesh.world_size, gather=lambda value: gather_objects(value, self.mesh.world))
         if self.mesh.rank == 0:
             prune(root, self.recipe.checkpoint.keep)
         return path
@@ -176,20 +199,30 @@ class Trainer:
     def load(self, path: Path, *, weights_only: bool = False) -> None:
         """Take the state of a checkpoint, or its weights alone. ValueError: a tensor is missing, misshapen or one too many."""
         checkpoint = Checkpoint.open(path)
-        names, state = set(checkpoint.names()), self.tensors()
-        extra = sorted(name for name in names - state.keys() if name.startswith("model."))
+        stored = {name: entry.shape for name, entry in checkpoint.manifest.tensors.items()}
+        needed = {_stored(kind, name): row.shape for name, row in self.table.items() for kind in self.optimizer.kinds(name)}
+        needed |= {name: tuple(tensor.shape) for name, tensor in self._replicated().items()}
+        wanted = {name: _where(name, stored, rounded=self.recipe.train.dtype == "bf16") for name in needed
+                  if not weights_only or name.startswith(("model.", "optim.master."))}
+        extra = sorted(name for name in stored.keys() - needed.keys() if name.startswith("model."))
         if extra:
             raise ValueError(f"checkpoint {path} has tensor {extra[0]}, which this recipe's model lacks; it belongs to another model")
-        for name, tensor in state.items():
-            if weights_only and not name.startswith(("model.", "optim.master.")):
-                continue
-            stored = _stored_name(name, tensor, names)
-            if stored not in names:
+        for name, source in wanted.items():
+            if source not in stored:
                 raise ValueError(f"checkpoint {path} has no tensor {name}; it belongs to another model or optimizer")
-            value = checkpoint.read(stored)
-            if value.shape != tensor.shape:
-                raise ValueError(f"checkpoint {path}: {stored} has shape {tuple(value.shape)}, this recipe needs {tuple(tensor.shape)}")
-            tensor.copy_(value)
+            if stored[source] != needed[name]:
+                raise ValueError(f"checkpoint {path}: {source} has shape {stored[source]}, this recipe needs {needed[name]}")
+        self.optimizer.wait()
+        boxes = pieces(self.mesh, self.table)
+        for name in self.table:
+            self.model.get_parameter(name).copy_(checkpoint.read(wanted[_stored("model", name)], *boxes[name]))
+            for kind in self.optimizer.kinds(name):
+                if _stored(kind, name) in wanted and kind != "model":
+                    for box, tensor in self.optimizer.parts(name, kind):
+                        tensor.copy_(checkpoint.read(wanted[_stored(kind, name)], *box))
+        for name, tensor in self._replicated().items():
+            if name in wanted:
+                tensor.copy_(checkpoint.read(wanted[name]))
         if not weights_only:
             self.step, self.position = checkpoint.manifest.step, checkpoint.manifest.position
 
@@ -203,29 +236,36 @@ class Trainer:
             log.info("run %s is finished at step %d; nothing to do", run_dir, self.step)
             return
         primary = self.mesh.rank == 0
-        bar = tqdm(total=recipe.train.steps, initial=self.step, unit="step", disable=None if primary else True, dynamic_ncols=True)
-        while self.step < recipe.train.steps:
-            started = time.perf_counter()
-            result = self.train_step()
-            row = self._row(result, started) if primary else {}
-            if metrics is not None:
-                metrics.append(row)
-                if self.step % recipe.train.log_interval == 0 or self.step == recipe.train.steps:
-                    log.info(format_line(row, recipe.train.steps))
-            if _due(self.step, recipe.train.eval_interval, recipe.train.steps):
-                eval_row = {"step": self.step, "eval_loss": self.evaluate()}
+        progress = tqdm(total=recipe.train.steps, initial=self.step, unit="step", disable=None if primary else True, dynamic_ncols=True)
+        with progress as bar, GarbageCollection() as garbage:
+            while self.step < recipe.train.steps:
+                started = time.perf_counter()
+                result = self.train_step()
+                row = self._row(result, started) if primary else {}
                 if metrics is not None:
-                    metrics.append(eval_row)
-                    log.info(format_line(eval_row, recipe.train.steps))
-            if _due(self.step, recipe.checkpoint.interval, recipe.train.steps):
-                if metrics is not None:
-                    metrics.sync()  # a checkpoint never reaches the disk before the rows it follows
-                path = self.save(run_dir / "checkpoints")
-                log.info("step %d/%d | saved %s", self.step, recipe.train.steps, path)
-            bar.update()
-        bar.close()
+                    metrics.append(row)
+                    if self.step % recipe.train.log_interval == 0 or self.step == recipe.train.steps:
+                        log.info(format_line(row, recipe.train.steps))
+                self._when_due(metrics, run_dir)
+                garbage.step(self.step)
+                bar.update()
+        self.optimizer.wait()
         if metrics is not None:
             metrics.close()
+
+    def _when_due(self, metrics: MetricsWriter | None, run_dir: Path) -> None:
+        """Evaluate and save, where the recipe says so."""
+        recipe = self.recipe
+        if _due(self.step, recipe.train.eval_interval, recipe.train.steps):
+            eval_row = {"step": self.step, "eval_loss": self.evaluate()}
+            if metrics is not None:
+                metrics.append(eval_row)
+                log.info(format_line(eval_row, recipe.train.steps))
+        if _due(self.step, recipe.checkpoint.interval, recipe.train.steps):
+            if metrics is not None:
+                metrics.sync()  # a checkpoint never reaches the disk before the rows it follows
+            path = self.save(run_dir / "checkpoints")
+            log.info("step %d/%d | saved %s", self.step, recipe.train.steps, path)
 
     def _row(self, result: StepResult, started: float) -> dict[str, object]:
         """One line of metrics.jsonl. Waits for the step first, so that its time is the device's, not the launches'."""
@@ -248,11 +288,16 @@ def _due(step: int, interval: int, steps: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == steps)
 
 
-def _stored_name(name: str, tensor: Tensor, names: set[str]) -> str:
-    """Where a state tensor is found when the checkpoint was written in another dtype: a wide run keeps no separate master weights."""
+def _stored(kind: str, name: str) -> str:
+    """The name under which a checkpoint keeps one kind of a parameter's tensors."""
+    return f"model.{name}" if kind == "model" else f"optim.{kind}.{name}"
+
+
+def _where(name: str, stored: Mapping[str, object], *, rounded: bool) -> str:
+    """Where a tensor is found when the checkpoint was written in another dtype: a wide run keeps no separate master weights."""
     master = name.replace("model.", "optim.master.", 1)
-    if name.startswith("model.") and master in names and tensor.dtype != torch.bfloat16:
+    if name.startswith("model.") and master in stored and not rounded:
         return master
-    if name.startswith("optim.master.") and name not in names:
+    if name.startswith("optim.master.") and name not in stored:
         return name.replace("optim.master.", "model.", 1)
     return name

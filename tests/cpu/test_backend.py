@@ -12,6 +12,7 @@ import torch
 from tests.tiny import recipe
 from zaya.kernels import backend
 from zaya.parallel.mesh import open_mesh
+from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -71,7 +72,7 @@ def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps:
     for kernels in ("reference", "triton"):
         parts = recipe(tmp_path, model__head_dim=32, train__steps=9, train__global_batch_size=2, train__device="auto",
                        train__kernels=kernels, optim__name=optimizer)
-        mesh = open_mesh("auto")
+        mesh = open_mesh("auto", Layout(1))
         trainer = Trainer(parts, mesh, open_data(parts, mesh))
         assert trainer.kernels == kernels
         results = [trainer.train_step() for _ in range(steps)]

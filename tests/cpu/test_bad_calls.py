@@ -27,6 +27,7 @@ BAD = {"missing": "missing", "directory": "directory", "empty": "empty", "garbag
        "below a file": "empty/below", "name too long": "n" * 300}
 # Command -> ways to call it; {bad} is each of BAD, {new} a path where nothing is.
 CALLS: dict[str, list[list[str]]] = {
+    "tools.accept_mi300x": [["--only", "nonsense"], ["--out", "empty"], ["--out", "empty/below"]],
     "tools.bench_step": [["--steps", "9"], ["--steps", "many"], ["--steps"]],
     "tools.bench_kernels": [["--json", "new", "--rounds", "9"], ["--json", "new", "--rounds", "many"], []],
     "tools.bigram_baseline": [["{bad}"], ["{bad}", "--json"], []],

@@ -11,6 +11,7 @@ import torch
 
 from tools import bench_step
 from zaya.parallel.mesh import open_mesh
+from zaya.shard import Layout
 from zaya.trainer import Trainer
 
 TINY = dict(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=16,
@@ -20,7 +21,7 @@ TINY = dict(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, num_kv_hea
 def tiny_trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     monkeypatch.setattr(bench_step, "SIZES", TINY)
     rows = bench_step.Rows(torch.randint(0, TINY["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(0)))
-    return Trainer(bench_step.make_recipe(2, 16), open_mesh("cpu"), rows)  # type: ignore[arg-type]
+    return Trainer(bench_step.make_recipe(2, 16), open_mesh("cpu", Layout(1)), rows)  # type: ignore[arg-type]
 
 
 def test_both_sides_train_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cpu.test_checkpoint import STEP, same, save_alone, save_threads, state
+from tests.cpu.test_checkpoint import STEP, on_ranks, same, save_alone, save_threads, state
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, hash_bytes
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.write import Share
 
 
 def refused(path: Path) -> str:
@@ -61,7 +62,10 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 
 def test_cut_longer_missing_and_swapped_files(tmp_path: Path) -> None:
-    path = save_threads(tmp_path, {"a": torch.zeros(1 << 19), "b": torch.ones(1 << 19)}, 2)
+    tensors, whole = {"a": torch.zeros(1 << 19), "b": torch.ones(1 << 19)}, ((0,), (1 << 19,))
+    on_ranks(tmp_path, [{name: Share(tensor.dtype, tuple(tensor.shape), [(whole, tensor)] if name == mine else [])
+                         for name, tensor in tensors.items()} for mine in tensors])  # each in a file of its own, of the same size
+    path = tmp_path / "step-00000003"
     first, second = sorted(path.glob("*.safetensors"))
     for file in (first, second, path / MANIFEST):
         clean = file.read_bytes()

@@ -109,6 +109,23 @@ def test_inputs_and_the_border_of_delayed_values_may_lie_anywhere() -> None:
     _compare(run(cca, arguments, names), run(reference.cca, arguments, names), THRESHOLD[torch.float32])
 
 
+@pytest.mark.parametrize("function", [cca, reference.cca])
+def test_begin_gets_keys_and_values_and_changes_nothing(function: Any) -> None:
+    arguments, names, begun = _tiny(T=5, mean=True), ("q_BTC", "k_BTC", "v_BTC", "temperature_G"), []
+    want = run(function, arguments, names)
+    got = run(function, {**arguments, "begin": lambda k, v: begun.append((k.detach().clone(), v.detach().clone()))}, names)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert [[*map(torch.equal, pair, (got["out.1"], got["out.2"]))] for pair in begun] == [[True, True]]
+
+
+def test_begin_stands_between_the_launches_of_keys_and_queries() -> None:
+    seen: list[Any] = []
+    arguments = make(torch.device("meta"), torch.bfloat16, B=1, T=64, N=8, G=2, H=128)
+    with launching_through(lambda kernel, grid, given, config: seen.append((given.get("FIRST"), given.get("HEADS"))), MI300X):
+        cca(**arguments, begin=lambda k, v: seen.append("begin"))
+    assert seen[1:] == [(8, 4), "begin", (0, 8)]  # after the fold: 2 key and 2 value heads, then 8 query heads
+
+
 def test_twice_the_same_bits() -> None:
     arguments, names = _tiny(), ("q_BTC", "k_BTC", "v_BTC", *PARAMETERS)
     first, second = (run(cca, arguments, names) for _ in range(2))

@@ -73,20 +73,36 @@ def test_uneven_shards_combine_to_the_whole(ends: tuple[int, ...], logits: float
     assert error(torch.cat(dweight), want["d weight_VD"]) < threshold
 
 
-def test_a_shard_that_combines_as_it_goes_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other shard's partials come in through `combine`, chunk by chunk, as a collective would bring them."""
-    arguments = head(21, 16, 300)(DEVICE, torch.float32)
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 10 * 300)
-    mine, other = shards(arguments, (130, 300))
-    rows = max(10 * 300 // 130, 1)
-    theirs = iter(zip(*(part.split(rows) for part in partials(**other))))
-    leaves = [mine[name].clone().requires_grad_() for name in ("hidden_TD", "weight_VD")]
-    loss = cross_entropy(leaves[0], leaves[1], mine["labels_T"], vocab_start=0, combine=lambda parts: combined([parts, next(theirs)]))
-    whole = [arguments[name].clone().requires_grad_() for name in ("hidden_TD", "weight_VD")]
-    want = cross_entropy(whole[0], whole[1], arguments["labels_T"])
-    assert error(loss, want) < 1e-6
-    dweight, want_dweight = torch.autograd.grad(loss, leaves[1])[0], torch.autograd.grad(want, whole[1])[0]
-    assert error(dweight, want_dweight[:130]) < 1e-6
+@pytest.mark.parametrize(("op", "block_logits", "dtype"), [
+    (cross_entropy, (module, "CHUNK_LOGITS"), torch.float32), (reference.cross_entropy, (reference, "LOSS_BLOCK"), torch.float64),
+], ids=["triton", "reference"])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("mine", [0, 1], ids=["first shard", "last shard"])
+def test_a_shard_that_combines_as_it_goes_equals_the_whole(op: Any, block_logits: tuple[Any, str], dtype: torch.dtype, z_loss: float,
+                                                           mine: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other shard's partials come in through `combine`, block by block, as a collective would bring them."""
+    arguments = head(21, 16, 300)(DEVICE, dtype)
+    monkeypatch.setattr(*block_logits, 10 * 300)
+    ends = [0, 130, 300]
+    shard, other = (slice(ends[i], ends[i + 1]) for i in (mine, 1 - mine))
+    hidden_TD, weight_VD, labels_T = arguments.values()
+    rows = 10 * 300 // (shard.stop - shard.start)
+    logits_TV = hidden_TD @ weight_VD[other].t()
+    theirs = iter(zip(*(part.split(rows) for part in reference.cross_entropy_partials(logits_TV, labels_T, other.start)[:3])))
+    leaves, whole = ([hidden_TD.clone().requires_grad_(), w.clone().requires_grad_()] for w in (weight_VD[shard], weight_VD))
+    loss = op(*leaves, labels_T, z_loss, vocab_start=shard.start, combine=lambda parts: combined([parts, next(theirs)]))
+    want = op(*whole, labels_T, z_loss)
+    threshold = 5e-6 if dtype == torch.float32 else 1e-12
+    assert error(loss, want) < threshold and next(theirs, None) is None
+    dhidden, dweight = torch.autograd.grad(loss, leaves)
+    want_dweight = torch.autograd.grad(want, whole[1])[0]
+    assert error(dweight, want_dweight[shard]) < threshold
+    # hidden's is the shard's share: of softmax - onehot its own columns.
+    logits = hidden_TD.double() @ weight_VD.double().t()
+    lse = logits.logsumexp(-1, keepdim=True)
+    dlogits = (logits - lse).exp() * (1 + 2 * z_loss * lse) - (labels_T[:, None] == torch.arange(300, device=DEVICE)).double()
+    dlogits = torch.where(labels_T[:, None] == IGNORE, 0.0, dlogits)[:, shard]
+    assert error(dhidden, dlogits @ weight_VD[shard].double()) < threshold
 
 
 def test_backward_twice_gives_the_same() -> None:

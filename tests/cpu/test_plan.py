@@ -95,7 +95,7 @@ def test_every_cut_dimension_is_made_of_equal_units() -> None:
             if isinstance(row.placement, Shard):
                 assert row.shape[row.placement.dim] % row.placement.units == 0, row.name
             else:
-                assert row.placement == Replicate(("tp",)), row.name
+                assert row.placement == Replicate(), row.name
 
 
 def test_query_and_key_channels_shard_with_their_heads() -> None:

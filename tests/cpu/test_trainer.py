@@ -17,6 +17,7 @@ from zaya.config import Recipe
 from zaya.data.corpus import CorpusError
 from zaya.metrics import read_rows
 from zaya.parallel.mesh import open_mesh
+from zaya.shard import Layout
 from zaya.train import check_run_directory, main, open_run_directory
 from zaya.trainer import Trainer, open_data
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(recipe: Recipe) -> Trainer:
-    mesh = open_mesh("cpu")
+    mesh = open_mesh("cpu", Layout(1))
     return Trainer(recipe, mesh, open_data(recipe, mesh))
 
 
@@ -40,7 +41,7 @@ def run(recipe: Recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
     built.restore()
     built.fit(open_run_directory(recipe, built.mesh, built.step))
     rows, evals = read_rows(Path(recipe.run.dir) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows + evals], built.tensors()
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows + evals], tiny.state(built)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -93,8 +94,8 @@ def test_loss_is_the_token_sum_over_the_global_count(folder: Path) -> None:
 def test_training_learns_and_evaluation_changes_nothing(folder: Path) -> None:
     built = trainer(tiny.recipe(folder, train__steps=40))
     first = built.evaluate()
-    before = {name: tensor.clone() for name, tensor in built.tensors().items()}
-    assert built.evaluate() == first and equal(before, built.tensors())
+    before = {name: tensor.clone() for name, tensor in tiny.state(built).items()}
+    assert built.evaluate() == first and equal(before, tiny.state(built))
     for _ in range(40):
         built.train_step()
     assert first == pytest.approx(math.log(tiny.VOCABULARY), abs=0.6) and built.evaluate() < first - 0.8
@@ -103,10 +104,10 @@ def test_training_learns_and_evaluation_changes_nothing(folder: Path) -> None:
 def test_a_poisoned_gradient_leaves_the_state_alone(folder: Path) -> None:
     built = trainer(tiny.recipe(folder))
     built.train_step()
-    before = {name: tensor.clone() for name, tensor in built.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in tiny.state(built).items()}
     handle = built.model.final_norm.weight.register_hook(lambda gradient: gradient * math.nan)
     assert not built.train_step().committed
-    assert equal(before, built.tensors())
+    assert equal(before, tiny.state(built))
     handle.remove()
     assert built.train_step().committed
 
@@ -116,7 +117,7 @@ def test_clipping_scales_the_gradient_and_reports_it_unclipped(folder: Path) -> 
     norm, norm_free = clipped.train_step().grad_norm, free.train_step().grad_norm
     assert norm == norm_free > 1e-3
     name = "optim.exp_avg.blocks.0.attention.q.weight"
-    assert torch.allclose(clipped.tensors()[name], free.tensors()[name] * 1e-3 / (norm + 1e-6), rtol=1e-6)
+    assert torch.allclose(tiny.state(clipped)[name], tiny.state(free)[name] * 1e-3 / (norm + 1e-6), rtol=1e-6)
 
 
 def test_weights_of_a_checkpoint_start_a_new_run(folder: Path) -> None:
@@ -125,7 +126,7 @@ def test_weights_of_a_checkpoint_start_a_new_run(folder: Path) -> None:
     source = str(folder / "source/checkpoints/step-00000006")
     second = trainer(tiny.recipe(folder, init__checkpoint=source, run__dir=str(folder / "second")))
     second.restore()
-    tensors = second.tensors()
+    tensors = tiny.state(second)
     assert second.step == 0 and all(torch.equal(tensors[name], state[name]) for name in tensors if name.startswith("model."))
     assert not tensors["optim.momentum.blocks.0.attention.q.weight"].any()
 
@@ -136,7 +137,7 @@ def test_a_checkpoint_of_another_dtype_or_model_resumes_or_says_why_not(folder: 
     wide = trainer(tiny.recipe(folder, train__dtype="fp32"))
     wide.load(path)
     name = "blocks.0.attention.q.weight"
-    assert torch.equal(wide.tensors()[f"model.{name}"], state[f"optim.master.{name}"]), "a wide run takes the master weights"
+    assert torch.equal(tiny.state(wide)[f"model.{name}"], state[f"optim.master.{name}"]), "a wide run takes the master weights"
     with pytest.raises(ValueError, match=r"has no tensor model\.blocks\.2"):
         trainer(tiny.recipe(folder, model__num_layers=3)).load(path)
     with pytest.raises(ValueError, match=r"has tensor model\.blocks\.1.* which this recipe's model lacks"):
@@ -157,7 +158,8 @@ def errors(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) ->
 
 @pytest.mark.parametrize(("override", "says"), [
     ("--train.stepps=3", "did you mean 'train.steps'"), ("--train.steps=many", "must be an int"), ("--parallel.pp=2", "no pipeline"),
-    ("--parallel.tp=2", "not built yet"), ("--parallel.zero_size=2", "not built yet"), ("--parallel.engine=deepspeed", "not built yet"),
+    ("--parallel.tp=2", "does not divide the 1 ranks"), ("--parallel.ep=3", "use ep = 2 or 4"),
+    ("--parallel.engine=deepspeed", "not built yet"),
     ("--train.kernels=triton", "takes head dims"), ("--train.micro_batch_size=3", "does not divide"), ("--train.device=cuda", "no GPU"),
     ("--run.dir=/proc/nowhere", "cannot write run.dir"), ("--data.train=[\"/nowhere/x\"]", "/nowhere/x"), ("--model.vocab_size=50", "50"),
     ("--optim.eps=0", "above 0"), ("--model.hidden_size=99999999999999", "beyond any machine"),

@@ -278,7 +278,7 @@ def _tensor(name: str, raw: object) -> TensorEntry:
     if not isinstance(boxes, list):
         raise CheckpointError(f"{what}: boxes = {reprlib.repr(boxes)} is not a list")
     entry = TensorEntry(dtype, shape, tuple(_box(what, shape, box) for box in boxes))
-    _check_cover(what, entry)
+    check_cover(what, entry)
     return entry
 
 
@@ -295,7 +295,7 @@ def _box(what: str, shape: tuple[int, ...], raw: object) -> Box:
     return Box(file, key, offsets, sizes, _hash(found["xxh3"], f"{what}: xxh3"))
 
 
-def _check_cover(what: str, entry: TensorEntry) -> None:
+def check_cover(what: str, entry: TensorEntry) -> None:
     """Boxes lie inside the shape; if they do not overlap and have its volume, they are the tensor."""
     if 0 in entry.shape:
         if [box.sizes for box in entry.boxes] != [entry.shape]:

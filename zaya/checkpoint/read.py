@@ -1,4 +1,4 @@
-"""Read a checkpoint: any box of any tensor, only the bytes it needs, whatever layout wrote it.
+"""Read a checkpoint: any box of any tensor, from the stored boxes that it meets and no others, whatever layout wrote it.
 
 Start of a run that resumes, and every tool that looks into a checkpoint. Knows no model, no rank, no layout. Whatever a manifest or a
 file says is checked before it is used; damage is a CheckpointError that names the file and the tensor.
@@ -7,6 +7,7 @@ file says is checked before it is used; damage is a CheckpointError that names t
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import os
 import re
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
+from zaya import shard
 from zaya.checkpoint.manifest import (
     BITS,
     DTYPES,
@@ -25,6 +27,7 @@ from zaya.checkpoint.manifest import (
     Box,
     CheckpointError,
     Manifest,
+    TensorEntry,
     disk_errors,
     hash_bytes,
     load,
@@ -34,15 +37,40 @@ from zaya.checkpoint.manifest import (
 
 CHUNK_BYTES = 8 << 20
 OPEN_FILES = 64  # mapped at a time; each costs a file descriptor
+_RAW = {width: torch.empty(0, dtype=dtype).numpy().dtype for width, dtype in BITS.items()}
 _STEP = re.compile(r"step-([0-9]{8,18})")
+
+
+class _Index:
+    """The boxes of a tensor by their first dim: a range of it names the few that can meet a box; those are compared all at once."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self.boxes = sorted(entry.boxes, key=lambda box: box.offsets)
+        bounds = np.array([(box.offsets, box.sizes) for box in self.boxes], dtype=np.int64).reshape(len(self.boxes), 2, len(entry.shape))
+        self.low, self.high = bounds[:, 0], bounds[:, 0] + bounds[:, 1]
+        if entry.shape:
+            self.first = np.ascontiguousarray(self.low[:, 0])
+            self.reached = np.maximum.accumulate(self.high[:, 0])  # by this box or an earlier one: ascending, as bisection needs
+
+    def meeting(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[Box]:
+        low, high = np.array(offsets, dtype=np.int64), np.array(offsets, dtype=np.int64) + np.array(sizes, dtype=np.int64)
+        begin, end = 0, len(self.boxes)
+        if sizes:
+            begin = int(np.searchsorted(self.reached, low[0], side="right"))
+            end = int(np.searchsorted(self.first, high[0], side="left"))
+        met = ((self.low[begin:end] < high) & (self.high[begin:end] > low)).all(axis=1)
+        return (self.boxes[begin + int(i)] for i in np.flatnonzero(met))
 
 
 class Checkpoint:
     """An open checkpoint. `manifest` is valid, its files exist and have their sizes; their contents are checked as they are read."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, check_boxes: bool = True) -> None:
         self.path = path
         self.manifest = manifest
+        self._check_boxes = check_boxes
+        self._checked: set[tuple[str, str]] = set()  # file and key of boxes that matched their hash
+        self._index = functools.cache(lambda name: _Index(manifest.tensors[name]))
         self._boxes: dict[str, list[tuple[str, Box]]] = {file: [] for file in manifest.files}
         for name, entry in manifest.tensors.items():
             for box in entry.boxes:
@@ -61,8 +89,11 @@ class Checkpoint:
         return cls.open(found)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
-        """CheckpointError unless `path` holds a valid manifest and every file it names, of the right size."""
+    def open(cls, path: str | Path, *, verify: bool = True) -> Checkpoint:
+        """CheckpointError unless `path` holds a valid manifest and every file it names, of the right size.
+
+        `verify`: a box is hashed, whole, before the first read of any part of it. Without, reads touch their own bytes alone.
+        """
         path = Path(path)
         with disk_errors("read", path / MANIFEST):
             manifest = load(path)
@@ -71,37 +102,46 @@ class Checkpoint:
                 size = os.stat(path / file).st_size
             if size != entry.size:
                 raise CheckpointError(f"{path / file} has {size} bytes, its manifest says {entry.size}")
-        return cls(path, manifest)
+        return cls(path, manifest, verify)
 
     def names(self) -> list[str]:
         return list(self.manifest.tensors)
 
     def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """Elements [offsets, offsets + sizes) of a tensor, on the CPU; all of it by default. Boxes that are read whole are checked
-        against their hash (`verify` checks the rest too)."""
-        if name not in self.manifest.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        entry = self.manifest.tensors[name]
+        """Elements [offsets, offsets + sizes) of a tensor, on the CPU; all of it by default."""
+        entry = self._entry(name)
         start = tuple(offsets) if offsets is not None else (0,) * len(entry.shape)
         shape = tuple(sizes) if sizes is not None else tuple(n - o for n, o in zip(entry.shape, start, strict=False))
-        if not len(start) == len(shape) == len(entry.shape) or any(
-                o < 0 or s < 0 or o + s > n for o, s, n in zip(start, shape, entry.shape, strict=True)):
-            raise ValueError(f"tensor {name!r} has shape {entry.shape}; offsets {start} and sizes {shape} are not inside it")
-        dtype = DTYPES[entry.dtype]
-        out = torch.empty(shape, dtype=dtype)
-        target = out.view(BITS[dtype.itemsize]).numpy()
-        for box in entry.boxes:
-            low = [max(o, b) for o, b in zip(start, box.offsets, strict=True)]
-            high = [min(o + s, b + n) for o, s, b, n in zip(start, shape, box.offsets, box.sizes, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            begin, end = self._range(box)
-            mapped = self._map(box.file)
-            if all(h - a == n for a, h, n in zip(low, high, box.sizes, strict=True)):
-                self._check(name, box, hash_bytes(memoryview(mapped)[begin:end]))
-            source = np.frombuffer(mapped, target.dtype, (end - begin) // dtype.itemsize, begin).reshape(box.sizes)
-            target[_window(low, high, start)] = source[_window(low, high, box.offsets)]
+        _check_inside(name, entry, (start, shape))
+        out = torch.empty(shape, dtype=DTYPES[entry.dtype])
+        self.read_into(name, (start, shape), out)
         return out
+
+    def read_into(self, name: str, box: shard.Box, target: torch.Tensor) -> None:
+        """Copy a box of a tensor into `target`: of the stored dtype, on any device, with any strides, of the box's shape (or any other
+        of as many elements, where a view of it has the box's). What it needs beside the target is at most one stored box.
+
+        CheckpointError: no such tensor, another dtype, or damage. ValueError: the box is not inside the tensor or not of the target's size.
+        """
+        entry = self._entry(name)
+        (start, shape), dtype = box, DTYPES[entry.dtype]
+        _check_inside(name, entry, box)
+        if target.dtype != dtype:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is stored as {dtype}, not as {target.dtype}")
+        if target.numel() != math.prod(shape):
+            raise ValueError(f"tensor {name!r}: a box of {tuple(shape)} does not fit a target of shape {tuple(target.shape)}")
+        if not target.numel():
+            return
+        bits = _as_shape(name, target.detach(), tuple(shape)).view(BITS[dtype.itemsize])
+        for stored in self._index(name).meeting(tuple(start), tuple(shape)):
+            low = [max(o, b) for o, b in zip(start, stored.offsets, strict=True)]
+            high = [min(o + s, b + n) for o, s, b, n in zip(start, shape, stored.offsets, stored.sizes, strict=True)]
+            part = self._stored(name, stored, dtype)[_window(low, high, stored.offsets)]
+            window = bits[_window(low, high, start)]
+            if window.device.type == "cpu":
+                window.numpy()[...] = part
+            else:
+                window.copy_(torch.from_numpy(np.array(part)))
 
     def verify(self) -> None:
         """Read every byte and compare every hash. CheckpointError names the file, and the tensor where it is one's."""
@@ -117,6 +157,20 @@ class Checkpoint:
                     for chunk in _chunks(stream.fileno(), end - begin):
                         digest.update(chunk)
                     self._check(name, box, digest.hexdigest())
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.manifest.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        return self.manifest.tensors[name]
+
+    def _stored(self, name: str, box: Box, dtype: torch.dtype) -> np.ndarray:
+        """A stored box, mapped, as integers; its hash is checked once while the checkpoint is open."""
+        begin, end = self._range(box)
+        mapped = self._map(box.file)
+        if self._check_boxes and (box.file, box.key) not in self._checked:
+            self._check(name, box, hash_bytes(memoryview(mapped)[begin:end]))
+            self._checked.add((box.file, box.key))
+        return np.frombuffer(mapped, _RAW[dtype.itemsize], (end - begin) // dtype.itemsize, begin).reshape(box.sizes)
 
     def _check(self, name: str, box: Box, found: str) -> None:
         if found != box.xxh3:
@@ -209,6 +263,21 @@ def _begin(entry: object) -> int:
         begin = entry["data_offsets"][0]
         return begin if type(begin) is int else 0
     return 0
+
+
+def _check_inside(name: str, entry: TensorEntry, box: shard.Box) -> None:
+    start, sizes = box
+    if not len(start) == len(sizes) == len(entry.shape) or any(
+            o < 0 or s < 0 or o + s > n for o, s, n in zip(start, sizes, entry.shape, strict=True)):
+        raise ValueError(f"tensor {name!r} has shape {entry.shape}; offsets {start} and sizes {sizes} are not inside it")
+
+
+def _as_shape(name: str, target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        return target.view(shape)
+    except RuntimeError:
+        raise ValueError(f"tensor {name!r}: a target of shape {tuple(target.shape)} and strides {target.stride()} has no view of "
+                         f"shape {shape}") from None
 
 
 def _window(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -1,7 +1,8 @@
-"""Write a checkpoint: every rank its share, the manifest last.
+"""Write a checkpoint: every rank its boxes, the manifest last.
 
-End of a step that saves: the trainer hands logical tensors and the run's counters to `save`; tools that make checkpoints out of other
-formats stream through `CheckpointWriter`. Knows no model and no process group (the caller passes a gather).
+End of a step that saves: the trainer hands each rank's boxes of logical tensors and the run's counters to `save`; tools that make
+checkpoints out of other formats stream through `CheckpointWriter`. Knows no model, no layout (a box is a box, whatever cut it) and no
+process group (the caller passes a gather).
 
 A directory without a manifest does not exist, so nothing written before the manifest's rename can be taken for a checkpoint.
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 import xxhash
 
+from zaya import shard
 from zaya.checkpoint.manifest import (
     BITS,
     DTYPES,
@@ -32,6 +35,7 @@ from zaya.checkpoint.manifest import (
     FileEntry,
     Manifest,
     TensorEntry,
+    check_cover,
     check_name,
     disk_errors,
     hash_bytes,
@@ -41,11 +45,19 @@ from zaya.checkpoint.manifest import (
 
 MAX_FILE_BYTES = 4 << 30
 """A file that holds more than one box is no longer than this."""
-CUT_BYTES = 1 << 20
-"""Tensors below it are written by one rank, whole: a cut would cost a box (200 bytes of manifest) and balance nothing."""
 HEADER_ROOM = 1 << 16  # kept free for the header of a streamed file, about 400 tensors; then a new file begins
 CHUNK_BYTES = 8 << 20  # hashed and written while it is in the cache
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A logical tensor, and the boxes of it that this rank writes: each with a tensor (or view) of its elements in row-major order, of
+    any shape, on any device. Boxes are stored as they are given; those without elements are skipped."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Sequence[tuple[shard.Box, torch.Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,8 @@ class _File:
 
     def add(self, piece: _Piece, tensor: torch.Tensor) -> Box:
         """`tensor` holds the piece's elements, on any device."""
-        assert self.length % DTYPES[piece.dtype].itemsize == 0 and piece.key not in self.header, piece
+        key = piece.key
+        assert self.length % DTYPES[piece.dtype].itemsize == 0 and key not in self.header, piece
         flat = tensor.detach().to("cpu").contiguous()
         data = flat.view(BITS[flat.element_size()]).numpy().reshape(-1).view(np.uint8).data
         digest = xxhash.xxh3_128()
@@ -98,9 +111,9 @@ class _File:
             chunk = data[start:start + CHUNK_BYTES]
             digest.update(chunk)
             _write_all(self._file.fileno(), chunk)
-        self.header[piece.key] = {"dtype": piece.dtype, "shape": piece.sizes, "data_offsets": [self.length, self.length + len(data)]}
+        self.header[key] = {"dtype": piece.dtype, "shape": piece.sizes, "data_offsets": [self.length, self.length + len(data)]}
         self.length += len(data)
-        return Box(self.path.name, piece.key, piece.offsets, piece.sizes, digest.hexdigest())
+        return Box(self.path.name, key, piece.offsets, piece.sizes, digest.hexdigest())
 
     def finish(self) -> FileEntry:
         """Header, fsync, close."""
@@ -205,37 +218,42 @@ class _Report:
     """What a rank tells the others after each phase of a save."""
 
     error: str = ""
+    table: str = ""  # hash of names, dtypes and shapes
+    plan: tuple[tuple[_Piece, ...], ...] = ()  # by file
     suffix: str = ""
     boxes: tuple[tuple[str, Box], ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
 
 
-def save(root: str | Path, tensors: Mapping[str, torch.Tensor], *, step: int, tokens: int, tokens_by_corpus: dict[str, int],
+def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: int, tokens_by_corpus: dict[str, int],
          position: int, recipe: dict[str, Any], layout: dict[str, int], gather: Callable[[object], list[object] | None],
          rank: int = 0, world_size: int = 1, hf_config: dict[str, Any] | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> Path:
-    """Write `root`/step-XXXXXXXX and return it. Every rank calls it with the same arguments and the same tensors (shapes, values).
+    """Write `root`/step-XXXXXXXX and return it.
 
-    Who writes what: the tensors' bytes, in a fixed order, are cut into world_size equal shares (large tensors along dim 0). A rank
-    moves only its own share to the CPU, box by box. The manifest's layout is `layout` (axis -> ranks) and world_size. `gather` is an
-    all-gather of objects, such as torch.distributed.all_gather_object: it returns what every rank passed, in rank order, on every
-    rank, and not before every rank has called it.
+    Every rank calls it with the same arguments but for the parts in its shares: it names every tensor, with dtype and shape, and writes
+    its own parts, in files of its own. Together the parts must cover each tensor exactly once. A rank moves one box at a time to the
+    CPU. The manifest's layout is `layout` (axis -> ranks) and world_size. `gather` is an all-gather of objects, such as
+    torch.distributed.all_gather_object: it returns what every rank passed, in rank order, on every rank, and not before every rank
+    has called it.
 
-    1. Rank 0 clears the remains of a killed save and makes the directory. It leaves a complete checkpoint of this step in place and
-       chooses file names that do not collide with it.
-    2. All ranks: first gather (of rank 0's choice).
-    3. Every rank writes and fsyncs its files.
-    4. All ranks: second gather (of boxes and hashes).
-    5. Rank 0 fsyncs the directory, writes the manifest under a temporary name, fsyncs it, renames it (this instant makes the checkpoint,
+    1. All ranks: first gather (of the boxes to come).
+    2. Rank 0 checks that they cover the tensors, clears the remains of a killed save and makes the directory. It leaves a complete
+       checkpoint of this step in place and chooses file names that do not collide with it.
+    3. All ranks: second gather (of rank 0's choice).
+    4. Every rank writes and fsyncs its files.
+    5. All ranks: third gather (of hashes).
+    6. Rank 0 fsyncs the directory, writes the manifest under a temporary name, fsyncs it, renames it (this instant makes the checkpoint,
        or replaces the older one) and removes the files of the older one.
-    6. All ranks: third gather. After it the checkpoint exists for every rank.
+    7. All ranks: fourth gather. After it the checkpoint exists for every rank.
 
-    An OSError on any rank becomes one CheckpointError on every rank at the next gather, without further collectives; rank 0 has
-    then removed what was written, and an older checkpoint of the same step is untouched. Anything else raises on its rank alone.
+    An OSError or a wrong share on any rank becomes one CheckpointError on every rank at the next gather, without further collectives;
+    rank 0 has then removed what was written, and an older checkpoint of the same step is untouched. Anything else raises on its rank
+    alone.
     """
     blank = _checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
                               hf_config=hf_config or {}))
     directory = Path(root) / f"step-{step:08d}"
-    plan = _plan_files(tensors, world_size, max_file_bytes)
+    my_files: list[list[tuple[_Piece, torch.Tensor]]] = []
 
     def phase(action: Callable[[], _Report]) -> list[_Report]:
         try:
@@ -254,83 +272,105 @@ def save(root: str | Path, tensors: Mapping[str, torch.Tensor], *, step: int, to
             raise CheckpointError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
         return reports
 
-    def finish(reports: list[_Report]) -> _Report:
-        boxes: dict[str, list[Box]] = {name: [] for name in tensors}
-        for name, box in itertools.chain.from_iterable(report.boxes for report in reports):
+    def announce() -> _Report:
+        my_files.extend(_plan_files(shares, rank, max_file_bytes))
+        return _Report(table=_table(shares), plan=tuple(tuple(piece for piece, _ in file) for file in my_files))
+
+    def prepare() -> _Report:
+        _check_plans(shares, plans)
+        return _Report(suffix=_prepare(directory, num_files))
+
+    def write() -> _Report:
+        first = sum(len(report.plan) for report in plans[:rank])
+        return _write_files({directory / _file_name(first + i, num_files, suffix): file for i, file in enumerate(my_files)})
+
+    def finish() -> _Report:
+        boxes: dict[str, list[Box]] = {name: [] for name in shares}
+        for name, box in itertools.chain.from_iterable(report.boxes for report in written):
             boxes[name].append(box)
-        entries = {name: TensorEntry(_dtype_name(name, t), tuple(t.shape), tuple(boxes[name])) for name, t in tensors.items()}
-        _write_manifest(directory, replace(blank, tensors=entries, files={f: e for report in reports for f, e in report.files.items()}))
+        entries = {name: _entry(name, share, boxes[name]) for name, share in shares.items()}
+        files = {file: entry for report in written for file, entry in report.files.items()}
+        _write_manifest(directory, replace(blank, tensors=entries, files=files))
         _fsync_directory(directory.parent)
-        _sweep(directory)
+        _keep_only(directory, files)
         return _Report()
 
-    suffix = phase(lambda: _prepare(directory, len(plan)) if rank == 0 else _Report())[0].suffix
-    reports = phase(lambda: _write_share(directory, suffix, plan, rank, tensors))
-    phase(lambda: finish(reports) if rank == 0 else _Report())
+    plans = phase(announce)
+    num_files = sum(len(report.plan) for report in plans)
+    suffix = phase(prepare if rank == 0 else _Report)[0].suffix
+    written = phase(write)
+    phase(finish if rank == 0 else _Report)
     return directory
 
 
-def _plan_files(tensors: Mapping[str, torch.Tensor], world_size: int, max_file_bytes: int) -> list[tuple[int, list[_Piece]]]:
-    """All files of a checkpoint as (rank, pieces), in rank order; no file is empty. The same on every rank."""
+def _plan_files(shares: Mapping[str, Share], rank: int, max_file_bytes: int) -> list[list[tuple[_Piece, torch.Tensor]]]:
+    """This rank's parts by file; no file is empty."""
     # Wide elements first: every box then begins at a multiple of its element's size.
-    pieces = sorted((_whole(name, tensor) for name, tensor in tensors.items()), key=lambda piece: -DTYPES[piece.dtype].itemsize)
-    total = max(1, sum(piece.num_bytes for piece in pieces))
-    shares: list[list[_Piece]] = [[] for _ in range(world_size)]
-    begin = 0
-    for piece in pieces:
-        for rank, part in _cut(piece, begin, total, world_size):
-            shares[rank].append(part)
-        begin += piece.num_bytes
-    files: list[tuple[int, list[_Piece]]] = []
-    for rank, share in enumerate(shares):
-        room = 0
-        for piece in share:
-            if not files or files[-1][0] != rank or piece.num_bytes > room:
-                files.append((rank, []))
-                room = max_file_bytes
-            files[-1][1].append(piece)
-            room -= piece.num_bytes
+    parts = sorted((part for name, share in shares.items() for part in _parts(name, share, rank)),
+                   key=lambda part: -DTYPES[part[0].dtype].itemsize)
+    files: list[list[tuple[_Piece, torch.Tensor]]] = []
+    room = 0
+    for piece, tensor in parts:
+        if not files or piece.num_bytes > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append((piece, tensor))
+        room -= piece.num_bytes
     return files
 
 
-def _cut(piece: _Piece, begin: int, total: int, world_size: int) -> Iterable[tuple[int, _Piece]]:
-    """The parts of a tensor whose bytes are [begin, begin + n) of `total`: rank r's share is [total * r / world_size, ...)."""
-    n = piece.num_bytes
-    if n < CUT_BYTES or not piece.sizes:
-        yield min((2 * begin + n) * world_size // (2 * total), world_size - 1), piece
-        return
-    rows = piece.sizes[0]
-    first, last = begin * world_size // total, (begin + n - 1) * world_size // total
-    # A share's border inside a row moves to the nearer end of the row.
-    borders = [((total * r // world_size - begin) * rows * 2 + n) // (2 * n) for r in range(first + 1, last + 1)]
-    for rank, start, stop in zip(range(first, last + 1), [0, *borders], [*borders, rows], strict=True):
-        if start < stop:
-            yield rank, replace(piece, offsets=(start, *piece.offsets[1:]), sizes=(stop - start, *piece.sizes[1:]),
-                                whole=stop - start == rows)
+def _parts(name: str, share: Share, rank: int) -> Iterator[tuple[_Piece, torch.Tensor]]:
+    """What this rank writes of a tensor. One that is empty has no boxes to give out: rank 0 writes it."""
+    dtype, shape = _dtype_name(check_name(name), share.dtype), tuple(map(int, share.shape))
+    if rank == 0 and 0 in shape:
+        yield _Piece(name, dtype, (0,) * len(shape), shape, whole=True), torch.empty(shape, dtype=share.dtype)
+    for box, tensor in share.parts:
+        offsets, sizes = tuple(map(int, box[0])), tuple(map(int, box[1]))
+        inside = len(offsets) == len(sizes) == len(shape) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True))
+        if not inside or tensor.dtype != share.dtype or tensor.numel() != math.prod(sizes):
+            raise CheckpointError(f"tensor {name!r}: {tensor.dtype} of shape {tuple(tensor.shape)} is not the box at {offsets} of {sizes} "
+                                  f"of a tensor of {share.dtype} and shape {shape}")
+        if 0 not in sizes:
+            yield _Piece(name, dtype, offsets, sizes, whole=sizes == shape), tensor
 
 
-def _prepare(directory: Path, num_files: int) -> _Report:
+def _table(shares: Mapping[str, Share]) -> str:
+    return hash_bytes(json.dumps(sorted((name, str(share.dtype), tuple(share.shape)) for name, share in shares.items())).encode())
+
+
+def _check_plans(shares: Mapping[str, Share], plans: Sequence[_Report]) -> None:
+    """CheckpointError unless all ranks mean the same tensors and their boxes cover each exactly once."""
+    for rank, report in enumerate(plans):
+        if report.table != plans[0].table:
+            raise CheckpointError(f"rank {rank} has tensors of other names, dtypes or shapes than rank 0")
+    boxes: dict[str, list[Box]] = {name: [] for name in shares}
+    for piece in itertools.chain.from_iterable(file for report in plans for file in report.plan):
+        boxes[piece.name].append(Box("", "", piece.offsets, piece.sizes, ""))
+    for name, share in shares.items():
+        check_cover(f"tensor {name!r} on all ranks", _entry(name, share, boxes[name]))
+
+
+def _entry(name: str, share: Share, boxes: Sequence[Box]) -> TensorEntry:
+    return TensorEntry(_dtype_name(name, share.dtype), tuple(map(int, share.shape)), tuple(boxes))
+
+
+def _prepare(directory: Path, num_files: int) -> str:
+    """Make the directory, or clear it of what its manifest does not name; the suffix of names that are free."""
     if directory.exists():
         _sweep(directory)
     directory.mkdir(parents=True, exist_ok=True)
     taken = set(os.listdir(directory))
     suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(1)))
-    return _Report(suffix=next(s for s in suffixes if taken.isdisjoint(_file_name(i, num_files, s) for i in range(num_files))))
+    return next(s for s in suffixes if taken.isdisjoint(_file_name(i, num_files, s) for i in range(num_files)))
 
 
-def _write_share(directory: Path, suffix: str, plan: list[tuple[int, list[_Piece]]], rank: int,
-                 tensors: Mapping[str, torch.Tensor]) -> _Report:
+def _write_files(contents: Mapping[Path, Sequence[tuple[_Piece, torch.Tensor]]]) -> _Report:
     boxes: list[tuple[str, Box]] = []
     files: dict[str, FileEntry] = {}
-    for index, (owner, pieces) in enumerate(plan):
-        if owner != rank:
-            continue
-        path = directory / _file_name(index, len(plan), suffix)
-        with contextlib.closing(_File(path, 64 + sum(piece.header_bytes for piece in pieces))) as file:
-            for piece in pieces:
-                whole = tensors[piece.name]
-                part = whole if piece.whole else whole[piece.offsets[0]:piece.offsets[0] + piece.sizes[0]]
-                boxes.append((piece.name, file.add(piece, part)))
+    for path, parts in contents.items():
+        with contextlib.closing(_File(path, 64 + sum(piece.header_bytes for piece, _ in parts))) as file:
+            boxes += [(piece.name, file.add(piece, tensor)) for piece, tensor in parts]
             files[path.name] = file.finish()
     return _Report(boxes=tuple(boxes), files=files)
 
@@ -338,12 +378,16 @@ def _write_share(directory: Path, suffix: str, plan: list[tuple[int, list[_Piece
 def _sweep(directory: Path) -> None:
     """Remove what the directory's manifest does not name; without a valid manifest, the directory."""
     try:
-        kept = {MANIFEST, *load(directory).files}
+        files = load(directory).files
     except CheckpointError:
         shutil.rmtree(directory)
-        return
+    else:
+        _keep_only(directory, files)
+
+
+def _keep_only(directory: Path, files: Container[str]) -> None:
     for entry in sorted(directory.iterdir()):
-        if entry.name not in kept:
+        if entry.name != MANIFEST and entry.name not in files:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
@@ -351,7 +395,8 @@ def _sweep(directory: Path) -> None:
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    text = _checked(manifest).to_json()
+    text = manifest.to_json()
+    Manifest.from_json(text)  # as a reader will see it: we write nothing that we would refuse to read
     _fsync_directory(directory)  # the files' names are on disk before a manifest that names them
     temporary = directory / f"{MANIFEST}.tmp"
     with open(temporary, "wb") as file:
@@ -363,18 +408,18 @@ def _write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def _checked(manifest: Manifest) -> Manifest:
-    """As a reader will see it: we write nothing that we would refuse to read."""
+    """As a reader will see it; CheckpointError, before anything is written, where it would be refused."""
     return Manifest.from_json(manifest.to_json())
 
 
 def _whole(name: str, tensor: torch.Tensor) -> _Piece:
-    return _Piece(check_name(name), _dtype_name(name, tensor), (0,) * tensor.dim(), tuple(tensor.shape), whole=True)
+    return _Piece(check_name(name), _dtype_name(name, tensor.dtype), (0,) * tensor.dim(), tuple(tensor.shape), whole=True)
 
 
-def _dtype_name(name: str, tensor: torch.Tensor) -> str:
-    if tensor.dtype not in _DTYPE_NAMES:
-        raise CheckpointError(f"tensor {name!r} is {tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}")
-    return _DTYPE_NAMES[tensor.dtype]
+def _dtype_name(name: str, dtype: torch.dtype) -> str:
+    if dtype not in _DTYPE_NAMES:
+        raise CheckpointError(f"tensor {name!r} is {dtype}; a checkpoint holds {', '.join(DTYPES)}")
+    return _DTYPE_NAMES[dtype]
 
 
 def _file_name(index: int, count: int, suffix: str = "") -> str:

@@ -27,6 +27,10 @@ class Batch:
     documents_BT: torch.Tensor
     """Number of the document's piece in this row: 0, 1, ..."""
 
+    def columns(self, index_T: torch.Tensor) -> Batch:
+        """The tokens at these places of every row, as context parallelism divides them."""
+        return Batch(*(getattr(self, field.name)[:, index_T] for field in fields(self)))
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 

@@ -15,9 +15,10 @@ Backward, with e_t = R_t' dout_t (what the rotation passes back), n = r u, a_t =
     dx_s = sum over taps of K_j' dz_(s+j) + dz_s / 2 + what other heads' means pass back;   dK_j = sum dz_t x_(t-j)';   dconstant = sum dz_t
     dW1 = dK_0 w1 + dK_1 w0 + dconstant b';  dW0 = dK_1 w1 + dK_2 w0 + dconstant b';   dw, db: the same products summed over W's rows
 
-Launches. Forward: fold the convolutions (0.1 MB per head), then one for q, k and v together. Backward: n of the key heads once more by the
-forward kernel (their temperature may be 0, so k does not tell it); dz and partial dK, summed over a few tokens per program; dx, dv and
-halos; and the sum of the partials. Saved: inputs, q (which attention keeps as well), r (4 bytes per head and token), the folded kernels.
+Launches. Forward: fold the convolutions (0.1 MB per head), then one for q, k and v together (or one for k and v, one for q: `begin`).
+Backward: n of the key heads once more by the forward kernel (their temperature may be 0, so k does not tell it); dz and partial dK, summed
+over a few tokens per program; dx, dv and halos; and the sum of the partials. Saved: inputs, q (which attention keeps as well), r (4 bytes
+per head and token), the folded kernels.
 dz is written once, because a tile of dx needs it of two tokens of the next tile and of the other heads of the group.
 
 Letters: B batch, T tokens, K chunks of T, L = T / K, C channels, H head dim, N query heads, G key heads. A row is one token of one
@@ -26,7 +27,8 @@ chunk; rows of all chunks lie one after the other, as B T does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from zaya.kernels.launch import check, config, launch, target
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Convolutions = tuple[Tensor, Tensor, Tensor, Tensor]
+Begin = Callable[[Tensor, Tensor], None]
 
 
 @triton.jit
@@ -336,30 +339,38 @@ def _cca_bwd_reduce_kernel(dkernel_ptr, dvector_ptr, q_w_ptr, q_b_ptr, q_W_ptr, 
 
 def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, q_convs: Convolutions, k_convs: Convolutions,
         temperature_G: Tensor, positions_BT: Tensor, rope: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor, Tensor],
-        delayed_rows: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        delayed_rows: tuple[int, int], begin: Begin | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.cca` on Triton: q (B, T, N, H), k and v (B, T, G, H) in q_BTC's dtype.
 
     q, k, v may be slices of one wider projection (unit stride over channels, tokens evenly spaced; 16-byte loads where all start at
     multiples of 16 bytes); everything else lies contiguously.
     q_mean None: the mean of q over each group is taken here, and its gradient goes to q. Parameters may have a dtype of their own.
+    begin(k, v) runs once the key and value heads are launched and before the query heads, which are then a launch of their own.
     Raises ValueError for anything else, before any launch.
     """
     _validate(q_BTC, k_BTC, v_BTC, q_mean_BTGH, q_convs, k_convs, temperature_G, positions_BT, rope, halos, delayed_rows)
-    return _CCA.apply(q_BTC, k_BTC, v_BTC, q_mean_BTGH, *q_convs, *k_convs, temperature_G, positions_BT, *rope, *halos, delayed_rows)
+    return _CCA.apply(q_BTC, k_BTC, v_BTC, q_mean_BTGH, *q_convs, *k_convs, temperature_G, positions_BT, *rope, *halos, delayed_rows, begin)
 
 
 class _CCA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        convs, (temperature, positions, cos, sin), halos, delayed = rest[:8], rest[8:12], rest[12:15], rest[15]
+        convs, (temperature, positions, cos, sin), halos, (delayed, begin) = rest[:8], rest[8:12], rest[12:15], rest[15:]
         (B, T, _), G = q.shape, temperature.numel()
         H = k.shape[-1] // G
         N = q.shape[-1] // H
         kernel, transposed, constant = _fold(convs, q.dtype, N, G, H)
         q_out, k_out, v_out = q.new_empty(B, T, N, H), q.new_empty(B, T, G, H), q.new_empty(B, T, G, H)
         inverse = q.new_empty(N + G, B * T, dtype=torch.float32)
-        _forward(q, k, v, mean, kernel, constant, temperature, positions, (cos, sin), halos, delayed, (q_out, k_out, v_out), inverse)
+        run = functools.partial(_forward, q, k, v, mean, kernel, constant, temperature, positions, (cos, sin), halos, delayed,
+                                (q_out, k_out, v_out), inverse)
+        if begin is None:
+            run((0, N + 2 * G))
+        else:
+            run((N, 2 * G))
+            begin(k_out, v_out)
+            run((0, N))
         ctx.save_for_backward(q, k, v, mean, *convs, temperature, positions, cos, sin, *halos, q_out, inverse, kernel, transposed, constant)
         ctx.delayed = delayed
         return q_out, k_out, v_out
@@ -371,11 +382,12 @@ class _CCA(torch.autograd.Function):
         halos, delayed = (q_halo, k_halo, v_halo), ctx.delayed
         dq_out, dk_out, dv_out = dq_out.contiguous(), dk_out.contiguous(), dv_out.contiguous()
         k_unit = torch.empty_like(dk_out)
-        _forward(q, k, None, mean, kernel, constant, None, positions, (cos, sin), halos, delayed, (q_out, k_unit, None), inverse)
+        _forward(q, k, None, mean, kernel, constant, None, positions, (cos, sin), halos, delayed, (q_out, k_unit, None), inverse,
+                 (q_out.shape[2], k_unit.shape[2]))
         dz, dkernel, dvector = _weight_parts(q, k, halos, (q_out, k_unit), (dq_out, dk_out), inverse, temperature, positions, (cos, sin))
         dinputs = _inputs(dz, dv_out, transposed, positions, (q, k, v, mean), halos, delayed, any(ctx.needs_input_grad[16:19]))
         dparameters = _reduce(dkernel, dvector, convs, temperature)
-        return *dinputs[:4], *dparameters, None, None, None, *dinputs[4:], None
+        return *dinputs[:4], *dparameters, None, None, None, *dinputs[4:], None, None
 
 
 def _fold(convs: tuple[Tensor, ...], dtype: torch.dtype, N: int, G: int, H: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -390,10 +402,10 @@ def _fold(convs: tuple[Tensor, ...], dtype: torch.dtype, N: int, G: int, H: int)
 
 def _forward(q: Tensor, k: Tensor, v: Tensor | None, mean: Tensor | None, kernel: Tensor, constant: Tensor, temperature: Tensor | None,
              positions: Tensor, rope: tuple[Tensor, Tensor], halos: tuple[Tensor, ...], delayed: tuple[int, int],
-             outs: tuple[Tensor, Tensor, Tensor | None], inverse: Tensor) -> None:
-    """All heads; without v and temperature the key heads alone, as backward needs them."""
+             outs: tuple[Tensor, Tensor, Tensor | None], inverse: Tensor, which: tuple[int, int]) -> None:
+    """The heads (first, how many) of N query, G key, G value heads. Without v and temperature: key heads as backward needs them."""
     (B, T, N, H), G = outs[0].shape, outs[1].shape[2]
-    first, heads = (0, N + 2 * G) if v is not None else (N, G)
+    first, heads = which
     chip = target(q.device)
     chosen = config(_cca_fwd_kernel, chip, H=H, itemsize=q.element_size())
     K = halos[0].shape[1]

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zaya.kernels.launch import check, config, launch, target
-from zaya.kernels.reference import IGNORE
+from zaya.kernels.reference import IGNORE, Partials, whole
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # 2,048 tokens of the whole vocabulary: 2.15 GB of fp32 logits and 1.07 GB of their gradients. Fewer rows would starve the GEMM of dh,
@@ -42,8 +42,6 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_LOGITS = 2048 * 262_272
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E)
-
-Partials = tuple[Tensor, Tensor, Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
@@ -225,11 +223,6 @@ def gradients(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, lse_T: Ten
         for chunk, logits in chunks:
             _add_gradients(chunks, chunk, logits, labels_T[chunk], lse_T[chunk], vocab_start, z_loss, dhidden_TD, dweight_VD)
         return _scaled(dhidden_TD, dloss, hidden_TD.dtype), _scaled(dweight_VD, dloss, weight_VD.dtype)
-
-
-def whole(parts: Partials) -> Partials:
-    """The combination over one shard."""
-    return parts
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,

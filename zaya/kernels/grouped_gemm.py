@@ -115,6 +115,22 @@ def _halves(x, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
+def _inside(is_row, columns, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Mask of a tile's stores; one of rows alone where the columns divide into tiles."""
+    return is_row[:, None] if N % BLOCK_N == 0 else is_row[:, None] & (columns < N)[None, :]
+
+
+@triton.jit
+def _swiglu_fwd(gate, up, h, act, rows, is_row, columns, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A part of the epilogue of a tile of BLOCK_N columns of gate and as many of up: writes h and act."""
+    mask = _inside(is_row, columns, F, BLOCK_N)
+    to_h = h + rows[:, None] * (2 * F) + columns[None, :]
+    tl.store(to_h, gate.to(h.dtype.element_ty), mask=mask)
+    tl.store(to_h + F, up.to(h.dtype.element_ty), mask=mask)
+    tl.store(act + rows[:, None] * F + columns[None, :], (gate * tl.sigmoid(gate) * up).to(act.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _gate_up_fwd_kernel(x, weights, order, tiles, h, act, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, NUM_XCDS: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr):
     """h = x[token] @ [gate | up]^T (R, 2F) and act = silu(gate) * up (R, F). A tile holds BLOCK_N / 2 columns of gate on its left and the
@@ -138,19 +154,10 @@ def _gate_up_fwd_kernel(x, weights, order, tiles, h, act, D: tl.constexpr, F: tl
         b = weights + expert * (2 * F * D) + n * HALF * D
         acc = _product(a, a_rows[:, None] + ks[None, :], b, column[None, :] * D + ks[:, None], BLOCK_K, D, BLOCK_M, BLOCK_N, BLOCK_K)
         gate, up = _halves(acc, BLOCK_M, HALF)
-        columns = n * HALF + tl.arange(0, HALF)
-        mask = _inside(is_row, columns, F, HALF)
-        to_h = h + first.to(tl.int64) * (2 * F) + rows[:, None] * (2 * F) + columns[None, :]
-        tl.store(to_h, gate.to(h.dtype.element_ty), mask=mask)
-        tl.store(to_h + F, up.to(h.dtype.element_ty), mask=mask)
-        to_act = act + first.to(tl.int64) * F + rows[:, None] * F + columns[None, :]
-        tl.store(to_act, (gate * tl.sigmoid(gate) * up).to(act.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _inside(is_row, columns, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Mask of a tile's stores; one of rows alone where the columns divide into tiles."""
-    return is_row[:, None] if N % BLOCK_N == 0 else is_row[:, None] & (columns < N)[None, :]
+        gates, ups = _halves(gate, BLOCK_M, HALF // 2), _halves(up, BLOCK_M, HALF // 2)
+        start, columns = first.to(tl.int64), n * HALF + tl.arange(0, HALF // 2)
+        for half in tl.static_range(2):  # a lane then stores half as many rows; their numbers stay in registers all the while
+            _swiglu_fwd(gates[half], ups[half], h + start * (2 * F), act + start * F, rows, is_row, columns + half * (HALF // 2), F, HALF)
 
 
 @triton.jit

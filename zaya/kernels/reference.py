@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -210,13 +210,15 @@ def _taps(x_BTC: Tensor, halo_BK2C: Tensor, keeps: Sequence[Tensor], H: int) -> 
 
 def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
         k_convs: tuple[Tensor, Tensor, Tensor, Tensor], temperature_G: Tensor, positions_BT: Tensor, rope: tuple[Tensor, Tensor],
-        halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int],
+        begin: Callable[[Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed convolutional attention: from projected q~, k~, v to attention-ready q (B,T,N,H), k and v (B,T,G,H).
 
     q = conv(q~) + (q~ + k~) / 2;  k = conv(k~) + (mean of q~ over the group + k~) / 2;  both to length sqrt(H), k times its
     temperature, then RoPE. Channels [start, end) of v = delayed_rows come from the previous token of the document.
     q_mean: q~'s mean over each group, where the group spans devices; None: it is taken here. convs = (depthwise weight, bias, grouped
     weight, bias). halos: the two tokens before each chunk of q~ and k~ (B,K,2,C) and the one before of the delayed values (B,K,1,C).
+    begin is called with k and v as soon as they exist, before the query heads: it may send them away, and must change nothing.
     """
     B, T, _ = q_BTC.shape
     G = len(temperature_G)
@@ -230,13 +232,14 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
     q_mean = (q.view(B, T, G, -1, H) + k_heads[:, :, :, None]).flatten(2, 3) * 0.5
     k_mean = (mean + k_heads) * 0.5
     q_kernel, k_kernel = (fold_convolutions((w.to(high), b.to(high)), (W.to(high), c.to(high)), H) for w, b, W, c in (q_convs, k_convs))
-    ones = q.new_ones(q_mean.shape[2])
-    q = _MixNormRotate.apply(q, q_mean, *q_kernel, ones, halos[0].to(high), keeps, rope, eps)
-    k = _MixNormRotate.apply(k, k_mean, *k_kernel, temperature_G.to(high), halos[1].to(high), keeps, rope, eps)
+    k = _MixNormRotate.apply(k, k_mean, *k_kernel, temperature_G.to(high), halos[1].to(high), keeps, rope, eps).to(dtype)
     start, end = delayed_rows
     delayed = _Shift.apply(v_BTC[..., start:end], halos[2], keeps[0].to(dtype))
-    v = torch.cat((v_BTC[..., :start], delayed, v_BTC[..., end:]), dim=-1)
-    return q.to(dtype), k.to(dtype), v.view(B, T, G, H)
+    v = torch.cat((v_BTC[..., :start], delayed, v_BTC[..., end:]), dim=-1).view(B, T, G, H)
+    if begin is not None:
+        begin(k, v)
+    q = _MixNormRotate.apply(q, q_mean, *q_kernel, q.new_ones(q_mean.shape[2]), halos[0].to(high), keeps, rope, eps).to(dtype)
+    return q, k, v
 
 
 QUERY_BLOCK = 64  # queries at a time (docs/experiments.md): 4 rows * 8 heads * 64 * 256 keys * 4 bytes = 2 MiB of scores
@@ -361,7 +364,7 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R.long(), torch.arange(T * k, dtype=order_R.dtype, device=order_R.device))
     rows_RD = _Permute.apply(x_TD[:, None].expand(T, k, -1).flatten(0, 1), order_R, inverse_R)
     y_RD = _Permute.apply(_Experts.apply(rows_RD, sizes, gate_up_EFD, down_EDF), inverse_R, order_R)
-    return (y_RD.view(T, k, -1) * gate_Tk[..., None].to(y_RD.dtype)).sum(1)
+    return (y_RD.view(T, k, x_TD.shape[-1]) * gate_Tk[..., None].to(y_RD.dtype)).sum(1)
 
 
 class _Experts(torch.autograd.Function):
@@ -416,6 +419,9 @@ class _Permute(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
+Partials = tuple[Tensor, Tensor, Tensor]
+
+
 def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int = 0,
                            probs_TV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one shard of the vocabulary, rows [vocab_start, vocab_start + V), contributes to a cross-entropy, each (T,) fp32 (fp64):
@@ -431,10 +437,21 @@ def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int
     return logits_TV.amax(-1), 1 / probs_TV.amax(-1), torch.where(inside_T, target_T, 0.0), probs_TV
 
 
-def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> Tensor:
+def whole(parts: Partials) -> Partials:
+    """The combination over one shard."""
+    return parts
+
+
+def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,
+                  combine: Callable[[Partials], Partials] = whole) -> Tensor:
     """Sum over the labelled tokens of -log softmax(z)[label] + z_loss * logsumexp(z)^2, z = hidden @ weight.T, in fp32 (fp64); labels of
-    IGNORE count nothing."""
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, torch.is_grad_enabled())
+    IGNORE count nothing.
+
+    Where weight is the shard of a vocabulary that starts at vocab_start, combine turns a block's partials, (largest logit, sum of
+    exp(logit - largest), label's logit), into those of all shards, and is called equally often on shards of one size. The loss is then
+    the whole one on each, and hidden's gradient the shard's share, to be summed.
+    """
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, torch.is_grad_enabled())
 
 
 LOSS_BLOCK = 1 << 21  # logits at a time (docs/experiments.md): 8 MiB in fp32, and as much for their softmax
@@ -442,11 +459,12 @@ LOSS_BLOCK = 1 << 21  # logits at a time (docs/experiments.md): 8 MiB in fp32, a
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Blocks of tokens: logits, loss, and at once both gradients, (1 + 2 z_loss logsumexp) softmax - onehot, so that logits are never kept.
+    The softmax is the shard's own times its share of the sum of exp, which is 1 where there is one shard.
 
     Saves the two gradients."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, training):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, training):
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
@@ -455,14 +473,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits, probs = hidden_TD.new_empty(2, rows, V, dtype=dtype)
         for h, labels, dh in zip(hidden_TD.split(rows), labels_T.split(rows), dhidden_TD.split(rows)):
             block_logits = torch.mm(h.to(dtype), wide_weight_VD.t(), out=logits[: len(h)])
-            largest, total, target, dlogits = cross_entropy_partials(block_logits, labels, probs_TV=probs[: len(h)])
+            *parts, dlogits = cross_entropy_partials(block_logits, labels, vocab_start, probs[: len(h)])
+            largest, total, target = combine((parts[0], parts[1], parts[2]))
             labelled = labels != IGNORE
             lse = total.log() + largest
             loss += torch.where(labelled, lse - target + z_loss * lse.square(), 0.0).sum()
             if training:
-                if z_loss:
-                    dlogits.mul_((1 + 2 * z_loss * lse)[:, None])
-                dlogits.scatter_add_(-1, labels.clamp_min(0)[:, None], -torch.ones_like(total)[:, None]).mul_(labelled[:, None])
+                share = parts[1] * (parts[0] - largest).exp() / total
+                dlogits.mul_(torch.where(labelled, share * (1 + 2 * z_loss * lse), 0.0)[:, None])
+                local = labels - vocab_start
+                inside = labelled & (local >= 0) & (local < V)
+                dlogits.scatter_add_(-1, local.clamp(0, V - 1)[:, None], -inside.to(dtype)[:, None])
                 torch.mm(dlogits.to(weight_VD.dtype), weight_VD, out=dh)
                 torch.addmm(dweight_VD, dlogits.t(), h.to(dtype), out=dweight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
@@ -472,7 +493,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        return dhidden_TD.mul_(dloss), dweight_VD.mul_(dloss).to(ctx.weight_dtype), None, None, None
+        return dhidden_TD.mul_(dloss), dweight_VD.mul_(dloss).to(ctx.weight_dtype), *[None] * 5
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 

@@ -43,7 +43,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = parameter(out_features, in_features)
         self.bias = parameter(out_features) if bias else None
-        self.apply_weight = F.linear
+        self.apply_weight: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_weight(x, self.weight, self.bias)
@@ -73,8 +73,8 @@ class ResidualScale(nn.Module):
         return ops().residual_norm(stream_BTD, branch_BTD, scales, next_norm.weight, RMS_NORM_EPS)
 
 
-def whole_vocabulary(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    return ops().cross_entropy(hidden_TD, weight_VD, labels_T)
+def whole_vocabulary(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    return ops().cross_entropy(hidden_BTD.flatten(0, -2), weight_VD, labels_BT.flatten())
 
 
 class Embedding(nn.Module):
@@ -84,8 +84,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = parameter(vocab_size, size)
         self.scale, self.bias = parameter(size), parameter(size)
-        self.lookup = F.embedding
-        self.cross_entropy = whole_vocabulary
+        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = whole_vocabulary
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """The first residual stream (B, T, D), in fp32 (fp64)."""
@@ -95,4 +95,4 @@ class Embedding(nn.Module):
 
     def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Sum of the cross-entropy over labelled tokens, in nats."""
-        return self.cross_entropy(hidden_BTD.flatten(0, -2), self.weight, labels_BT.flatten())
+        return self.cross_entropy(hidden_BTD, self.weight, labels_BT)

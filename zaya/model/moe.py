@@ -9,6 +9,8 @@ Letters: B batch, T tokens (of all rows), D hidden, E experts, C router classes 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,13 +60,25 @@ class Experts(nn.Module):
         return ops().experts(x_TD, sizes_E, self.gate_up, self.down, order_R, gate_Tk)
 
 
-class LocalDispatcher:
-    """All experts are here: sort the assignments; gathering and scattering tokens is part of the op."""
+class Dispatcher(Protocol):
+    """Where the experts are."""
 
     def compute(self, experts: Experts, x_TD: Tensor, choice_Tk: Tensor, gate_Tk: Tensor, num_classes: int) -> Tensor:
-        """The experts' output per token, gated (T, D)."""
+        """The experts' output per token, gated (T, D). Classes beyond the experts give zero."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here: sort the assignments; gathering and scattering tokens is part of the op. recompute: backward computes the
+    experts again instead of keeping their activations."""
+
+    def __init__(self, recompute: bool = False) -> None:
+        self.recompute = recompute
+
+    def compute(self, experts: Experts, x_TD: Tensor, choice_Tk: Tensor, gate_Tk: Tensor, num_classes: int) -> Tensor:
         order_R, sizes_C = ops().sort_by_expert(choice_Tk, num_classes)
-        return experts(x_TD, sizes_C[: len(experts.gate_up)], order_R, gate_Tk)
+        run = recomputed(experts) if self.recompute else experts
+        return run(x_TD, sizes_C[: len(experts.gate_up)], order_R, gate_Tk)
 
 
 class MoE(nn.Module):
@@ -72,13 +86,11 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, *, first: bool, recompute: bool = False) -> None:
         super().__init__()
-        self.recompute = recompute
         self.router = Router(config, first=first)
         self.experts = Experts(config)
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(recompute)
 
     def forward(self, x_BTD: Tensor, state_BTR: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         choice_Tk, gate_Tk, counts_C, state_BTR = self.router(x_BTD, state_BTR)
-        compute = recomputed(self.dispatcher.compute) if self.recompute else self.dispatcher.compute
-        branch_TD = compute(self.experts, x_BTD.flatten(0, 1), choice_Tk, gate_Tk, len(counts_C))
+        branch_TD = self.dispatcher.compute(self.experts, x_BTD.flatten(0, 1), choice_Tk, gate_Tk, len(counts_C))
         return branch_TD.view_as(x_BTD), state_BTR, counts_C

@@ -1,38 +1,95 @@
-"""The mesh: which ranks exist, which axis each lies on, and the device of this one.
+"""The mesh: which ranks exist, which axis each lies on, which of them work together, and the device of this one.
 
-First thing a process makes, and the only place that reads torchrun's environment. Today one axis, dp: every rank holds the whole model.
+First thing a process makes, and the only place that reads torchrun's environment. Dense parameters live on tp x (cp x dp), experts on
+ep x edp, folded over the same ranks in Megatron-core's order (its rank generator enumerates them). Groups are made once, in one order, on
+every rank; axes of the same ranks share one group.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from zaya.parallel.collectives import Group
+from zaya.parallel.collectives import Group, Ledger, barrier
+from zaya.shard import Layout, Replicate, Shard
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Who shares the optimizer state of parameters that are placed alike."""
+
+    shard: Group
+    """Holders of this rank's piece among which its state is cut: each element has one owner here."""
+    replicas: Group
+    """Owners of the same elements in other blocks of parallel.zero_size holders; alone by default."""
+    exchange: Group
+    """Ranks whose state together makes whole matrices: `shard`, and where a matrix is cut over tp the others' `shard` too."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process' place. `dp`: the ranks that share each step's rows."""
+    """This process' place. `token`: ranks with different tokens (cp x dp); `dp`: those with different rows."""
 
+    layout: Layout
+    world: Group
+    tp: Group
+    cp: Group
     dp: Group
+    ep: Group
+    edp: Group
+    token: Group
     device: torch.device
+    ledger: Ledger
+    make: Callable[[str, Callable[[int], Sequence[int]]], Group]
+    """make(name, ranks that a rank shares the group with) -> this rank's group; collective."""
+    _holdings: dict[tuple[str, int], Holding] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
-        return self.dp.rank
+        return self.world.rank
 
     @property
     def world_size(self) -> int:
-        return self.dp.size
+        return self.world.size
+
+    def holding(self, placement: Shard | Replicate) -> Holding:
+        """The groups of a placement. Every rank asks for the same placements in the same order: the first time makes the groups."""
+        layout, kind = self.layout, self.layout.kind(placement)
+        if kind not in self._holdings:
+            def replicas(rank: int) -> list[int]:
+                return layout.holders(placement, rank)[layout.shard(placement, rank) :: layout.shard_size(placement)]
+
+            name = kind[0] if kind[1] == 1 else f"{kind[0]}/{kind[1]}"
+            self._holdings[kind] = Holding(self.make(f"{name} holders", lambda rank: layout.shard_ranks(placement, rank)),
+                                           self.make(f"{name} replicas", replicas),
+                                           self.make(f"{name} exchange", lambda rank: layout.exchange_ranks(placement, rank)))
+        return self._holdings[kind]
+
+    def kv_replicas(self, num_kv_heads: int) -> Group:
+        """The neighbours on tp that hold this rank's KV head (collective): alone unless tp exceeds the number of KV heads."""
+        copies = Shard(0, "tp", num_kv_heads).replicas(self.layout.tp)
+        return self.make("kv replicas", lambda rank: range(rank // copies * copies, (rank // copies + 1) * copies))
 
     def __str__(self) -> str:
-        backend = dist.get_backend(self.dp.handle) if self.dp.handle is not None else "no process group"
-        return f"mesh: {self.world_size} ranks = dp {self.dp.size} | {self.device.type}, {backend}"
+        layout = self.layout
+        backend = dist.get_backend(self.world.handle) if self.world.handle is not None else "no process group"
+        zero = f", zero_size {layout.zero_size}" if layout.zero_size else ""
+        return (f"mesh: {self.world_size} ranks = tp {layout.tp} x cp {layout.cp} x dp {layout.dp}, experts ep {layout.ep} x "
+                f"edp {layout.edp}{zero} | {self.device.type}, {backend}")
+
+    def table(self) -> str:
+        """Every axis with its groups of ranks, a line each; axes of size 1 are left out."""
+        lines = [str(self)]
+        for axis in ("tp", "cp", "dp", "ep", "edp"):
+            if self.layout.size(axis) > 1:
+                groups = sorted({tuple(self.layout.group(axis, rank)) for rank in range(self.world_size)})
+                lines.append(f"  {axis:>3}: " + "  ".join("[" + " ".join(map(str, group)) + "]" for group in groups))
+        return "\n".join(lines)
 
 
 def world_size_from_environment() -> int:
@@ -45,25 +102,65 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def open_mesh(device: str, timeout_s: float = 600.0) -> Mesh:
+def open_mesh(device: str, layout: Layout, timeout_s: float = 600.0) -> Mesh:
     """Join the other processes of this job (collective call 1 of every rank). device: auto | cuda | cpu (ROCm is "cuda").
 
     One process needs no process group: it runs the same lines, on groups of size 1. ValueError: cuda asked for where there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError('train.device = "cuda" but torch sees no GPU; use train.device = "cpu" or "auto"')
-    local_rank, size = int(os.environ.get("LOCAL_RANK", "0")), world_size_from_environment()
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(here)
-    if size == 1:
-        return Mesh(Group(None, 0, 1), here)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
-    return Mesh(Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size()), here)
+    if layout.world_size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return make_mesh(layout, here)
+
+
+def make_mesh(layout: Layout, device: torch.device) -> Mesh:
+    """The mesh of a job whose processes have joined (collective: every rank makes all groups, in one order)."""
+    ledger = Ledger()
+    rank = dist.get_rank() if layout.world_size > 1 else 0
+    if layout.world_size > 1:
+        _check_order(layout)
+    made: dict[tuple[tuple[int, ...], ...], tuple[dist.ProcessGroup | None, tuple[int, ...]]] = {}
+
+    def make(name: str, ranks_of: Callable[[int], Sequence[int]]) -> Group:
+        partition = tuple(sorted({tuple(ranks_of(r)) for r in range(layout.world_size)}))
+        if partition not in made:
+            mine = next(ranks for ranks in partition if rank in ranks)
+            handle = None
+            if len(mine) == layout.world_size > 1:
+                handle = dist.group.WORLD
+            elif max(map(len, partition)) > 1:
+                handle, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
+            made[partition] = (handle if len(mine) > 1 else None, mine)
+        handle, mine = made[partition]
+        return Group(handle, mine.index(rank), len(mine), name, mine, ledger)
+
+    def axis(name: str) -> Group:
+        return make(name, lambda r: layout.group(name, r))
+
+    return Mesh(layout, make("world", lambda r: range(layout.world_size)), axis("tp"), axis("cp"), axis("dp"), axis("ep"), axis("edp"),
+                axis("token"), device, ledger, make)
+
+
+def _check_order(layout: Layout) -> None:
+    """Our arithmetic and Megatron-core's enumeration must place every rank alike."""
+    from megatron.core.parallel_state import RankGenerator  # 5 s to import: only where there are several ranks
+
+    dense = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=1, cp=layout.cp, order="tp-cp-ep-dp-pp")
+    experts = RankGenerator(tp=1, ep=layout.ep, dp=layout.edp, pp=1, cp=1, order="tp-cp-ep-dp-pp")
+    pairs = [(dense, "tp", "tp"), (dense, "cp", "cp"), (dense, "dp", "dp"), (dense, "cp-dp", "token"), (experts, "ep", "ep"),
+             (experts, "dp", "edp")]
+    for generator, theirs, ours in pairs:
+        groups = sorted({tuple(layout.group(ours, rank)) for rank in range(layout.world_size)})
+        assert sorted(map(tuple, generator.get_ranks(theirs))) == groups, (theirs, groups)
 
 
 def close_mesh(mesh: Mesh) -> None:
-    """Leave in order (last collective call of every rank)."""
-    if mesh.dp.handle is not None:
+    """Leave in order (last collective call of every rank): nobody tears its connections down while another still uses them."""
+    if mesh.world.handle is not None:
+        barrier(mesh.world)
         dist.destroy_process_group()

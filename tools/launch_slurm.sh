@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Train on nodes of 8 MI300X under Slurm, one torchrun a node. Submit from the repository's root, on a file system all nodes share:
+#
+#     sbatch --nodes=16 tools/launch_slurm.sh recipes/zaya1_8b_pretrain1.toml [--section.key=value ...]
+#
+# The nodes meet at the first one (static rendezvous: rank order is Slurm's order of nodes, which follows its topology). Each node's output
+# is LOGS/attempt-K/node-N.log; the exit code is the highest of the nodes', and a node that fails ends the others. Two minutes before the
+# time limit, or at preemption where Slurm sends the signal then (SlurmctldParameters=preempt_send_user_signal), every worker gets SIGTERM
+# and the job is queued again; it goes on from its newest checkpoint (checkpoint.resume = "auto"). scancel ends it for good.
+#
+# Environment, all optional:
+#   ZAYA_IMAGE         run in this image (docker build -t zaya .) instead of .venv, by $ZAYA_CONTAINER (docker; or podman)
+#   ZAYA_LOGS          where logs go (runs/slurm-JOB)
+#   ZAYA_MAX_REQUEUES  give up after so many (100)
+#   NCCL_IB_HCA, NCCL_IB_GID_INDEX, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME ...: what your network needs; see docs/several_nodes.md
+#
+#SBATCH --job-name=zaya
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+#SBATCH --signal=B:USR1@120
+
+set -euo pipefail
+
+say() { printf 'launch_slurm: %s\n' "$*" >&2; }
+
+if [[ $# -eq 0 || $1 == -* || -z ${SLURM_JOB_ID:-} ]]; then
+    say "submit with sbatch and name a recipe: sbatch --nodes=16 tools/launch_slurm.sh RECIPE.toml [--section.key=value ...]"
+    exit 2
+fi
+
+restarts=${SLURM_RESTART_COUNT:-0}
+logs=${ZAYA_LOGS:-runs/slurm-$SLURM_JOB_ID}/attempt-$restarts
+mkdir -p "$logs"
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((20000 + SLURM_JOB_ID % 10000)) # below 32768, where the kernel picks ports for others
+
+command=()
+if [[ -n ${ZAYA_IMAGE:-} ]]; then
+    # Host network and IPC, GPUs and RDMA devices, pinned memory without limit; the user's own files, the code of this directory.
+    command=("${ZAYA_CONTAINER:-docker}" run --rm --network=host --ipc=host --ulimit memlock=-1 --security-opt seccomp=unconfined
+        --device=/dev/kfd --device=/dev/dri --group-add "$(stat -c %g /dev/kfd)" --group-add video
+        --user "$(id -u):$(id -g)" --env HOME=/tmp --volume "$PWD:$PWD" --workdir "$PWD")
+    [[ -e /dev/infiniband ]] && command+=(--device=/dev/infiniband)
+    while read -r name; do
+        command+=(--env "$name")
+    done < <(compgen -e | grep -E '^(ZAYA|NCCL|RCCL|GLOO|TORCH|PYTORCH|HSA|HIP|ROCR|GPU|TRITON|OMP|HF)_' || true)
+    command+=("$ZAYA_IMAGE" /zaya/.venv/bin/torchrun)
+elif [[ -x .venv/bin/torchrun ]]; then
+    command=("$PWD/.venv/bin/torchrun")
+else
+    command=(torchrun)
+fi
+# The word NODE_RANK becomes each node's number on the node itself.
+command+=(--nnodes "$SLURM_JOB_NUM_NODES" --node-rank NODE_RANK --nproc-per-node 8
+    --master-addr "${hosts[0]}" --master-port "$port" -m zaya.train "$@")
+
+step='' wants_requeue=0 was_signalled=0
+# shellcheck disable=SC2329  # the traps call it
+stop() {
+    was_signalled=1
+    [[ -z $step ]] || kill -TERM "$step" 2>/dev/null || true # srun passes it to each torchrun, that to its workers
+}
+trap 'wants_requeue=1; stop' USR1
+trap 'stop' TERM
+
+say "job $SLURM_JOB_ID, attempt $restarts: $SLURM_JOB_NUM_NODES nodes of 8 GPUs, first ${hosts[0]}:$port; follow with: tail -f $logs/node-0.log"
+# All CPUs for the one task and no binding: zaya.runtime binds each worker beside its GPU.
+# shellcheck disable=SC2016  # $SLURM_NODEID is the node's, not ours
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
+    --cpu-bind=none --kill-on-bad-exit=1 --output="$logs/node-%n.log" --open-mode=append \
+    bash -c 'exec "${@/#NODE_RANK/$SLURM_NODEID}"' node "${command[@]}" &
+step=$!
+((was_signalled == 0)) || kill -TERM "$step"
+
+code=0
+while true; do # a signal ends `wait` before the step ends: wait again
+    was_signalled=0
+    if wait "$step"; then code=0; else code=$?; fi
+    ((was_signalled)) || break
+done
+
+if ((code == 0)); then
+    say "done"
+elif ((wants_requeue && restarts < ${ZAYA_MAX_REQUEUES:-100})); then
+    say "stopped by Slurm (exit code $code); queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+elif ((wants_requeue)); then
+    say "stopped by Slurm (exit code $code) after $restarts restarts; not queued again: see ZAYA_MAX_REQUEUES"
+else
+    say "failed with exit code $code; the nodes' logs are $logs/node-*.log; the first traceback of each:"
+    grep -m 1 -n -H Traceback "$logs"/node-*.log >&2 || say "none: see the last lines of $logs/node-0.log"
+fi
+exit "$code"

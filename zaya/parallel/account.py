@@ -1,0 +1,93 @@
+"""What a layout costs, in numbers: bytes that a rank keeps, and bytes that it sends per step, collective by collective.
+
+Computed from the plan, the layout and the partition alone, for any number of ranks in one process: the planner prints it, and tests
+compare it with what the ledger of a real run counted. Routing decides what experts send; here every expert gets the same.
+
+Keys of traffic are the ledger's: (operation, group).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from zaya.config import ModelConfig, Recipe
+from zaya.parallel.partition import BucketPlan, Matrix, make_buckets
+from zaya.plan import ParameterPlan
+from zaya.shard import Layout
+
+BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+Traffic = Counter[tuple[str, str]]
+
+
+def kind_name(layout: Layout, bucket: BucketPlan) -> str:
+    """How the mesh names the holders of a bucket."""
+    kind, replicas = layout.kind(bucket.rows[0].placement)
+    return kind if replicas == 1 else f"{kind}/{replicas}"
+
+
+def zero1_traffic(buckets: Sequence[BucketPlan], rounds: Sequence[tuple[list[int], list[Matrix]]], layout: Layout, rank: int,
+                  param_bytes: int, reduce_bytes: int) -> Traffic:
+    """Gradients in, Muon's exchange, parameters out: per step, whatever the number of micro-batches."""
+    sent: Traffic = Counter()
+    for bucket in buckets:
+        name, placement = kind_name(layout, bucket), bucket.rows[0].placement
+        others = bucket.num_shards - 1
+        copies = len(layout.holders(placement, rank)) // bucket.num_shards
+        if others:
+            sent["reduce_scatter", f"{name} holders"] += others * bucket.shard_length * reduce_bytes
+            sent["all_gather", f"{name} holders"] += others * bucket.shard_length * param_bytes
+        if copies > 1:
+            sent["all_reduce", f"{name} replicas"] += 2 * (copies - 1) * bucket.shard_length * reduce_bytes // copies
+    for indices, matrices in rounds:
+        placement = buckets[indices[0]].rows[0].placement
+        me = layout.exchange_ranks(placement, rank).index(rank)
+        group = f"{kind_name(layout, buckets[indices[0]])} exchange"
+        for matrix in matrices:
+            for place, part in matrix.parts:
+                if (place == me) != (matrix.owner == me):  # it leaves as a direction, or comes back as an update
+                    sent["all_to_all", group] += part.numel * param_bytes
+    return sent
+
+
+def held_bytes(table: Mapping[str, ParameterPlan], recipe: Recipe, layout: Layout, rank: int) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state on one rank."""
+    muon, train = recipe.optim.name == "muon", recipe.train.dtype
+    buckets = make_buckets(table.values(), layout, muon=muon)
+    wide = 8 if train == "fp64" else 4
+    local = sum(bucket.length for bucket in buckets)
+    shards = sum(bucket.shard_length for bucket in buckets)
+    state = sum(bucket.shard_length * (1 if bucket.muon else 2) for bucket in buckets)
+    return {"parameters": local * BYTES[train], "gradients": local * wide, "master weights": shards * wide if train == "bf16" else 0,
+            "optimizer state": state * wide}
+
+
+def owned_elements(buckets: Sequence[BucketPlan], layout: Layout, rank: int) -> int:
+    """Elements of the state that a rank owns, without padding."""
+    total = 0
+    for bucket in buckets:
+        shard = layout.shard(bucket.rows[0].placement, rank)
+        for name in bucket.spans:
+            start, stop = bucket.overlap(name, shard)
+            total += max(0, stop - start)
+    return total
+
+
+def activation_bytes(model: ModelConfig, tokens: int, recompute: str, dtype: str) -> int:
+    """Bytes that one block keeps for backward of `tokens` tokens on a rank that holds all heads and experts, with the Triton ops.
+
+    Counted from what the ops save (tests compare it with the saved tensors of a real forward pass). In compute dtype unless noted:
+    two joins of branch and stream (fp32) with the norm that follows; q~, k~, v, q, k, v and the output; gate | up; the router's six.
+    """
+    c, D, R = BYTES[dtype], model.hidden_size, model.router_hidden_size
+    N, G, H, F, C = model.num_heads, model.num_kv_heads, model.head_dim, model.moe_intermediate_size, model.num_router_classes
+    if recompute == "full":
+        return tokens * ((c + 4) * D + c * R)  # x, the stream and the router's state
+    joins = 2 * (2 * c * D + 4 * D + 4)
+    router = 6 * c * R + 4 + 4 * C
+    if recompute == "selective":
+        return tokens * (joins + router + 2 * c * (N + G) * H + 8)  # q~, k~, v and the output; class and gate
+    attention = c * (3 * N + 4 * G) * H + 4 * N + 4 * (N + G)  # log-sum-exp and inverse norms in fp32
+    experts = 2 * c * F + 12  # class, gate, order
+    folded = (N + G) * (6 * H * H * c + 4 * H)  # the convolution's kernel both ways, and its constant
+    return tokens * (joins + router + attention + experts) + folded

@@ -1,0 +1,306 @@
+"""Expert parallelism: tokens travel to the rank that holds their expert, and the results travel back.
+
+Who owns what: rank r of the ep group holds experts [r E / ep, (r + 1) E / ep). Who sends what: every rank its counts per router class,
+once a call (all-gather, and one copy to the host: all ranks cut the same plan from it); then its routed rows and their gates, brought
+together by expert, to the experts' ranks, which compute, gate and send the results back; backward the same with gradients. Assignments of
+the skip class go nowhere. No token is dropped and no row is padded.
+
+Memory, in rows, where a rank has A = T k assignments of its own (the mean over the group, should ranks differ):
+- limit = factor * A. If no rank receives more than that, a call is one chunk and what its experts keep for backward, x and gate | up, is at
+  most limit * (D + 2 F) elements: `factor` times what a level router gives.
+- Else (an untrained router can send everything to one rank: ep * A rows) every segment of rows from one rank to one expert is cut into n
+  equal parts, n = ceil(most rows a rank receives / limit), and the n chunks run one after the other. A chunk has at most limit + E rows, a
+  segment's part being rounded up to a row. Nothing received is kept: backward sends each chunk again and computes it again.
+- Transient, two chunks being on the way at a time: see `buffers_bytes`.
+
+Waiting: chunk i + 1 is sent before the experts of chunk i are computed, and the results of chunk i are waited for after those of chunk
+i + 1 have been computed; so only the first dispatch and the last return are bare. On every rank the order of collectives follows from
+the plan alone, so a rank without rows takes part like any other.
+
+Letters: S ranks of the ep group, T tokens of this rank, k slots, A = T k, C router classes, E experts of all ranks, D hidden, F width, n
+chunks, R rows of a chunk. A name's suffix tells the rank that has the tensor's rows where it matters: `sent`, `received`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from zaya.kernels import reference
+from zaya.kernels.backend import ops
+from zaya.parallel.collectives import Group, Pending, all_gather, all_to_all
+
+CHUNK_FACTOR = 2.0  # rows a rank takes at once, as a multiple of its own assignments
+
+
+class Weights(Protocol):
+    """The experts of this rank: gate_up (E / ep, 2 F, D), down (E / ep, D, F)."""
+
+    @property
+    def gate_up(self) -> Tensor: ...
+
+    @property
+    def down(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every rank knows of a call on the host, cut from the counts of all ranks alike."""
+
+    send: list[list[int]]
+    """[chunk][rank]: rows that this rank sends to each."""
+    receive: list[list[int]]
+    most_rows: int
+    """Rows of the largest chunk of any rank."""
+    recompute: bool
+
+
+class ExpertParallel:
+    """The MoE block's dispatcher over an ep group. Every rank calls `compute` for the same blocks in the same order.
+
+    min_chunks: chunks of every call, so that communication overlaps under a level router too. recompute: keep nothing received even
+    where it fits; cheaper than checkpointing `compute`, which would exchange the counts and return the results a second time.
+    """
+
+    def __init__(self, ep: Group, chunk_factor: float = CHUNK_FACTOR, min_chunks: int = 1, recompute: bool = False) -> None:
+        assert chunk_factor > 0 and min_chunks >= 1, (chunk_factor, min_chunks)
+        self.ep, self.chunk_factor, self.min_chunks, self.recompute = ep, chunk_factor, min_chunks, recompute
+        self.last_rows = 0
+        """Rows of the last call's largest chunk on any rank."""
+        self.last_chunks = 1
+
+    def compute(self, experts: Weights, x_TD: Tensor, choice_Tk: Tensor, gate_Tk: Tensor, num_classes: int) -> Tensor:
+        """The experts' output per token, gated (T, D). The host waits for the device once, for the counts; alone, never."""
+        order_A, sizes_C = ops().sort_by_expert(choice_Tk, num_classes)
+        num_local = len(experts.gate_up)
+        if self.ep.size == 1:
+            self.last_rows = choice_Tk.numel()
+            inputs = (x_TD, sizes_C[:num_local], experts.gate_up, experts.down, order_A, gate_Tk)
+            if self.recompute:
+                return checkpoint(ops().experts, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return ops().experts(*inputs)
+        counts_SC = all_gather(sizes_C[None], self.ep, "counts").wait()
+        plan, parts_nSE = self._plan(counts_SC, num_local)
+        self.last_rows, self.last_chunks = plan.most_rows, len(plan.send)
+        sent_A = _in_order_sent(order_A, parts_nSE, self.ep.rank, sum(map(sum, plan.send)))
+        return _Experts.apply(x_TD, gate_Tk, experts.gate_up, experts.down, sent_A, parts_nSE, self.ep, plan, torch.is_grad_enabled())
+
+    def _plan(self, counts_SC: Tensor, num_local: int) -> tuple[Plan, Tensor]:
+        """The plan, and on the device the rows of each chunk by source and expert (n, S, E)."""
+        S, rank, E = self.ep.size, self.ep.rank, self.ep.size * num_local
+        assert counts_SC.shape[1] >= E, (counts_SC.shape, E)
+        host_SC = _on_host(counts_SC, self.ep)
+        limit = max(int(self.chunk_factor * int(host_SC.sum()) / S), 1)
+        received_S = host_SC[:, :E].sum(0).view(S, num_local).sum(1)
+        needed = math.ceil(int(received_S.max()) / limit)
+        num_chunks = max(needed, self.min_chunks)
+        host_nSE, parts_nSE = (_cut(counts[:, :E], num_chunks) for counts in (host_SC, counts_SC))
+        rows_nSS = host_nSE.view(num_chunks, S, S, num_local).sum(-1)  # [chunk, from, to]
+        plan = Plan(rows_nSS[:, rank].tolist(), rows_nSS[:, :, rank].tolist(), int(rows_nSS.sum(1).max()), self.recompute or needed > 1)
+        return plan, parts_nSE
+
+
+def most_rows(assignments: int, num_experts: int, chunk_factor: float = CHUNK_FACTOR) -> int:
+    """The bound of `ExpertParallel.last_rows`, from the assignments T k of a rank."""
+    return int(chunk_factor * assignments) + num_experts
+
+
+def buffers_bytes(rows: int, assignments: int, num_local: int, hidden: int, width: int, element_size: int) -> int:
+    """The most that backward of a call holds if it computes again, from the rows of its largest chunk and the experts of this rank.
+
+    Received, 6 D + 5 F elements a row: x and dy of this chunk and of the next, dx of this one and of the last, which is on its way back;
+    gate | up, its gradient and the activation. (Forward: 4 D + 3 F.) This rank's own, 4 D an assignment: what it has sent of x and dy and
+    got back of dx is never more than 3 D, and the gradient is D. The weights' gradients: their sum in fp32, and a chunk's. The gates' few
+    bytes a row are not counted.
+    """
+    weights = 3 * num_local * hidden * width
+    return element_size * (rows * (6 * hidden + 5 * width) + 4 * assignments * hidden + weights) + 4 * weights
+
+
+def _on_host(counts_SC: Tensor, group: Group) -> Tensor:
+    """The one place where the host waits for the device."""
+    group.ledger.note("sync", "counts", "experts")
+    return counts_SC.cpu()
+
+
+def _cut(counts_SE: Tensor, num_chunks: int) -> Tensor:
+    """Each count in n nearly equal parts (n, S, E); part i of c rows ends at c (i + 1) / n, rounded down."""
+    cuts = torch.arange(num_chunks + 1, device=counts_SE.device)[:, None, None]
+    return (counts_SE * cuts // num_chunks).diff(dim=0)
+
+
+def _in_order_sent(order_A: Tensor, parts_nSE: Tensor, rank: int, num_rows: int) -> Tensor:
+    """Assignments (token * k + slot) by chunk, then by expert; `order` brings them together by expert, the skipped ones last."""
+    parts_nE = parts_nSE[:, rank]
+    count_E = parts_nE.sum(0)
+    starts_nE = count_E.cumsum(0) - count_E + parts_nE.cumsum(0) - parts_nE  # of each part, in `order`
+    parts = parts_nE.flatten()
+    shift = starts_nE.flatten() - (parts.cumsum(0) - parts)
+    # output_size: without it the device would have to tell the host how long the result is.
+    place = torch.arange(num_rows, device=parts.device) + shift.repeat_interleave(parts, output_size=num_rows)
+    return order_A.index_select(0, place)
+
+
+class _Experts(torch.autograd.Function):
+    """Keeps the chunks' graphs, or nothing that was received (`Plan.recompute`). Inputs of the graphs are no leaves, which would hold on
+    to their tensors, and whatever the experts' op saves in them is saved by this function instead: so it is seen, and let go, by whoever
+    takes care of saved tensors (recomputation of a whole block does)."""
+
+    @staticmethod
+    def forward(ctx, x_TD, gate_Tk, gate_up, down, sent_A, parts_nSE, group, plan, training):
+        T, k = gate_Tk.shape
+        keep = training and any(ctx.needs_input_grad) and not plan.recompute
+        graphs: list[_Graph] = []
+
+        def compute(chunk: int, x_RD: Tensor, gate_R1: Tensor) -> list[Tensor]:
+            if not keep:
+                return [_compute_chunk(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down)]
+            graphs.append(_Graph(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down))
+            return [graphs[-1].take_result()]
+
+        out_AD = x_TD.new_zeros(T * k, x_TD.shape[1])
+        _pipeline(group, plan, sent_A, [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)], compute, [("y", out_AD)])
+        ctx.group, ctx.plan, ctx.graphs = group, plan, graphs
+        again = (x_TD, gate_Tk, gate_up, down) if plan.recompute else (None, gate_Tk, gate_up, down)
+        ctx.save_for_backward(*again, sent_A, parts_nSE, *(tensor for graph in graphs for tensor in graph.take_saved()))
+        return _sum_slots(out_AD, k)
+
+    @staticmethod
+    def backward(ctx, dout_TD):
+        x_TD, gate_Tk, gate_up, down, sent_A, parts_nSE, *saved = ctx.saved_tensors
+        group, plan, graphs = ctx.group, ctx.plan, ctx.graphs
+        ctx.graphs = None
+        k = gate_Tk.shape[1]
+        for graph in graphs:
+            saved = graph.give_saved(saved)
+        # Sums over several chunks are taken in fp32, so that their number does not show in bf16's rounding.
+        dtype = gate_up.dtype if len(plan.send) == 1 else reference.wide(gate_up.dtype)
+        dweights: list[Tensor] = []
+
+        def compute(chunk: int, dy_RD: Tensor, *again: Tensor) -> list[Tensor]:
+            graph = _Graph(group, plan, chunk, parts_nSE, *again, gate_up, down, hook=False) if plan.recompute else graphs[chunk]
+            graph.take_result()
+            dx_RD, dgate_R1, *partial = graph.gradients(dy_RD)
+            if chunk == 0:
+                dweights.extend(gradient.to(dtype) for gradient in partial)
+            else:
+                for total, gradient in zip(dweights, partial):
+                    total += gradient
+            return [dx_RD, dgate_R1]
+
+        sources = [("dy", dout_TD, k)]
+        if plan.recompute:
+            sources += [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)]
+        dx_AD, dgate_A1 = dout_TD.new_zeros(gate_Tk.numel(), dout_TD.shape[1]), torch.zeros_like(gate_Tk).view(-1, 1)
+        _pipeline(group, plan, sent_A, sources, compute, [("dx", dx_AD), ("dgate", dgate_A1)])
+        dgate_up, ddown = (total.to(gate_up.dtype) for total in dweights)
+        return _sum_slots(dx_AD, k), dgate_A1.view_as(gate_Tk), dgate_up, ddown, None, None, None, None, None
+
+
+def _pipeline(group: Group, plan: Plan, sent_A: Tensor, sources: Sequence[tuple[str, Tensor, int]],
+              compute: Callable[..., list[Tensor]], targets: Sequence[tuple[str, Tensor]]) -> None:
+    """For every chunk: rows of each source to the experts' ranks, compute(chunk, *received), its results back to rows of the targets.
+
+    A source has a row for each `slots` assignments, a target one for each; rows that went nowhere stay as they are.
+    """
+    last = len(plan.send) - 1
+    sent = [part.long() for part in sent_A.split([sum(rows) for rows in plan.send])]
+
+    def dispatch(chunk: int) -> list[Pending]:
+        return [all_to_all(source.index_select(0, sent[chunk] // slots), plan.send[chunk], plan.receive[chunk], group, f"{name} {chunk}")
+                for name, source, slots in sources]
+
+    def collect(chunk: int, returning: Sequence[Pending]) -> None:
+        for pending, (_, target) in zip(returning, targets, strict=True):
+            target.index_copy_(0, sent[chunk], pending.wait())
+
+    arriving, returning = dispatch(0), list[Pending]()
+    for chunk in range(last + 1):
+        received = [pending.wait() for pending in arriving]
+        arriving = dispatch(chunk + 1) if chunk < last else []
+        results = compute(chunk, *received)
+        leaving = [all_to_all(rows, plan.receive[chunk], plan.send[chunk], group, f"{name} {chunk}")
+                   for rows, (name, _) in zip(results, targets, strict=True)]
+        if chunk:
+            collect(chunk - 1, returning)
+        returning = leaving
+    collect(last, returning)
+
+
+def _compute_chunk(group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD: Tensor, gate_R1: Tensor, gate_up: Tensor,
+                   down: Tensor) -> Tensor:
+    """Received rows lie by source, then by expert; the op takes them by expert and leaves its results where the rows were."""
+    group.ledger.note("compute", "experts", str(chunk))
+    num_local = len(gate_up)
+    parts_SE = parts_nSE[chunk, :, group.rank * num_local : (group.rank + 1) * num_local]
+    experts = torch.arange(num_local, dtype=torch.int32, device=parts_SE.device).repeat(group.size)
+    expert_R = experts.repeat_interleave(parts_SE.flatten(), output_size=len(x_RD))
+    order_R, sizes_E = ops().sort_by_expert(expert_R[:, None], num_local)
+    return ops().experts(x_RD, sizes_E, gate_up, down, order_R, gate_R1)
+
+
+class _Graph:
+    """One chunk's experts with what autograd keeps of them: the tensors (apart, until backward gives them back) and the edges."""
+
+    def __init__(self, group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, *inputs: Tensor, hook: bool = True) -> None:
+        self._saved: list[Tensor] = []
+        with torch.enable_grad():
+            entered = _Entry.apply(torch.empty(0, requires_grad=True), *inputs)
+            self._inputs = [get_gradient_edge(tensor) for tensor in entered]
+            if hook:
+                with saved_tensors_hooks(self._save, self._saved_tensor):
+                    result = _compute_chunk(group, plan, chunk, parts_nSE, *entered)
+            else:
+                result = _compute_chunk(group, plan, chunk, parts_nSE, *entered)
+        self._result: Tensor | None = result.detach()
+        self._output: GradientEdge | None = get_gradient_edge(result)
+
+    def take_result(self) -> Any:
+        result, self._result = self._result, None
+        return result
+
+    def take_saved(self) -> list[Tensor]:
+        self._num_saved, saved, self._saved = len(self._saved), self._saved, []
+        return saved
+
+    def give_saved(self, saved: list[Tensor]) -> list[Tensor]:
+        """Takes its own back from the front; returns the rest."""
+        self._saved = saved[: self._num_saved]
+        return saved[self._num_saved :]
+
+    def gradients(self, dy_RD: Tensor) -> tuple[Tensor, ...]:
+        """Of the inputs. Once: the graph and its tensors are freed."""
+        assert self._output is not None
+        gradients = torch.autograd.grad([self._output], self._inputs, [dy_RD])
+        self._output, self._saved = None, []
+        return gradients
+
+    def _save(self, tensor: Tensor) -> int:
+        self._saved.append(tensor.detach())
+        return len(self._saved) - 1
+
+    def _saved_tensor(self, index: int) -> Tensor:
+        return self._saved[index]
+
+
+class _Entry(torch.autograd.Function):
+    """The root of a chunk's graph. A leaf would do, but its node holds the tensor as long as the graph lives."""
+
+    @staticmethod
+    def forward(ctx, anchor, *tensors):
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise AssertionError("gradients are taken at this node, not below it")
+
+
+def _sum_slots(rows_AD: Tensor, slots: int) -> Tensor:
+    return rows_AD if slots == 1 else rows_AD.view(-1, slots, rows_AD.shape[1]).sum(1)

@@ -1,0 +1,85 @@
+"""Where the model meets the mesh: a rank's pieces of the parameters, and what stands in the model's seams.
+
+The only file that knows both sides. Every seam gets its parallel object whatever the sizes: over a group of one each computes what the
+local default computes, so one process runs the same lines as 1,024.
+
+    seam                                   object                                 over
+    attention.project, attention.o         column / row parallel + sequence       tp
+    attention.group_mean, delayed_rows     KV replicas, the value rows held here  tp
+    attention.context                      zig-zag context parallelism            cp
+    moe.dispatcher                         uneven all-to-all                      ep
+    embedding.lookup, .cross_entropy       vocabulary parallel                    tp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from zaya.config import ModelConfig
+from zaya.model.transformer import Zaya
+from zaya.parallel import tensor
+from zaya.parallel.context import ContextParallel
+from zaya.parallel.expert import ExpertParallel
+from zaya.parallel.mesh import Mesh
+from zaya.parallel.zero1 import Zero1
+from zaya.plan import ParameterPlan
+from zaya.shard import Box
+
+
+def build_model(config: ModelConfig, dtype: torch.dtype, recompute: str, mesh: Mesh, table: Mapping[str, ParameterPlan]) -> Zaya:
+    """The model with this rank's pieces on its device, uninitialised, and its seams filled (makes groups: all ranks call it together)."""
+    with torch.device("meta"):
+        model = Zaya(config, dtype, recompute)
+    for name, (_, sizes) in pieces(mesh, table).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(sizes, dtype=dtype, device=mesh.device)))
+    for block in model.blocks:
+        router = block.moe.router
+        router.balance_bias = torch.empty_like(router.balance_bias, device=mesh.device)
+    _fill_seams(model, config, mesh, table, recompute)
+    return model
+
+
+def pieces(mesh: Mesh, table: Mapping[str, ParameterPlan]) -> dict[str, Box]:
+    """The box of every parameter that this rank's model holds."""
+    return {name: mesh.layout.piece(row.placement, row.shape, mesh.rank) for name, row in table.items()}
+
+
+def token_index(mesh: Mesh, seq_len: int) -> Tensor:
+    """(T,) int64: which tokens of each row this rank is given; equal on the ranks of a tp group, which cut them once more."""
+    return ContextParallel(mesh.cp).index(seq_len)
+
+
+def _fill_seams(model: Zaya, config: ModelConfig, mesh: Mesh, table: Mapping[str, ParameterPlan], recompute: str) -> None:
+    kv_replicas = mesh.kv_replicas(config.num_kv_heads)
+    heads_of_group = config.num_heads // config.num_kv_heads
+    context, dispatcher = ContextParallel(mesh.cp), ExpertParallel(mesh.ep, recompute=recompute == "selective")
+    project, output, group_mean = (tensor.column_parallel(mesh.tp), tensor.row_parallel(mesh.tp),
+                                   tensor.group_mean(kv_replicas, heads_of_group))
+    for index, block in enumerate(model.blocks):
+        row = table[f"blocks.{index}.attention.v.weight"]
+        (start, *_), (size, *_) = mesh.layout.piece(row.placement, row.shape, mesh.rank)
+        attention = block.attention
+        attention.project, attention.o.apply_weight = project, output
+        attention.group_mean, attention.context = group_mean, context
+        attention.delayed_rows = tensor.delayed_rows(row.shape[0], start, start + size)
+        block.moe.dispatcher = dispatcher
+    model.embedding.lookup = tensor.vocabulary_lookup(mesh.tp)
+    model.embedding.cross_entropy = tensor.vocabulary_cross_entropy(mesh.tp)
+
+
+def wait_for_parameters(model: Zaya, optimizer: Zero1) -> None:
+    """Each block's forward waits for the all-gather of what it reads, and no earlier: updates overlap with the blocks before."""
+    norms = [*(f"blocks.{index}.attention_norm." for index in range(len(model.blocks))), "final_norm."]
+    names = [name for name, _ in model.named_parameters()]
+
+    def waits(module: nn.Module, *prefixes: str) -> None:
+        needed = [name for name in names if name.startswith(prefixes)]
+        module.register_forward_pre_hook(lambda *_: optimizer.wait(needed))
+
+    waits(model.embedding, "embedding.", norms[0])
+    for index, block in enumerate(model.blocks):
+        waits(block, f"blocks.{index}.", norms[index + 1])
