@@ -3,6 +3,8 @@
 torch and triton are an extra, not a requirement, on purpose. A ROCm machine brings a torch of its own and a triton under another
 distribution name (pytorch-triton-rocm, triton-rocm), which a plain `triton` requirement would overwrite file by file; a
 requirement cannot say "unless one is there". tools/setup_env.py asks for the extra only where no torch can be imported.
+
+deepspeed builds from source and imports torch while it does: `pip install --no-build-isolation`, after torch (docs/deepspeed.md).
 """
 
 from setuptools import find_packages, setup

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 from zaya import runtime
@@ -156,4 +157,13 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        exit_code = main(sys.argv[1:])
+    except Exception:  # noqa: BLE001 - printed, and the process ends
+        traceback.print_exc()
+        exit_code = 1
+    if exit_code:
+        # At once and without collectives: the others learn it from the closed connections, a process group must not be waited for.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)

@@ -153,7 +153,7 @@ def refused_steps(rank: int, world_size: int, tables: dict[str, Any]) -> list[st
     trainer.optimizer.backward = backward  # type: ignore[method-assign]
     wrong = changed(before)
     no = torch.zeros((), dtype=torch.bool)
-    trainer.balance.update = lambda counts, commit: None  # type: ignore[method-assign]
+    trainer.balance.update = lambda counts_LC, commit: None  # type: ignore[method-assign]
     trainer.optimizer.update = lambda commit, **numbers: update(commit=no, **numbers)  # type: ignore[method-assign]
     trainer.train_step()
     trainer.optimizer.update = update  # type: ignore[method-assign]

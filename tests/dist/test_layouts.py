@@ -72,7 +72,7 @@ def _parameters(by_rank: list[Any]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def corpora(folder: Path) -> Recipe:
-    return tiny.recipe(folder, train__steps=STEPS, train__seq_len=48, model__num_heads=8, model__num_experts=8, optim__lr=5e-3)
+    return tiny.recipe(folder, train__steps=STEPS, train__seq_len=48, train__micro_batch_size=8, model__num_heads=8, model__num_experts=8, optim__lr=5e-3)
 
 
 @pytest.fixture(scope="session")
@@ -124,12 +124,26 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (8, dict(tp=4, ep=4, zero_size=2)),
     (8, dict(tp=2, cp=2, ep=4, zero_size=2)),
 ]
+# What also must not change the result: accumulation, recomputation, micro-batches, and more ranks than any one axis.
+OTHERS: list[tuple[int, dict[str, Any]]] = [
+    (2, dict(parallel__tp=2, train__recompute="full")),
+    (4, dict(parallel__cp=2, parallel__ep=4, train__recompute="full")),
+    (4, dict(parallel__tp=2, parallel__ep=2, train__recompute="selective")),
+    (4, dict(parallel__cp=4, train__recompute="selective", train__micro_batch_size=1)),
+    (8, dict(parallel__tp=2, parallel__cp=2, parallel__ep=4, parallel__zero_size=1, train__recompute="full", train__micro_batch_size=4)),
+]
 NAMES = ["-".join([f"{world}ranks", *(f"{k}{v}" for k, v in layout.items())]) for world, layout in LAYOUTS]
 
 
-def check(pools: Pools, world_size: int, recipe: Recipe, *, small_buckets: bool = False) -> None:
+@pytest.mark.parametrize(("world_size", "changes"), OTHERS, ids=[f"{w}ranks-{c}" for w, c in OTHERS])
+def test_nothing_else_changes_the_result(pools: Pools, base: Recipe, world_size: int, changes: dict[str, Any]) -> None:
+    check(pools, world_size, tiny.variant(base, train__dtype="fp64", **changes), alike=tiny.variant(base, train__dtype="fp64"))
+
+
+def check(pools: Pools, world_size: int, recipe: Recipe, *, small_buckets: bool = False, alike: Recipe | None = None) -> None:
+    """The recipe under its layout against the single process' run of it (of `alike`)."""
     numbers, first, final = run(pools, world_size, recipe, small_buckets=small_buckets)
-    numbers_1, first_1, final_1 = single(pools, recipe)
+    numbers_1, first_1, final_1 = single(pools, alike or recipe)
     exact = recipe.train.dtype == "fp64"
     for name, start in first_1.items():
         assert np.array_equal(first[name], start), f"{name} does not start alike"

@@ -69,7 +69,8 @@ class _Rule(torch.optim.Optimizer):
             for master in group["params"]:
                 # Offloaded partitions lie on the host, where no Triton kernel runs; the scalars follow them.
                 adamw_ = ops().adamw_ if master.device == self.numbers["step"].device else reference.adamw_
-                numbers = {name: value.to(master.device) if isinstance(value, Tensor) else value for name, value in self.numbers.items()}
+                numbers: dict[str, Any] = {name: value.to(master.device) if isinstance(value, Tensor) else value
+                                           for name, value in self.numbers.items()}
                 moments = self.moments(master)
                 adamw_(master, master.grad, moments["exp_avg"], moments["exp_avg_sq"], beta1=config.beta1, beta2=config.beta2,
                        eps=config.eps, weight_decay=group["weight_decay"], **numbers)
@@ -169,6 +170,8 @@ class DeepSpeedEngine:
         self._rule.numbers = {"lr": lr, "grad_scale": grad_scale, "step": self.step, "commit": commit}
         self._engine.step()
         self.step += commit
+        if self._zero.overflow:  # a step that it skips leaves vectors in pieces at stage 3
+            self.publish()
 
     def wait(self, names: Iterable[str] | None = None) -> None:
         """The parameters are the updated ones: DeepSpeed has waited (stage 3: its hooks will gather them)."""

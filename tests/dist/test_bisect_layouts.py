@@ -1,0 +1,107 @@
+"""tools.bisect_layouts: two layouts that agree, and a fault planted in each parallel piece, which it names."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.dist.pool import Pools
+from tools.bisect_layouts import TOLERANCE, Difference, differences, main
+from zaya.config import Recipe
+
+
+def recorded(rank: int, world_size: int, tables: dict[str, Any], fault: str) -> Any:
+    """A rank's record of one step, with a fault planted in one piece."""
+    import torch
+
+    from tools.bisect_layouts import record
+    from zaya.config import recipe_from_tables
+    from zaya.parallel import context, expert, tensor, zero1
+    from zaya.parallel.mesh import make_mesh
+    from zaya.shard import Layout
+    from zaya.trainer import Trainer, open_data
+
+    recipe = recipe_from_tables(tables)
+    recipe.validate(world_size)
+    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
+    patch = pytest.MonkeyPatch()
+    exchange, sum_slots, rows_backward = context.ContextParallel._exchange, expert._sum_slots, tensor._Rows.backward
+    scatter, column_backward, mean_backward = context.ContextParallel._scatter, tensor._Columns.backward, tensor._GroupMean.backward
+    faults: dict[str, Any] = {
+        "halo": lambda: patch.setattr(context.ContextParallel, "_exchange",
+                                      lambda self, parts, step: [p * (step < 0) for p in exchange(self, parts, step)]),
+        "dkv": lambda: patch.setattr(context.ContextParallel, "_scatter", lambda self, dk, dv: tuple(2 * g for g in scatter(self, dk, dv))),
+        "combine": lambda: patch.setattr(expert, "_sum_slots", lambda rows, k: sum_slots(rows, k) * 1.001),
+        "row": lambda: patch.setattr(tensor._Rows, "backward", staticmethod(lambda ctx, dy: _scaled(rows_backward(ctx, dy)))),
+        "column": lambda: patch.setattr(tensor._Columns, "backward", staticmethod(
+            lambda ctx, *dys: _scaled(column_backward(ctx, *dys)))),
+        "mean": lambda: patch.setattr(tensor._GroupMean, "backward", staticmethod(lambda ctx, d: _scaled(mean_backward(ctx, d)))),
+        "reduce": lambda: patch.setattr(zero1, "reduce_scatter", lambda whole, group, label: zero1.all_reduce(
+            whole.chunk(group.size)[group.rank].clone(), dataclasses.replace(group, handle=None, size=1), label)),
+        "muon": lambda: patch.setattr(zero1, "_piece_of", lambda whole, part: whole.reshape(-1)[: part.numel]),
+    }
+    try:
+        if fault:
+            faults[fault]()
+        return record(Trainer(recipe, mesh, open_data(recipe, mesh)))
+    finally:
+        patch.undo()
+
+
+def _scaled(gradients: Any) -> Any:
+    return tuple(g * 1.001 if hasattr(g, "is_floating_point") and g.is_floating_point() else g for g in gradients)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return tiny.recipe(tmp_path_factory.mktemp("bisect"), train__seq_len=48, model__num_heads=8, model__num_experts=8, train__dtype="fp64")
+
+
+def compare(pools: Pools, recipe: Recipe, world_size: int, fault: str, **layout: int) -> list[Difference]:
+    """What parts between one process and a layout."""
+    single = pools[1].run(recorded, dataclasses.asdict(recipe), "")
+    other = tiny.variant(recipe, **{f"parallel__{key}": value for key, value in layout.items()})
+    many = pools[world_size].run(recorded, dataclasses.asdict(other), fault)
+    return [d for d in differences(single, many) if not d.relative <= TOLERANCE["fp64"]]
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(tp=4), dict(tp=2, ep=4), dict(cp=2, ep=2)], ids=str)
+def test_layouts_that_agree(pools: Pools, recipe: Recipe, layout: dict[str, int]) -> None:
+    assert compare(pools, recipe, 4, "", **layout) == []
+
+
+@pytest.mark.parametrize(("fault", "layout", "direction", "name"), [
+    ("halo", dict(cp=4), "forward", "blocks.0.attention.cca."),
+    ("dkv", dict(cp=4), "gradient", "blocks.1.attention.cca."),
+    ("combine", dict(ep=4), "forward", "blocks.0.moe"),
+    ("row", dict(tp=4), "gradient", "blocks.1.attention.heads"),
+    ("column", dict(tp=2), "gradient", "blocks.1.attention_norm"),
+    ("mean", dict(tp=4), "gradient", "blocks.1.attention.q"),
+    ("reduce", dict(), "parameter gradient", "embedding.weight"),
+    ("muon", dict(tp=2), "update", "blocks.0.attention.q.weight"),
+])
+def test_a_planted_fault_is_named(pools: Pools, recipe: Recipe, fault: str, layout: dict[str, int], direction: str, name: str) -> None:
+    found = compare(pools, recipe, 4, fault, **layout)
+    assert found and found[0].direction == direction and found[0].name.startswith(name), found[:3]
+
+
+def test_bad_layouts_are_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    for layout, says in (("ranks=4,tp=3", "parallel.tp = 3"), ("two", "not of the form"), ("ranks=3", "multiple of"),
+                         ("ranks=2,xp=2", "unknown recipe key")):
+        assert main([str(path), "--b", layout]) == 2
+        message = capsys.readouterr().err
+        assert says in message and message.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    assert main([str(path), "--b", "ranks=2,tp=2"]) == 0
+    assert "agree" in capsys.readouterr().out

@@ -1,0 +1,62 @@
+"""A rank that raises, wherever it is, ends the whole job within seconds, and its own traceback comes first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+# Seconds from the fault to the end of the job; torchrun looks at its workers ten times a second.
+END_S = 20.0
+JOB = """
+import os, runpy, sys, time
+from zaya.parallel import collectives, zero1
+from zaya.trainer import Trainer
+where = sys.argv.pop(1)
+
+def raises(function, when):
+    calls = 0
+    def run(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            open(os.environ["FAULT"], "w").write(str(time.time()))
+            raise RuntimeError(f"planted in {where}")
+        return function(*args, **kwargs)
+    return run
+
+if os.environ["RANK"] == "1":
+    if where == "forward":
+        from zaya.model.moe import Router
+        Router.forward = raises(Router.forward, 5)
+    elif where == "a collective":
+        collectives.dist.all_to_all_single = raises(collectives.dist.all_to_all_single, 9)
+    elif where == "the optimizer":
+        zero1.muon_direction = raises(zero1.muon_direction, 2)
+    elif where == "a save":
+        Trainer.shares = raises(Trainer.shares, 1)
+sys.argv[0] = "zaya.train"
+runpy.run_module("zaya.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["forward", "a collective", "the optimizer", "a save"])
+def test_a_rank_that_raises_ends_the_job_with_its_traceback_first(tmp_path: Path, where: str) -> None:
+    recipe, script = tmp_path / "recipe.toml", tmp_path / "job.py"
+    script.write_text(JOB)
+    recipe.write_text(tiny.recipe(tmp_path, train__steps=50, checkpoint__interval=4, parallel__ep=2).to_toml())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": str(tmp_path / "fault"), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), where, str(recipe)],
+                          capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
+    seconds = time.time() - float((tmp_path / "fault").read_text())
+    assert done.returncode == 1
+    first = done.stderr[done.stderr.index("Traceback"):]
+    assert f"RuntimeError: planted in {where}" in first.split("Traceback")[1], done.stderr[-4000:]
+    assert seconds < END_S, f"the job ended {seconds:.0f} s after the fault"

@@ -1,0 +1,247 @@
+"""Run one training step under two layouts and name the first place where they part: block, tensor, and forward, gradient or update.
+
+    python -m tools.bisect_layouts recipes/quickstart.toml --b ranks=4,tp=2,ep=4
+    python -m tools.bisect_layouts RECIPE --a ranks=2 --b ranks=8,cp=8 --tolerance 1e-9 --train.recompute=full
+
+Layouts: ranks (processes on this machine) and parallel.* keys; --a is one process by default. Everything is computed in fp64 (--dtype
+changes it), so that rounding is no explanation. Exit code 0: they agree, 1: they part, 2: bad input.
+
+Every rank notes what passes the model's seams with its place in the batch (rows, tokens, channels); the parts of all ranks make logical
+tensors, which are compared in the order of the step: forward through the blocks, backward through them, the parameters' gradients, the
+update. Gradients that KV replicas hold in part are summed, as the step does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zaya.cli import Parser
+from zaya.config import Recipe, load_recipe
+from zaya.parallel.mesh import close_mesh, open_mesh
+from zaya.shard import Layout
+from zaya.trainer import Trainer, open_data
+
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
+
+
+class Part(NamedTuple):
+    """A rank's part of a logical tensor: values, and the index of each dim in the whole."""
+
+    values: NDArray[Any]
+    index: tuple[NDArray[np.int64], ...]
+
+
+Record = dict[tuple[str, str], list[Part]]
+"""(direction, name) -> parts, in the order of the step."""
+
+
+class Difference(NamedTuple):
+    direction: str
+    name: str
+    relative: float
+    """RMS of the difference over RMS of the first layout's values."""
+
+
+def record(trainer: Trainer) -> Record:
+    """One step of this rank, and everything that passed a seam."""
+    notes: Record = {}
+    rows_T: list[NDArray[np.int64]] = []
+    mesh, model, table = trainer.mesh, trainer.model, trainer.table
+    tokens = trainer.token_index.numpy()
+    own = np.array_split(tokens, mesh.tp.size)[mesh.tp.rank]
+
+    def channels(parameter: str, dim: int = 0) -> NDArray[np.int64]:
+        offsets, sizes = mesh.layout.piece(table[parameter].placement, table[parameter].shape, mesh.rank)
+        return np.arange(offsets[dim], offsets[dim] + sizes[dim])
+
+    def note(name: str, tensor: Tensor, tokens_T: NDArray[np.int64], channels_C: NDArray[np.int64] | None = None) -> None:
+        flat = tensor.flatten(2)
+        index = (rows_T[-1], tokens_T, np.arange(flat.shape[2]) if channels_C is None else channels_C)
+
+        def keep(direction: str, values: Tensor | None) -> None:
+            if values is None:  # nothing reads this output
+                return
+            notes.setdefault((direction, name), []).append(Part(values.detach().flatten(2).double().cpu().numpy().copy(), index))
+
+        keep("forward", tensor)
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: keep("gradient", gradient))
+
+    def after(module: torch.nn.Module, name: str, pick: Callable[[Any], Tensor] = lambda output: output) -> None:
+        module.register_forward_hook(lambda _module, _inputs, output: note(name, pick(output), own))
+
+    after(model.embedding, "embedding")
+    for number, block in enumerate(model.blocks):
+        prefix = f"blocks.{number}."
+        _watch_attention(block.attention, prefix + "attention.", note, tokens, channels)
+        after(block.attention, prefix + "attention")
+        after(block.attention_residual, prefix + "attention_residual", lambda output: output[0])
+        after(block.attention_residual, prefix + "moe_norm", lambda output: output[1])
+        after(block.moe.router.out, prefix + "moe.router.out")
+        after(block.moe, prefix + "moe", lambda output: output[0])
+        after(block.moe_residual, prefix + "moe_residual", lambda output: output[0])
+        after(block.moe_residual, f"blocks.{number + 1}.attention_norm", lambda output: output[1])
+    batches = iter(trainer._micro_batches())
+
+    def next_rows(*_: Any) -> None:
+        first, rows = next(batches)
+        rows_T.append(np.arange(first, first + rows))
+
+    model.register_forward_pre_hook(next_rows)
+    update = trainer.optimizer.update
+
+    def note_gradients(**arguments: Any) -> None:
+        for bucket in trainer.optimizer.buckets:
+            master, bucket.master = bucket.master, bucket.grad_shard  # parts() then gives the gradient's boxes
+            for name in bucket.plan.spans:
+                _note_boxes(notes, "parameter gradient", name, trainer, "master" if bucket.master is not bucket.param_shard else "model")
+            bucket.master = master
+        update(**arguments)
+
+    trainer.optimizer.update = note_gradients  # type: ignore[method-assign]
+    result = trainer.train_step()
+    trainer.optimizer.wait()
+    notes["update", "loss"] = [Part(np.array([result.loss.item()]), (np.array([0]),))]
+    for name in table:
+        _note_boxes(notes, "update", name, trainer, "model")
+    return notes
+
+
+def _watch_attention(attention: Any, prefix: str, note: Callable[..., None], tokens_T: NDArray[np.int64],
+                     channels: Callable[..., NDArray[np.int64]]) -> None:
+    """Projections, what the op cca made of them, and the heads' outputs."""
+    project, mix, context = attention.project, attention.mix, attention.context
+    of = {letter: channels(f"{prefix}{letter}.weight") for letter in "qkv"}
+
+    def projected(x: Tensor, weights: Any) -> Any:
+        parts = project(x, weights)
+        for letter, part in zip("qkv", parts):
+            note(f"{prefix}{letter}", part, tokens_T, of[letter])
+        return parts
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(context, name)
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+            for letter, part in (("q", q), ("k", k), ("v", v)):
+                note(f"{prefix}cca.{letter}", part, tokens_T, of[letter])
+            return context.attend(q, k, v, *rest)  # type: ignore[no-any-return]
+
+    def mixed(*inputs: Any) -> Tensor:
+        out: Tensor = mix(*inputs)
+        note(f"{prefix}heads", out, tokens_T, of["q"])
+        return out
+
+    attention.project, attention.context, attention.mix = projected, Watched(), mixed
+
+
+def _note_boxes(notes: Record, direction: str, name: str, trainer: Trainer, kind: str) -> None:
+    parts = trainer.optimizer.parts(name, kind) if trainer.optimizer.counts(name) else iter(())
+    notes.setdefault((direction, name), [])
+    for (offsets, sizes), values in parts:
+        index = tuple(np.arange(o, o + s) for o, s in zip(offsets, sizes))
+        notes[direction, name].append(Part(values.double().cpu().numpy().copy(), index))
+
+
+def whole(parts: list[Part], add: bool) -> NDArray[Any]:
+    """The logical tensor; where ranks overlap, their sum (gradients held in part) or the last one's values."""
+    shape = [max(int(part.index[dim].max()) + 1 for part in parts) for dim in range(parts[0].values.ndim)]
+    out = np.zeros(shape)
+    for part in parts:
+        place = np.ix_(*part.index)
+        out[place] = part.values + (out[place] if add else 0)
+    return out
+
+
+def differences(a: list[Record], b: list[Record]) -> Iterator[Difference]:
+    """What parts, from the first rank's order of the step; a and b: a record per rank."""
+    order = list(a[0])
+    steps = [[key for key in order if key[0] == direction] for direction in ("forward", "gradient", "parameter gradient", "update")]
+    for direction, name in (key for keys in steps for key in keys):
+        ours, theirs = ([part for rank in ranks for part in rank.get((direction, name), [])] for ranks in (a, b))
+        x, y = whole(ours, direction == "gradient"), whole(theirs, direction == "gradient")
+        size = float(np.sqrt(np.mean(x**2)))
+        yield Difference(direction, name, float(np.sqrt(np.mean((x - y) ** 2))) / (size or 1.0) if x.shape == y.shape else np.inf)
+
+
+def _layout(text: str) -> tuple[int, list[str]]:
+    """(ranks, overrides) of "ranks=4,tp=2". ValueError: not of that form."""
+    try:
+        values = {key.strip(): int(value) for key, _, value in (item.partition("=") for item in text.split(","))}
+    except ValueError:
+        raise ValueError(f"layout {text!r} is not of the form ranks=4,tp=2") from None
+    ranks = values.pop("ranks", 1)
+    return ranks, [f"--parallel.{key}={value}" for key, value in values.items()]
+
+
+def _run(recipe: str, ranks: int, overrides: list[str], timeout_s: float) -> list[Record]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+                   "-m", "tools.bisect_layouts", "--worker", folder, recipe, *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise ValueError(f"{' '.join(overrides) or 'one process'} failed:\n{done.stderr[-2000:]}")
+        by_rank = [pickle.loads((Path(folder) / f"rank-{rank}").read_bytes()) for rank in range(ranks)]  # written just now, by ourselves
+        return [{key: [Part(*part) for part in parts] for key, parts in notes.items()} for notes in by_rank]
+
+
+def _worker(folder: str, recipe: Recipe) -> int:
+    mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, int(os.environ["WORLD_SIZE"])))
+    notes = record(Trainer(recipe, mesh, open_data(recipe, mesh)))
+    (Path(folder) / f"rank-{mesh.rank}").write_bytes(pickle.dumps({key: list(map(tuple, parts)) for key, parts in notes.items()}))
+    close_mesh(mesh)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="tools.bisect_layouts", description="Name the first tensor in which a training step under two layouts parts.",
+                    epilog="Overrides of the recipe: --section.key=value", allow_abbrev=False)
+    parser.add_argument("recipe", help="recipe (.toml)")
+    parser.add_argument("--a", default="ranks=1", metavar="LAYOUT", help="the layout to trust (ranks=1)")
+    parser.add_argument("--b", default="ranks=2", metavar="LAYOUT", help="the layout in question (ranks=2)")
+    parser.add_argument("--dtype", default="fp64", choices=sorted(TOLERANCE), help="fp64 | fp32")
+    parser.add_argument("--tolerance", type=float, help="RMS of a difference over RMS of the tensor (1e-9 in fp64, 1e-3 in fp32)")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of each of the two jobs (600)")
+    parser.add_argument("--all", action="store_true", help="print every tensor, not only the first that parts")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options, overrides = parser.parse_known_args(argv)
+    try:
+        overrides = [*overrides, *([] if options.worker else [f"--train.dtype={options.dtype}", "--train.kernels=reference"])]
+        recipe = load_recipe(options.recipe, overrides)
+        if options.worker:
+            return _worker(options.worker, recipe)
+        layouts = [_layout(text) for text in (options.a, options.b)]
+        for ranks, flags in layouts:
+            load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)
+        a, b = (_run(options.recipe, ranks, [*overrides, *flags], options.timeout) for ranks, flags in layouts)
+    except (ValueError, subprocess.TimeoutExpired) as error:
+        print(f"tools.bisect_layouts: {error}", file=sys.stderr)
+        return 2
+    tolerance = options.tolerance or TOLERANCE[options.dtype]
+    found = list(differences(a, b))
+    for difference in found if options.all else ():
+        print(f"{difference.relative:10.1e}  {difference.direction:18}  {difference.name}")
+    first = next((d for d in found if not d.relative <= tolerance), None)
+    if first is None:
+        print(f"{options.a} and {options.b} agree: {len(found)} tensors, at most {max(d.relative for d in found):.1e} apart")
+        return 0
+    print(f"{options.a} and {options.b} part at {first.name}, {first.direction}: {first.relative:.1e} of its RMS apart")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
