@@ -38,10 +38,10 @@ TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
 
 
 class Part(NamedTuple):
-    """A rank's part of a logical tensor: values, and the index of each dim in the whole."""
+    """A rank's part of a logical tensor: values, and where they stand along each dim of the whole."""
 
     values: NDArray[Any]
-    index: tuple[NDArray[np.int64], ...]
+    places: tuple[NDArray[np.int64], ...]
 
 
 Record = dict[tuple[str, str], list[Part]]
@@ -104,11 +104,8 @@ def record(trainer: Trainer) -> Record:
     update = trainer.optimizer.update
 
     def note_gradients(**arguments: Any) -> None:
-        for bucket in trainer.optimizer.buckets:
-            master, bucket.master = bucket.master, bucket.grad_shard  # parts() then gives the gradient's boxes
-            for name in bucket.plan.spans:
-                _note_boxes(notes, "parameter gradient", name, trainer, "master" if bucket.master is not bucket.param_shard else "model")
-            bucket.master = master
+        for name in table:
+            _note_boxes(notes, "parameter gradient", name, trainer, "grad")
         update(**arguments)
 
     trainer.optimizer.update = note_gradients  # type: ignore[method-assign]
@@ -139,7 +136,8 @@ def _watch_attention(attention: Any, prefix: str, note: Callable[..., None], tok
         def attend(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
             for letter, part in (("q", q), ("k", k), ("v", v)):
                 note(f"{prefix}cca.{letter}", part, tokens_T, of[letter])
-            return context.attend(q, k, v, *rest)  # type: ignore[no-any-return]
+            out: Tensor = context.attend(q, k, v, *rest)
+            return out
 
     def mixed(*inputs: Any) -> Tensor:
         out: Tensor = mix(*inputs)
@@ -159,10 +157,10 @@ def _note_boxes(notes: Record, direction: str, name: str, trainer: Trainer, kind
 
 def whole(parts: list[Part], add: bool) -> NDArray[Any]:
     """The logical tensor; where ranks overlap, their sum (gradients held in part) or the last one's values."""
-    shape = [max(int(part.index[dim].max()) + 1 for part in parts) for dim in range(parts[0].values.ndim)]
+    shape = [max(int(part.places[dim].max()) + 1 for part in parts) for dim in range(parts[0].values.ndim)]
     out = np.zeros(shape)
     for part in parts:
-        place = np.ix_(*part.index)
+        place = np.ix_(*part.places)
         out[place] = part.values + (out[place] if add else 0)
     return out
 
@@ -202,7 +200,8 @@ def _run(recipe: str, ranks: int, overrides: list[str], timeout_s: float) -> lis
 def _worker(folder: str, recipe: Recipe) -> int:
     mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, int(os.environ["WORLD_SIZE"])))
     notes = record(Trainer(recipe, mesh, open_data(recipe, mesh)))
-    (Path(folder) / f"rank-{mesh.rank}").write_bytes(pickle.dumps({key: list(map(tuple, parts)) for key, parts in notes.items()}))
+    plain = {key: [(part.values, part.places) for part in parts] for key, parts in notes.items()}
+    (Path(folder) / f"rank-{mesh.rank}").write_bytes(pickle.dumps(plain))
     close_mesh(mesh)
     return 0
 
@@ -224,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, overrides)
         if options.worker:
             return _worker(options.worker, recipe)
+        if recipe.parallel.engine != "zaya":
+            raise ValueError(f'parallel.engine = "{recipe.parallel.engine}" has no layouts to compare; use --parallel.engine=zaya')
         layouts = [_layout(text) for text in (options.a, options.b)]
         for ranks, flags in layouts:
             load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)

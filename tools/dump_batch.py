@@ -29,11 +29,14 @@ def main(argv: list[str] | None = None) -> int:
         args, overrides = parser.parse_known_args(argv)
         if args.step < 1:
             raise ValueError(f"--step = {args.step} must be at least 1: steps are counted from 1")
+        if args.step >= 2**31:
+            raise ValueError(f"--step = {args.step} is beyond any run; keep it below 2^31")
         recipe = load_recipe(args.recipe, overrides)
         _write(args.out, _arrays(recipe, args.step))
     except (ValueError, OSError) as error:
         print(f"tools.dump_batch: {error}", file=sys.stderr)
         return 2
+    print(f"wrote the {recipe.train.global_batch_size} rows of step {args.step} to {args.out}")
     return 0
 
 

@@ -82,7 +82,8 @@ def main() -> int:
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel
     chosen = [case for case in cases.cases(cases.CHIP) if case.name.startswith(arguments.op or "")]
     if not chosen:
-        parser.error(f"--op {arguments.op}: no chip case has such a name")
+        names = sorted({case.name.partition(" ")[0] for case in cases.cases(cases.CHIP)})
+        parser.error(f"--op {arguments.op}: no chip case has such a name; there are {', '.join(names)}")
     rows = report(launches(chosen))
     print(json.dumps(rows, indent=1) if arguments.json else table(rows))
     broken = [f"{row['kernel']} {row['config']} ({row['cases'][0]}): {'; '.join(row['broken'])}" for row in rows if row["broken"]]

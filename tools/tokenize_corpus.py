@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tools.tokenize_corpus: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"tools.tokenize_corpus: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"tools.tokenize_corpus: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
         return 2
     empty = f" ({written.num_empty} empty ones left out)" if written.num_empty else ""
     print(f"{args.output}.bin, {args.output}.idx: {written.num_documents} documents, {written.num_tokens} tokens{empty}")

@@ -163,7 +163,8 @@ def main() -> int:
         parser.error(f"--arch {arch}: this machine can measure {here} and judge {MI300X.arch} by its machine code")
     chosen = [case for case in cases.cases(cases.CHIP) if case.name.startswith(arguments.op)]
     if not chosen:
-        parser.error(f"--op {arguments.op}: no chip case has such a name")
+        names = sorted({case.name.partition(" ")[0] for case in cases.cases(cases.CHIP)})
+        parser.error(f"--op {arguments.op}: no chip case has such a name; there are {', '.join(names)}")
     try:
         space = parse_space(arguments.space)
     except ValueError as error:

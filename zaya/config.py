@@ -157,6 +157,9 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("seed", "eval_interval"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("steps", "global_batch_size", "micro_batch_size", "seq_len", "seed", "eval_interval", "eval_rows", "log_interval"):
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"train.{name} = {getattr(self, name)} is beyond any run; keep it below 2^31")
         _one_of("train.dtype", self.dtype, DTYPES)
         _one_of("train.device", self.device, ("auto", "cuda", "cpu"))
         _one_of("train.kernels", self.kernels, ("auto", "triton", "reference"))
@@ -205,6 +208,9 @@ class OptimConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{name} = {value} is outside [0, 1)")
+        for name, hint in _hints(OptimConfig).items():
+            if hint is float and getattr(self, name) > 1e30:
+                raise ValueError(f"optim.{name} = {getattr(self, name)} is beyond fp32; keep it below 1e30")
         if self.warmup_steps > steps:
             raise ValueError(f"optim.warmup_steps = {self.warmup_steps} is more than train.steps = {steps}: the peak rate is never reached")
         if self.min_lr > self.lr:
@@ -231,7 +237,11 @@ class ParallelConfig:
     grad_dtype: str = "fp32"
     """Dtype in which gradients are summed over ranks: fp32 (fp64 where train.dtype is) | bf16 (half the traffic)."""
     engine: str = "zaya"
-    """zaya | deepspeed."""
+    """zaya | deepspeed (docs/deepspeed.md; AdamW and data parallelism only)."""
+    zero_stage: int = 1
+    """What DeepSpeed cuts over the ranks: 1 = optimizer state, 2 = and gradients, 3 = and parameters. Unused by zaya, which does 1."""
+    offload: bool = False
+    """DeepSpeed keeps master weights and optimizer state in the memory of the host and updates them there."""
 
     def validate(self, world_size: int, model: ModelConfig, seq_len: int) -> None:
         """ValueError names the two numbers that do not fit, and what would."""
@@ -241,8 +251,11 @@ class ParallelConfig:
         _at_least("parallel.zero_size", self.zero_size, 0)
         if self.pp > 1:
             raise ValueError(f"parallel.pp = {self.pp}: there is no pipeline parallelism; use pp = 1")
-        if self.engine != "zaya":
-            raise ValueError(f'parallel.engine = "{self.engine}" is not built yet; use "zaya"')
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"parallel.zero_stage = {self.zero_stage} is not one of 1, 2, 3")
+        if self.engine == "zaya" and (self.zero_stage != 1 or self.offload):
+            raise ValueError(f"parallel.zero_stage = {self.zero_stage} and parallel.offload = {str(self.offload).lower()} need "
+                             'parallel.engine = "deepspeed": the engine "zaya" does stage 1 on the device')
         _one_of("parallel.grad_dtype", self.grad_dtype, ("fp32", "bf16"))
         tp, cp, ep = self.tp, self.cp, self.ep
         heads, kv_heads = model.num_heads, model.num_kv_heads
@@ -339,6 +352,8 @@ class Recipe:
         self.train.validate()
         self.optim.validate(self.train.steps)
         self.parallel.validate(world_size, self.model, self.train.seq_len)
+        if self.parallel.engine == "deepspeed":
+            self._validate_deepspeed()
         self.checkpoint.validate()
         self.run.validate()
         rows, dp = self.train.global_batch_size, world_size // (self.parallel.tp * self.parallel.cp)
@@ -354,6 +369,28 @@ class Recipe:
         if self.train.eval_interval and self.train.eval_rows % dp:
             raise ValueError(f"train.eval_rows = {self.train.eval_rows} is not a multiple of the {dp} data-parallel ranks; "
                              f"use {_next_multiple(self.train.eval_rows, dp)}")
+
+    def _validate_deepspeed(self) -> None:
+        """What the DeepSpeed engine does not do."""
+        for axis in ("tp", "cp", "ep"):
+            size = getattr(self.parallel, axis)
+            if size > 1:
+                raise ValueError(f'parallel.{axis} = {size}: parallel.engine = "deepspeed" has data parallelism only; use {axis} = 1, '
+                                 'or parallel.engine = "zaya"')
+        if self.parallel.zero_size:
+            raise ValueError(f'parallel.zero_size = {self.parallel.zero_size}: parallel.engine = "deepspeed" cuts the state over all '
+                             'ranks; use zero_size = 0, or parallel.engine = "zaya"')
+        if self.optim.name != "adamw":
+            raise ValueError(f'optim.name = "{self.optim.name}": parallel.engine = "deepspeed" does not support Muon (DeepSpeed\'s '
+                             'computes another update: half precision, joined matrices as one, another scale); use '
+                             'optim.name = "adamw", or parallel.engine = "zaya"')
+        if self.train.dtype == "fp64":
+            raise ValueError('train.dtype = "fp64": parallel.engine = "deepspeed" keeps its state in fp32; use "fp32" or "bf16", '
+                             'or parallel.engine = "zaya"')
+
+    def micro_batches(self, dp: int) -> int:
+        """Forward passes of one step on each of dp data-parallel ranks."""
+        return self.train.global_batch_size // dp // self.micro_batch_rows(dp)
 
     def micro_batch_rows(self, dp: int) -> int:
         """Rows of one forward pass on each of dp data-parallel ranks."""

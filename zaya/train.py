@@ -20,6 +20,7 @@ from zaya import runtime
 # HIP reads its variables as torch loads: before the imports below.
 SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
 
+import torch
 from tqdm import tqdm
 
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, load
@@ -47,6 +48,9 @@ def check_run_directory(recipe: Recipe) -> None:
         saved = recipe_of_run(run_dir)
     except OSError as error:
         raise ValueError(f"cannot read run.dir = {recipe.run.dir!r}: {error.strerror}") from None
+    if saved and recipe.checkpoint.resume == "auto" != saved.checkpoint.resume != "never" and newest(run_dir / "checkpoints") is None:
+        raise ValueError(f"{run_dir} started from checkpoint.resume = {saved.checkpoint.resume!r} and has no checkpoint of its own yet; "
+                         'start it with that again, with "never", or use another run.dir')
     theirs, ours = (saved or recipe).identity(), recipe.identity()
     for key, value in ours.items():
         if theirs[key] != value:
@@ -131,6 +135,16 @@ def refuse(error: ValueError, mesh: Mesh | None) -> int:
     return 2
 
 
+def _readable(error: Exception) -> ValueError:
+    """What a user can mend: bad input, and memory that is too small for the recipe. Anything else is a bug, and is raised."""
+    if isinstance(error, ValueError):
+        return error
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return ValueError(f"out of memory: {str(error).splitlines()[0]}; lower train.micro_batch_size or train.seq_len, set "
+                          "train.recompute, use more ranks, or a smaller model")
+    raise error
+
+
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE) if argv else print("zaya.train: name a recipe; see --help", file=sys.stderr)
@@ -144,14 +158,14 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
         metrics = open_run_directory(recipe, mesh, trainer.step)
-    except ValueError as error:
-        return refuse(error, mesh)
+    except (ValueError, MemoryError, RuntimeError) as error:
+        return refuse(_readable(error), mesh)
     for line in runtime.describe(SETTINGS):
         log.info(line)
     try:
         trainer.fit(metrics)
-    except (CorpusError, CheckpointError) as error:  # any other ValueError of the loop is a bug, and shows where
-        return refuse(error, mesh)
+    except (CorpusError, CheckpointError, MemoryError, RuntimeError) as error:  # a ValueError of the loop is a bug, and shows where
+        return refuse(_readable(error), mesh)
     close_mesh(mesh)
     return 0
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.manifest import load as load_manifest
 from zaya.checkpoint.read import Checkpoint, newest, prune
 from zaya.checkpoint.write import Share, save
 from zaya.config import Recipe
@@ -29,8 +31,7 @@ from zaya.model.init import init_weights
 from zaya.optim import RouterBalance
 from zaya.parallel.collectives import all_reduce_sum, barrier, gather_objects
 from zaya.parallel.mesh import Mesh
-from zaya.parallel.parallelize import build_model, pieces, token_index, wait_for_parameters
-from zaya.parallel.zero1 import Zero1
+from zaya.parallel.parallelize import build_model, build_optimizer, pieces, token_index
 from zaya.plan import plan
 from zaya.runtime import GarbageCollection
 from zaya.schedule import learning_rate
@@ -44,12 +45,13 @@ def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
     if mesh.rank == 0:
         build_corpora(recipe)
     barrier(mesh.world)
-    loader = open_loader(recipe)
+    known = None
     if recipe.data.tokenizer:
         known = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
         if known > recipe.model.vocab_size:
             raise ValueError(f"data.tokenizer = {recipe.data.tokenizer!r} knows {known} tokens, model.vocab_size is "
                              f"{recipe.model.vocab_size}; name the tokenizer of the corpora, or widen the model")
+    loader = open_loader(recipe, known)
     if recipe.train.eval_interval and recipe.train.eval_rows > loader.num_evaluation_rows:
         raise ValueError(f"train.eval_rows = {recipe.train.eval_rows} but data.valid = {recipe.data.valid!r} has "
                          f"{loader.num_evaluation_rows} rows of {recipe.train.seq_len} tokens; lower it")
@@ -79,9 +81,7 @@ class Trainer:
         self.table = plan(recipe.model)
         self.model = build_model(recipe.model, DTYPES[train.dtype], train.recompute, mesh, self.table)
         init_weights(self.model, recipe.model, train.seed, pieces(mesh, self.table))
-        self.optimizer = Zero1({name: self.model.get_parameter(name) for name in self.table}, self.table, recipe.optim, mesh,
-                               reduce_dtype=torch.bfloat16 if recipe.parallel.grad_dtype == "bf16" else None)
-        wait_for_parameters(self.model, self.optimizer)
+        self.optimizer = build_optimizer(self.model, recipe, mesh, self.table)
         self.balance = RouterBalance([block.moe.router.balance_bias for block in self.model.blocks], recipe.model.num_experts,
                                      recipe.optim.balance_lr)
         self.token_index = token_index(mesh, train.seq_len)
@@ -187,13 +187,21 @@ class Trainer:
         """Start from where the recipe says: the run's own newest checkpoint, a given one, other weights, or random ones."""
         resume, init = self.recipe.checkpoint.resume, self.recipe.init.checkpoint
         own = newest(Path(self.recipe.run.dir) / "checkpoints") if resume == "auto" else None
-        path = own if resume in ("auto", "never") else Path(resume)
-        if path is not None:
-            self.load(path)
-            self.origin = f"resumed from {path} at step {self.step}"
+        if resume not in ("auto", "never"):
+            own = _named("checkpoint.resume", resume, 'or write "auto" or "never"')
+        if own is not None:
+            self.load(own)
+            self.origin = f"resumed from {own} at step {self.step}{self._changes(own)}"
         elif init:
-            self.load(Path(init), weights_only=True)
+            self.load(_named("init.checkpoint", init, "(tools.import_hf makes one from a transformers directory)"), weights_only=True)
             self.origin = f"weights from {init}"
+
+    def _changes(self, path: Path) -> str:
+        """What the recipe of a checkpoint said otherwise: going on from another run's is allowed, but never silent."""
+        theirs = load_manifest(path).recipe
+        changed = [f"{key} was {theirs.get(section, {}).get(name)!r}, is {value!r}" for key, value in self.recipe.identity().items()
+                   for section, _, name in [key.partition(".")] if _plain(theirs.get(section, {}).get(name)) != _plain(value)]
+        return f"; made by another recipe: {'; '.join(changed)}" if changed else ""
 
     @torch.no_grad()
     def load(self, path: Path, *, weights_only: bool = False) -> None:
@@ -213,13 +221,12 @@ class Trainer:
             if stored[source] != needed[name]:
                 raise ValueError(f"checkpoint {path}: {source} has shape {stored[source]}, this recipe needs {needed[name]}")
         self.optimizer.wait()
-        boxes = pieces(self.mesh, self.table)
         for name in self.table:
-            self.model.get_parameter(name).copy_(checkpoint.read(wanted[_stored("model", name)], *boxes[name]))
             for kind in self.optimizer.kinds(name):
-                if _stored(kind, name) in wanted and kind != "model":
+                if _stored(kind, name) in wanted:
                     for box, tensor in self.optimizer.parts(name, kind):
                         tensor.copy_(checkpoint.read(wanted[_stored(kind, name)], *box))
+        self.optimizer.publish()
         for name, tensor in self._replicated().items():
             if name in wanted:
                 tensor.copy_(checkpoint.read(wanted[name]))
@@ -286,6 +293,19 @@ class Trainer:
 
 def _due(step: int, interval: int, steps: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == steps)
+
+
+def _named(key: str, value: str, otherwise: str) -> Path:
+    """The checkpoint that a recipe key names, or the newest one of the run that it names. CheckpointError names the key."""
+    try:
+        return Checkpoint.find(value).path
+    except CheckpointError as error:
+        raise CheckpointError(f"{key} = {value!r}: {error}; name a checkpoint or a run, {otherwise}") from None
+
+
+def _plain(value: object) -> object:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _stored(kind: str, name: str) -> str:

@@ -103,7 +103,7 @@ def on_ranks(rank: int, world_size: int, cp: int) -> tuple[list[Any], list[Any]]
     for case in CASES:
         attention, x, positions, dout = made(case, cp)
         context = ContextParallel(cp_group)
-        attention.context = context  # type: ignore[assignment]
+        attention.context = context
         index = context.index(x.shape[1])
         ledger, before = cp_group.ledger, cp_group.ledger.sent.copy()
         ledger.events = []
@@ -199,7 +199,7 @@ def test_a_group_of_one_is_the_local_context(case: Case) -> None:
     ledger = Ledger(events=[])
     for context in (LocalContext(), ContextParallel(Group(None, 0, 1, ledger=ledger))):
         attention, *rest = made(case, 1)
-        attention.context = context  # type: ignore[assignment]
+        attention.context = context
         results.append(run(case, attention, *rest))
     (out, dx, grads), (out_1, dx_1, grads_1) = results
     assert out.equal(out_1) and dx.equal(dx_1) and all(grads[name].equal(grads_1[name]) for name in grads)
@@ -262,7 +262,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, cp: int, tokens: int, recompute: b
                         moe_intermediate_size=1, router_hidden_size=1)
     with torch.device("meta"), launching_through(lambda *_: None, MI300X):
         attention = Attention(shape, "full", recompute=recompute).bfloat16()
-        attention.context = ContextParallel(Group(None, min(1, cp - 1), cp))  # type: ignore[assignment]
+        attention.context = ContextParallel(Group(None, min(1, cp - 1), cp))
         x = torch.empty(1, tokens // cp, 2048, dtype=torch.bfloat16, requires_grad=True)
         positions = torch.empty(1, tokens // cp, dtype=torch.int64)
         packing = Packing.of(positions, shape, torch.bfloat16, attention.context.offsets(tokens // cp))

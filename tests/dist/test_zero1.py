@@ -63,7 +63,7 @@ def steps(rank: int, world_size: int, axes: dict[str, int], dtype_name: str, num
         draw = torch.Generator().manual_seed(100 + step)
         grads = {row.name: torch.randn(row.shape, generator=draw, dtype=torch.float64) for row in ROWS}
         for weight in (0.25, 0.75):
-            loss: Any = sum((parameters[row.name] * (piece(row.name, grads[row.name]) * weight / len(layout.holders(row.placement, rank)))).sum()
+            loss = sum((parameters[row.name] * (piece(row.name, grads[row.name]) * weight / len(layout.holders(row.placement, rank)))).sum()
                        for row in ROWS)
             optimizer.backward(loss)
             mesh.ledger.note("note", "backward", str(weight))
@@ -76,7 +76,7 @@ def steps(rank: int, world_size: int, axes: dict[str, int], dtype_name: str, num
     mesh.ledger.sent.pop(("all_reduce", "world"), None)  # of the norm
     shards = {f"{kind}.{name}": [(box, tensor.double().numpy().copy()) for box, tensor in optimizer.parts(name, kind)]
               for name in TABLE if optimizer.counts(name) for kind in optimizer.kinds(name)}
-    copies = gather_objects({name: parameter.detach().double().numpy().copy() for name, parameter in parameters.items()}, mesh.world)
+    copies: Any = gather_objects({name: parameter.detach().double().numpy().copy() for name, parameter in parameters.items()}, mesh.world)
     for other, theirs in enumerate(copies):
         for row in ROWS:
             if other in layout.holders(row.placement, rank):

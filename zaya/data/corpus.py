@@ -66,7 +66,7 @@ class Corpus:
         if count and (stored.max() >= self.vocab_size or stored.min() < 0):
             at = int(np.flatnonzero((stored >= self.vocab_size) | (stored < 0))[0])
             raise CorpusError(f"corpus {self.prefix} holds token id {stored[at]} at token {start + at}, outside the vocabulary of "
-                             f"model.vocab_size = {self.vocab_size}; tokenise it with the recipe's tokenizer or raise model.vocab_size")
+                             f"{self.vocab_size} that model.vocab_size or data.tokenizer gives; use the tokenizer it was made with")
         return stored.astype(np.int64)
 
     def starts(self, start: int, count: int) -> NDArray[np.bool_]:

@@ -26,9 +26,10 @@ def build_corpora(recipe: Recipe) -> None:
         stdlib_corpus.build(recipe.data, recipe.model.vocab_size)
 
 
-def open_loader(recipe: Recipe) -> Loader:
-    """The loader of a recipe whose corpora exist."""
-    return Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=recipe.model.vocab_size, seed=recipe.train.seed)
+def open_loader(recipe: Recipe, known_tokens: int | None = None) -> Loader:
+    """The loader of a recipe whose corpora exist. known_tokens: entries of its tokenizer, beyond which no token may lie."""
+    vocab_size = min(recipe.model.vocab_size, known_tokens or recipe.model.vocab_size)
+    return Loader(recipe.data, seq_len=recipe.train.seq_len, vocab_size=vocab_size, seed=recipe.train.seed)
 
 
 class Loader:

@@ -70,7 +70,7 @@ class Zaya(nn.Module):
         """tokens, positions (index inside the document; a document starts at every 0): (B, T) int64."""
         norms = [*(block.attention_norm for block in self.blocks), self.final_norm]
         offsets = self.blocks[0].attention.context.offsets(positions_BT.shape[1])
-        packing = Packing.of(positions_BT, self.config, self.embedding.weight.dtype, offsets)
+        packing = Packing.of(positions_BT, self.config, self.final_norm.weight.dtype, offsets)
         stream_BTD = self.embedding(tokens_BT)
         x_BTD, state_BTR, counts = norms[0](stream_BTD), None, []
         for block, next_norm in zip(self.blocks, norms[1:]):

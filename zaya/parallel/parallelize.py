@@ -18,10 +18,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from zaya.config import ModelConfig
+from zaya.config import ModelConfig, Recipe
+from zaya.model.layers import Embedding
 from zaya.model.transformer import Zaya
 from zaya.parallel import tensor
 from zaya.parallel.context import ContextParallel
+from zaya.parallel.deepspeed_engine import DeepSpeedEngine
 from zaya.parallel.expert import ExpertParallel
 from zaya.parallel.mesh import Mesh
 from zaya.parallel.zero1 import Zero1
@@ -69,6 +71,31 @@ def _fill_seams(model: Zaya, config: ModelConfig, mesh: Mesh, table: Mapping[str
         block.moe.dispatcher = dispatcher
     model.embedding.lookup = tensor.vocabulary_lookup(mesh.tp)
     model.embedding.cross_entropy = tensor.vocabulary_cross_entropy(mesh.tp)
+
+
+def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str, ParameterPlan]) -> Zero1 | DeepSpeedEngine:
+    """What holds the state of the model's parameters and moves them (all ranks call it together). ValueError: DeepSpeed is not there."""
+    reduce_dtype = torch.bfloat16 if recipe.parallel.grad_dtype == "bf16" else None
+    if recipe.parallel.engine == "zaya":
+        zero1 = Zero1({name: model.get_parameter(name) for name in table}, table, recipe.optim, mesh, reduce_dtype=reduce_dtype)
+        wait_for_parameters(model, zero1)
+        return zero1
+    head = _Head(model.embedding)
+    model.embedding.add_module("head", head)
+    model.embedding.cross_entropy = lambda hidden_BTD, _, labels_BT: head(hidden_BTD, labels_BT)
+    return DeepSpeedEngine(model, table, recipe.optim, mesh, stage=recipe.parallel.zero_stage, offload=recipe.parallel.offload,
+                           micro_batches=recipe.micro_batches(mesh.dp.size), reduce_dtype=reduce_dtype)
+
+
+class _Head(nn.Module):
+    """The loss as a module that has the embedding's weight: DeepSpeed's stage 3 gathers what a module has before it runs."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self.weight, self.cross_entropy = embedding.weight, embedding.cross_entropy
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        return self.cross_entropy(hidden_BTD, self.weight, labels_BT)
 
 
 def wait_for_parameters(model: Zaya, optimizer: Zero1) -> None:

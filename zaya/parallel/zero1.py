@@ -237,6 +237,12 @@ class Zero1:
         for bucket in self.buckets if names is None else {id(b): b for b in map(self._bucket_of.__getitem__, names)}.values():
             bucket.finish_gather()
 
+    def publish(self) -> None:
+        """The parameters from their owners' shards, after these were written (collective)."""
+        for bucket in self.buckets:
+            bucket.start_gather()
+        self.wait()
+
     # ------------------------------------------------------------------------------------------------------------ state
 
     def kinds(self, name: str) -> list[str]:
@@ -246,7 +252,7 @@ class Zero1:
 
     def _flat(self, name: str, kind: str) -> Tensor:
         bucket = self._bucket_of[name]
-        return {"model": bucket.param_shard, "master": bucket.master, **bucket.state}[kind]
+        return {"model": bucket.param_shard, "master": bucket.master, "grad": bucket.grad_shard, **bucket.state}[kind]
 
     def dtype(self, name: str, kind: str) -> torch.dtype:
         return self._flat(name, kind).dtype
@@ -256,7 +262,7 @@ class Zero1:
         return self._bucket_of[name].holding.replicas.rank == 0
 
     def parts(self, name: str, kind: str) -> Iterator[tuple[Box, Tensor]]:
-        """This rank's shard of one tensor of the state, as boxes of the logical tensor, each with the memory that holds it."""
+        """This rank's shard of one tensor of the state (or "grad"), as boxes of the logical tensor, each with the memory that holds it."""
         bucket, flat = self._bucket_of[name], self._flat(name, kind)
         row = next(row for row in bucket.plan.rows if row.name == name)
         offsets, sizes = self.mesh.layout.piece(row.placement, row.shape, self.mesh.rank)
