@@ -52,9 +52,10 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback_first(tmp_path: Path
     recipe, script = tmp_path / "recipe.toml", tmp_path / "job.py"
     script.write_text(JOB)
     recipe.write_text(tiny.recipe(tmp_path, train__steps=50, checkpoint__interval=4, parallel__ep=2).to_toml())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": str(tmp_path / "fault"), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), where, str(recipe)],
-                          capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": str(tmp_path / "fault"), "PYTHONPATH": str(ROOT),
+                   "GLOO_SOCKET_IFNAME": "lo"}
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), where, str(recipe)]
+    done = subprocess.run(job, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
     seconds = time.time() - float((tmp_path / "fault").read_text())
     assert done.returncode == 1
     first = done.stderr[done.stderr.index("Traceback"):]

@@ -72,7 +72,8 @@ def _parameters(by_rank: list[Any]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def corpora(folder: Path) -> Recipe:
-    return tiny.recipe(folder, train__steps=STEPS, train__seq_len=48, train__micro_batch_size=8, model__num_heads=8, model__num_experts=8, optim__lr=5e-3)
+    return tiny.recipe(folder, train__steps=STEPS, train__seq_len=48, train__micro_batch_size=8, model__num_heads=8, model__num_experts=8,
+                       optim__lr=5e-3)
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +136,8 @@ OTHERS: list[tuple[int, dict[str, Any]]] = [
 NAMES = ["-".join([f"{world}ranks", *(f"{k}{v}" for k, v in layout.items())]) for world, layout in LAYOUTS]
 
 
-@pytest.mark.parametrize(("world_size", "changes"), OTHERS, ids=[f"{w}ranks-{c}" for w, c in OTHERS])
+@pytest.mark.parametrize(("world_size", "changes"), [pytest.param(w, c, id=f"{w}ranks-{c}", marks=pytest.mark.slow if w == 8 else ())
+                                                     for w, c in OTHERS])
 def test_nothing_else_changes_the_result(pools: Pools, base: Recipe, world_size: int, changes: dict[str, Any]) -> None:
     check(pools, world_size, tiny.variant(base, train__dtype="fp64", **changes), alike=tiny.variant(base, train__dtype="fp64"))
 
@@ -158,8 +160,16 @@ def check(pools: Pools, world_size: int, recipe: Recipe, *, small_buckets: bool 
         assert apart <= (1e-9 if exact else 1e-3) * moved + 1e-15, f"{name} ends {apart / moved:.1e} of its way apart"
 
 
-@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=NAMES)
-@pytest.mark.parametrize(("optimizer", "dtype"), [("muon", "fp64"), ("adamw", "fp64"), ("muon", "fp32"), ("adamw", "fp32")])
+def runs() -> list[Any]:
+    """Every layout with both optimizers in both dtypes; those that `make test` leaves to `make test-full` are marked slow."""
+    quick = {("muon", "fp64"): {*NAMES[:14], "8ranks-tp8", "8ranks-tp2-cp2-ep8", "8ranks-tp4-ep4-zero_size2"},
+             ("adamw", "fp32"): {"2ranks-tp2", "4ranks-cp4", "4ranks-tp2-cp2-ep4"}, ("muon", "fp32"): {"4ranks-tp2-ep4"}}
+    return [pytest.param(world_size, layout, optimizer, dtype, id=f"{optimizer}-{dtype}-{name}",
+                         marks=() if name in quick.get((optimizer, dtype), ()) else pytest.mark.slow)
+            for optimizer in ("muon", "adamw") for dtype in ("fp64", "fp32") for name, (world_size, layout) in zip(NAMES, LAYOUTS)]
+
+
+@pytest.mark.parametrize(("world_size", "layout", "optimizer", "dtype"), runs())
 def test_every_layout_computes_the_same(pools: Pools, base: Recipe, world_size: int, layout: dict[str, Any], optimizer: str,
                                         dtype: str) -> None:
     parallel = {f"parallel__{key}": value for key, value in layout.items()}
