@@ -552,7 +552,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         recipe = load_recipe(argv[0], argv[1:])
-        recipe.validate(world_size=1)
+        recipe.validate(math.lcm(recipe.parallel.tp * recipe.parallel.cp, recipe.parallel.ep))  # the fewest ranks that can run it
     except ValueError as error:
         print(f"zaya.config: {error}", file=sys.stderr)
         return 2

@@ -37,6 +37,8 @@ CALLS: dict[str, list[list[str]]] = {
     "tools.generate": [["{bad}", "--prompt", "x"], ["{bad}", "--prompt", "x", "--device", "abacus"], []],
     "tools.import_hf": [["{bad}", "{new}"], ["one"]],
     "tools.kernel_report": [["--op", "nonsense"], ["--arch", "nonsense"]],
+    "tools.bisect_layouts": [["{bad}"], ["{bad}", "--b", "ranks=2"], []],
+    "tools.plan_layout": [["{bad}", "--ranks", "8"], ["recipe.toml"], ["{bad}", "--ranks", "many"]],
     "tools.plot_run": [["{bad}"], ["{bad}", "--out", "{new}"], []],
     "tools.quickstart_report": [["{bad}", "--bigram", "{bad}"], ["directory", "--bigram", "bigram.json"], []],
     "tools.setup_env": [["--venv", "empty"], ["--venv"]],

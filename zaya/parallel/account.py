@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from zaya.config import ModelConfig, Recipe
 from zaya.parallel.partition import BucketPlan, Matrix, make_buckets
+from zaya.parallel.tensor import delayed_rows
 from zaya.plan import ParameterPlan
-from zaya.shard import Layout
+from zaya.shard import Layout, Shard
 
 BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 Traffic = Counter[tuple[str, str]]
@@ -47,6 +48,39 @@ def zero1_traffic(buckets: Sequence[BucketPlan], rounds: Sequence[tuple[list[int
             for place, part in matrix.parts:
                 if (place == me) != (matrix.owner == me):  # it leaves as a direction, or comes back as an update
                     sent["all_to_all", group] += part.numel * param_bytes
+    return sent
+
+
+def model_traffic(model: ModelConfig, layout: Layout, rank: int, rows: int, seq_len: int, recompute: str, dtype: str) -> Traffic:
+    """What one forward and backward pass of `rows` rows sends over tp, cp and ep; experts as a level router would have it."""
+    sent: Traffic = Counter()
+    c, wide, again = BYTES[dtype], max(BYTES[dtype], 4), int(recompute == "full")
+    D, H, L, tp, cp, ep = model.hidden_size, model.head_dim, model.num_layers, layout.tp, layout.cp, layout.ep
+    tokens = rows * seq_len // cp  # of this rank's rows, those that attention sees
+    kv_placement = Shard(0, "tp", model.num_kv_heads)
+    replicas, kv_channels = kv_placement.replicas(tp), model.num_kv_heads * H
+    first, last = kv_placement.piece(layout.index("tp", rank), tp, kv_channels)
+    local_kv = last - first
+    if tp > 1:
+        part = (tp - 1) * tokens * D * c // tp
+        # Per block: x, x again for the weights' gradients, o's gradient; o, x's gradient. Then the head's input and the embedding.
+        sent["all_gather", "tp"] += part * (L * (3 + again) + 2) + (tp - 1) * 3 * tokens * wide  # and the loss' partials
+        sent["reduce_scatter", "tp"] += part * (L * (2 + again) + 2)
+    remix = int(recompute != "none")  # backward runs the op cca and attention's forward again
+    if replicas > 1:
+        sent["all_reduce", "kv replicas"] += L * (2 + remix) * (2 * (replicas - 1) * tokens * local_kv * wide // replicas)
+    if cp > 1:
+        sent["all_gather", "cp"] += L * 2 * (cp - 1) * 2 * tokens * local_kv * c  # K and V, forward and in backward
+        sent["reduce_scatter", "cp"] += L * (cp - 1) * 2 * tokens * local_kv * c
+        start, stop = delayed_rows(kv_channels, first, last)
+        edge = rows * (2 * (model.num_heads * H // tp + local_kv) + stop - start) * c
+        neighbours = (layout.index("cp", rank) < cp - 1) + (layout.index("cp", rank) > 0)  # the middle one's two chunks are neighbours
+        sent["send", "cp"] += L * (2 + remix) * neighbours * edge
+    if ep > 1:
+        away = tokens // tp * (ep - 1) // ep
+        passes = 2 + {"none": 0, "selective": 0.5, "full": 1}[recompute]  # selective sends x and gates again, not the results
+        sent["all_to_all", "ep"] += int(L * passes * away * (2 * D * c + wide))
+        sent["all_gather", "ep"] += L * (1 + again) * (ep - 1) * 8 * model.num_router_classes
     return sent
 
 
