@@ -31,7 +31,7 @@ from zaya.model.init import init_weights
 from zaya.optim import RouterBalance
 from zaya.parallel.collectives import all_reduce_sum, barrier, gather_objects
 from zaya.parallel.mesh import Mesh
-from zaya.parallel.parallelize import build_model, build_optimizer, pieces, token_index
+from zaya.parallel.parallelize import build_model, build_optimizer, describe, pieces, token_index
 from zaya.plan import plan
 from zaya.runtime import GarbageCollection
 from zaya.schedule import learning_rate
@@ -239,6 +239,8 @@ class Trainer:
         """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it."""
         recipe, run_dir = self.recipe, Path(self.recipe.run.dir)
         log.info("%s | kernels: %s | %s", self.mesh, self.kernels, self.origin)
+        for line in describe(recipe, self.mesh):
+            log.info(line)
         if self.step >= recipe.train.steps:
             log.info("run %s is finished at step %d; nothing to do", run_dir, self.step)
             return

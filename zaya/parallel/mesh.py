@@ -83,12 +83,19 @@ class Mesh:
                 f"edp {layout.edp}{zero} | {self.device.type}, {backend}")
 
     def table(self) -> str:
-        """Every axis with its groups of ranks, a line each; axes of size 1 are left out."""
+        """Every axis with its groups of ranks, a line each; axes of size 1 are left out. Many groups are cut short.
+
+        A tp or ep group that leaves its node is said so: xGMI wants all GPUs of one node in such a collective.
+        """
         lines = [str(self)]
+        per_node = ranks_per_node_from_environment()
         for axis in ("tp", "cp", "dp", "ep", "edp"):
             if self.layout.size(axis) > 1:
                 groups = sorted({tuple(self.layout.group(axis, rank)) for rank in range(self.world_size)})
-                lines.append(f"  {axis:>3}: " + "  ".join("[" + " ".join(map(str, group)) + "]" for group in groups))
+                shown = ["[" + " ".join(map(str, group[:16])) + (" ...]" if group[16:] else "]") for group in groups[:8]]
+                leaves = axis in ("tp", "ep") and any(len({rank // per_node for rank in group}) > 1 for group in groups)
+                lines.append(f"  {axis:>3}: " + "  ".join(shown) + ("  ..." if groups[8:] else "")
+                             + (f"  (leaves its node of {per_node} ranks: slow)" if leaves else ""))
         return "\n".join(lines)
 
 
@@ -100,6 +107,11 @@ def world_size_from_environment() -> int:
 def rank_from_environment() -> int:
     """This process' rank; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def ranks_per_node_from_environment() -> int:
+    """Processes that torchrun started on this node; all of them without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size_from_environment()))
 
 
 def open_mesh(device: str, layout: Layout, timeout_s: float = 600.0) -> Mesh:

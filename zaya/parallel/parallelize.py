@@ -22,9 +22,10 @@ from zaya.config import ModelConfig, Recipe
 from zaya.model.layers import Embedding
 from zaya.model.transformer import Zaya
 from zaya.parallel import tensor
+from zaya.parallel.account import BYTES
 from zaya.parallel.context import ContextParallel
 from zaya.parallel.deepspeed_engine import DeepSpeedEngine
-from zaya.parallel.expert import ExpertParallel
+from zaya.parallel.expert import ExpertParallel, buffers_bytes, most_rows
 from zaya.parallel.mesh import Mesh
 from zaya.parallel.zero1 import Zero1
 from zaya.plan import ParameterPlan
@@ -71,6 +72,19 @@ def _fill_seams(model: Zaya, config: ModelConfig, mesh: Mesh, table: Mapping[str
         block.moe.dispatcher = dispatcher
     model.embedding.lookup = tensor.vocabulary_lookup(mesh.tp)
     model.embedding.cross_entropy = tensor.vocabulary_cross_entropy(mesh.tp)
+
+
+def describe(recipe: Recipe, mesh: Mesh) -> list[str]:
+    """What a run says at its start about its layout, beside the mesh: groups of ranks, and how much the experts take at once."""
+    lines = mesh.table().splitlines()[1:]
+    if mesh.ep.size > 1:
+        model = recipe.model
+        tokens = recipe.micro_batch_rows(mesh.dp.size) * recipe.train.seq_len // (mesh.cp.size * mesh.tp.size)
+        rows = most_rows(tokens, model.num_experts)
+        held = buffers_bytes(rows, tokens, model.num_experts // mesh.ep.size, model.hidden_size, model.moe_intermediate_size,
+                             BYTES[recipe.train.dtype])
+        lines.append(f"  experts take at most {rows:,} rows at once, whatever the router does: {held / 2**20:,.0f} MiB of buffers")
+    return lines
 
 
 def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str, ParameterPlan]) -> Zero1 | DeepSpeedEngine:
