@@ -148,7 +148,7 @@ def _watch_attention(attention: Any, prefix: str, note: Callable[..., None], tok
 
 
 def _note_boxes(notes: Record, direction: str, name: str, trainer: Trainer, kind: str) -> None:
-    parts = trainer.optimizer.parts(name, kind) if trainer.optimizer.counts(name) else iter(())
+    parts = trainer.optimizer.parts(name, kind) if trainer.optimizer.is_counted_here(name) else iter(())
     notes.setdefault((direction, name), [])
     for (offsets, sizes), values in parts:
         index = tuple(np.arange(o, o + s) for o, s in zip(offsets, sizes))
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, subprocess.TimeoutExpired) as error:
         print(f"tools.bisect_layouts: {error}", file=sys.stderr)
         return 2
-    tolerance = options.tolerance or TOLERANCE[options.dtype]
+    tolerance = TOLERANCE[options.dtype] if options.tolerance is None else options.tolerance
     found = list(differences(a, b))
     for difference in found if options.all else ():
         print(f"{difference.relative:10.1e}  {difference.direction:18}  {difference.name}")

@@ -16,28 +16,29 @@ from typing import Any
 
 from zaya.cli import Parser
 from zaya.config import Recipe, load_recipe
-from zaya.parallel.account import activation_bytes, held_bytes, model_traffic, zero1_traffic
+from zaya.parallel.account import BYTES, activation_bytes, held_bytes, model_traffic, zero1_traffic
 from zaya.parallel.partition import make_buckets, muon_rounds
 from zaya.plan import plan
 from zaya.shard import Layout
 
-REDUCE_BYTES = {"fp32": 4, "bf16": 2}
-
 
 def account(recipe: Recipe, ranks: int) -> dict[str, Any]:
-    """The numbers of rank 0, whose part is as large as any."""
+    """The numbers of one rank, whose part is as large as any: cp's second, which has neighbours on both sides."""
+    if recipe.parallel.engine != "zaya":
+        raise ValueError(f'parallel.engine = "{recipe.parallel.engine}" keeps its own accounts; use --parallel.engine=zaya')
     layout, table, train = Layout.of(recipe.parallel, ranks), plan(recipe.model), recipe.train
     rows = recipe.micro_batch_rows(layout.dp)
-    memory = held_bytes(table, recipe, layout, 0)
+    rank = layout.tp if layout.cp > 1 else 0
+    memory = held_bytes(table, recipe, layout)
     tokens = rows * train.seq_len // (layout.cp * layout.tp)
     memory["activations"] = recipe.model.num_layers * activation_bytes(recipe.model, tokens, train.recompute, train.dtype)
     buckets = make_buckets(table.values(), layout, muon=recipe.optim.name == "muon")
-    rounds = muon_rounds(buckets, layout, 0)
-    wide = {"fp64": 8}.get(train.dtype, REDUCE_BYTES[recipe.parallel.grad_dtype])
-    param = {"fp32": 4, "bf16": 2, "fp64": 8}[train.dtype]
-    step = zero1_traffic(buckets, rounds, layout, 0, param, wide)
+    rounds = muon_rounds(buckets, layout, rank)
+    param_bytes = BYTES[train.dtype]
+    reduce_bytes = BYTES["bf16"] if recipe.parallel.grad_dtype == "bf16" else max(param_bytes, BYTES["fp32"])
+    step = zero1_traffic(buckets, rounds, layout, rank, param_bytes, reduce_bytes)
     passes = recipe.micro_batches(layout.dp)
-    for key, sent in model_traffic(recipe.model, layout, 0, rows, train.seq_len, train.recompute, train.dtype).items():
+    for key, sent in model_traffic(recipe.model, layout, rank, rows, train.seq_len, train.recompute, train.dtype).items():
         step[key] += sent * passes
     return {"layout": layout.as_dict(), "ranks": ranks, "micro_batches": passes, "rows": rows, "memory_bytes": memory,
             "sent_bytes_per_step": {f"{operation} over {group}": n for (operation, group), n in sorted(step.items()) if n},

@@ -23,8 +23,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 class Shard:
     """Cut along `dim` over mesh axis `axis`, never inside one of `units` equal units (heads, experts, vocabulary rows).
 
-    With more ranks than units, size / units neighbouring ranks hold the same unit: `replicas`. Their gradients are summed once,
-    and norm, Muon and checkpoints count replica 0 only.
+    With more ranks than units, size / units neighbouring ranks hold the same unit: `replicas`. They are holders like others: their
+    gradients are summed, and the state is cut among them too.
     """
 
     dim: int
@@ -89,8 +89,15 @@ class Layout:
 
     def group(self, axis: str, rank: int) -> list[int]:
         """The ranks that differ from `rank` on `axis` alone, in order; "token": those that share a sequence or a batch (cp and dp)."""
+        return next(ranks for ranks in self.groups(axis) if rank in ranks)
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """All groups of an axis, in order."""
         axes = {"ep": ("edp",), "edp": ("ep",), "tp": ("cp", "dp"), "cp": ("tp", "dp"), "dp": ("tp", "cp"), "token": ("tp",)}[axis]
-        return [other for other in range(self.world_size) if all(self.index(a, other) == self.index(a, rank) for a in axes)]
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            found.setdefault(tuple(self.index(other, rank) for other in axes), []).append(rank)
+        return list(found.values())
 
     def kind(self, placement: Shard | Replicate) -> tuple[str, int]:
         """What decides who holds a piece: ("all", 1) where everybody does, else the axis and its replicas."""
@@ -129,10 +136,9 @@ class Layout:
 
     def exchange_ranks(self, placement: Shard | Replicate, rank: int) -> list[int]:
         """The ranks whose shards together make whole matrices: `shard_ranks`, and those of the other tp pieces. (An expert is whole.)"""
-        if self.kind(placement)[0] != "tp":
+        if isinstance(placement, Replicate) or self.kind(placement)[0] != "tp":
             return self.shard_ranks(placement, rank)
-        mine = self.block(placement, rank)
-        return [other for other in range(self.world_size) if self.block(placement, other) == mine]
+        return _by_block(self, placement)[self.block(placement, rank)]
 
     def piece(self, placement: Shard | Replicate, shape: Sequence[int], rank: int) -> Box:
         """The box of a parameter of logical `shape` that `rank`'s model holds."""
@@ -167,6 +173,15 @@ def _places(layout: Layout, axis: str, replicas: int) -> list[int]:
         for place, rank in enumerate(ranks):
             places[rank] = place
     return places
+
+
+@functools.lru_cache(maxsize=64)
+def _by_block(layout: Layout, placement: Shard) -> dict[int, list[int]]:
+    """Ranks by their block of zero_size holders, whatever their piece."""
+    blocks: dict[int, list[int]] = {}
+    for rank in range(layout.world_size):
+        blocks.setdefault(layout.block(placement, rank), []).append(rank)
+    return blocks
 
 
 def flat_boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:

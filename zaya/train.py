@@ -1,7 +1,7 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
-Turns a command line into a Trainer and its end into an exit code: 0 done, 2 bad recipe, arguments, corpus or checkpoint (one clear
-line, nothing half-written). A bug shows its traceback.
+Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback), 2 bad recipe, arguments or corpus, or
+too little memory, 7 a checkpoint to start from is damaged (2 and 7: one clear line, nothing half-written).
 """
 # ruff: noqa: E402  # settings first, then torch
 
@@ -35,6 +35,7 @@ from zaya.trainer import Trainer, open_data
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
 
 Train the run that a recipe describes, or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."""
+UNREADABLE = 7
 log = logging.getLogger("zaya")
 
 
@@ -158,6 +159,9 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
         metrics = open_run_directory(recipe, mesh, trainer.step)
+    except CheckpointError as error:
+        refuse(error, mesh)
+        return UNREADABLE
     except (ValueError, MemoryError, RuntimeError) as error:
         return refuse(_readable(error), mesh)
     for line in runtime.describe(SETTINGS):

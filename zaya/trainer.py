@@ -1,7 +1,8 @@
 """The training loop: build the pieces of a recipe, take optimizer steps, evaluate, save, resume.
 
-Read `Trainer.train_step` to see the algorithm. A batch comes from zaya/data, goes through zaya/model, its gradients through
-zaya/parallel, the update is zaya/optim's, the record zaya/metrics', the state zaya/checkpoint's. This file joins them, nothing more.
+Read `Trainer.train_step` to see the algorithm. A batch comes from zaya/data and goes through zaya/model, its gradients through
+zaya/parallel, whose optimizer updates by the rules of zaya/optim; the record is zaya/metrics', the state zaya/checkpoint's. This file joins
+them, nothing more.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.manifest import load as load_manifest
-from zaya.checkpoint.read import Checkpoint, newest, prune
+from zaya.checkpoint.read import Checkpoint, locate, newest, prune
 from zaya.checkpoint.write import Share, save
 from zaya.config import Recipe
 from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
@@ -155,12 +155,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------------ state
 
-    def shares(self) -> dict[str, Share]:
+    def owned_state(self) -> dict[str, Share]:
         """The state by checkpoint name, and the boxes of it that this rank owns: together the ranks hold every element once."""
         shares = {}
         for name, row in self.table.items():
             for kind in self.optimizer.kinds(name):
-                parts = list(self.optimizer.parts(name, kind)) if self.optimizer.counts(name) else []
+                parts = list(self.optimizer.parts(name, kind)) if self.optimizer.is_counted_here(name) else []
                 shares[_stored(kind, name)] = Share(self.optimizer.dtype(name, kind), row.shape, parts)
         for name, tensor in self._replicated().items():
             whole = ((0,) * tensor.dim(), tuple(tensor.shape))
@@ -176,7 +176,7 @@ class Trainer:
         """Write checkpoint root/step-N on all ranks together."""
         self.optimizer.wait()
         tokens = self.position * self.recipe.train.seq_len
-        path = save(root, self.shares(), step=self.step, tokens=tokens, tokens_by_corpus=self.loader.tokens_by_corpus(self.position),
+        path = save(root, self.owned_state(), step=self.step, tokens=tokens, tokens_by_corpus=self.loader.tokens_by_corpus(self.position),
                     position=self.position, recipe=dataclasses.asdict(self.recipe), layout=self.mesh.layout.as_dict(),
                     rank=self.mesh.rank, world_size=self.mesh.world_size, gather=lambda value: gather_objects(value, self.mesh.world))
         if self.mesh.rank == 0:
@@ -298,11 +298,11 @@ def _due(step: int, interval: int, steps: int) -> bool:
 
 
 def _named(key: str, value: str, otherwise: str) -> Path:
-    """The checkpoint that a recipe key names, or the newest one of the run that it names. CheckpointError names the key."""
-    try:
-        return Checkpoint.find(value).path
-    except CheckpointError as error:
-        raise CheckpointError(f"{key} = {value!r}: {error}; name a checkpoint or a run, {otherwise}") from None
+    """The checkpoint that a recipe key names, or the newest one of the run that it names. ValueError: there is none."""
+    found = locate(value)
+    if found is None:
+        raise ValueError(f"{key} = {value!r} is neither a checkpoint nor a run that has one; name one, {otherwise}")
+    return found
 
 
 def _plain(value: object) -> object:

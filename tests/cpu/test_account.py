@@ -94,7 +94,7 @@ def test_muon_owners_are_level_and_exchange_little(name: str, layout: Layout) ->
 def test_memory_fits_an_mi300x(name: str, layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
     run = recipe(name)
     table = plan(run.model)
-    held = held_bytes(table, run, layout, 0)
+    held = held_bytes(table, run, layout)
     row_tokens = 131_072 if layout.cp == 8 else run.train.seq_len
     tokens = row_tokens // layout.cp
     held["activations"] = run.model.num_layers * activation_bytes(run.model, tokens, run.train.recompute, run.train.dtype)

@@ -224,6 +224,42 @@ def test_a_bug_in_the_loop_is_no_bad_recipe(folder: Path, capsys: pytest.Capture
         assert capsys.readouterr().err == f"zaya.train: {raised}\n"
 
 
+def test_a_damaged_checkpoint_is_exit_code_7_and_nothing_changes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tiny.recipe(folder, checkpoint__interval=6, run__dir=str(folder / "damaged"))
+    run(damaged)
+    shard = next((folder / "damaged/checkpoints/step-00000006").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    record = (folder / "damaged/metrics.jsonl").read_bytes()
+    recipe = folder / "damaged.toml"
+    recipe.write_text(tiny.variant(damaged, train__steps=8).to_toml())
+    assert main([str(recipe)]) == 7
+    message = capsys.readouterr().err
+    assert "does not match its hash" in message and message.count("\n") == 1
+    assert (folder / "damaged/metrics.jsonl").read_bytes() == record
+
+
+def test_another_runs_checkpoint_is_taken_but_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny.recipe(folder, checkpoint__interval=6, run__dir=str(folder / "first")))
+    other = tiny.recipe(folder, train__steps=8, train__seed=9, run__dir=str(folder / "second-phase"),
+                        checkpoint__resume=str(folder / "first"))
+    built = trainer(other)
+    built.restore()
+    assert built.step == 6 and built.origin.endswith("made by another recipe: train.seed was 3, is 9")
+    recipe = folder / "second-phase.toml"
+    recipe.write_text(other.to_toml())
+    assert main([str(recipe)]) == 0
+    assert "train.seed was 3, is 9" in capsys.readouterr().out
+    # It has no checkpoint of its own: "auto" would silently start from new weights.
+    recipe.write_text(tiny.variant(other, checkpoint__resume="auto").to_toml())
+    assert main([str(recipe)]) == 2
+    assert "has no checkpoint of its own yet" in capsys.readouterr().err
+    recipe.write_text(tiny.variant(other, checkpoint__resume="sometimes").to_toml())
+    assert main([str(recipe)]) == 2
+    assert "checkpoint.resume = 'sometimes' is neither" in capsys.readouterr().err
+
+
 def test_starting_over_sets_the_old_run_aside(folder: Path) -> None:
     old = tiny.recipe(folder, checkpoint__interval=2, run__dir=str(folder / "again"))
     rows, _ = run(old)

@@ -41,7 +41,7 @@ if os.environ["RANK"] == "1":
     elif where == "the optimizer":
         zero1.muon_direction = raises(zero1.muon_direction, 2)
     elif where == "a save":
-        Trainer.shares = raises(Trainer.shares, 1)
+        Trainer.owned_state = raises(Trainer.owned_state, 1)
 sys.argv[0] = "zaya.train"
 runpy.run_module("zaya.train", run_name="__main__", alter_sys=True)
 """

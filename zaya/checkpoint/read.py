@@ -12,7 +12,9 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +37,13 @@ from zaya.checkpoint.manifest import (
     parse_json,
 )
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20  # read and hashed while it is in the cache
+RUN_BYTES = 64 << 20  # small boxes that one thread checks in a row
 OPEN_FILES = 64  # mapped at a time; each costs a file descriptor
 _RAW = {width: torch.empty(0, dtype=dtype).numpy().dtype for width, dtype in BITS.items()}
 _STEP = re.compile(r"step-([0-9]{8,18})")
+_Run = tuple[str, list[tuple[str, Box, int, int]]]
+"""A file and some of its boxes: tensor, box, first byte, end."""
 
 
 class _Index:
@@ -81,8 +86,7 @@ class Checkpoint:
     @classmethod
     def find(cls, path: str | Path) -> Checkpoint:
         """A checkpoint, or the newest one of a run."""
-        with disk_errors("read", Path(path)):
-            found = Path(path) if (Path(path) / MANIFEST).is_file() else newest(Path(path) / "checkpoints")
+        found = locate(path)
         if found is None:
             raise CheckpointError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one "
                                   f"(no checkpoints/step-*/{MANIFEST})")
@@ -97,12 +101,10 @@ class Checkpoint:
         path = Path(path)
         with disk_errors("read", path / MANIFEST):
             manifest = load(path)
-        for file, entry in manifest.files.items():
-            with disk_errors("read", path / file):
-                size = os.stat(path / file).st_size
-            if size != entry.size:
-                raise CheckpointError(f"{path / file} has {size} bytes, its manifest says {entry.size}")
-        return cls(path, manifest, verify)
+        checkpoint = cls(path, manifest, verify)
+        for damage in checkpoint.missized():
+            raise damage
+        return checkpoint
 
     def names(self) -> list[str]:
         return list(self.manifest.tensors)
@@ -147,16 +149,46 @@ class Checkpoint:
         """Read every byte and compare every hash. CheckpointError names the file, and the tensor where it is one's."""
         if Checkpoint.open(self.path).manifest != self.manifest:
             raise CheckpointError(f"{self.path / MANIFEST} has changed since it was opened")
-        for file, boxes in self._boxes.items():
-            ranges = self._file_ranges(file)
-            with disk_errors("read", self.path / file), open(self.path / file, "rb", buffering=0) as stream:
-                for name, box in sorted(boxes, key=lambda item: ranges[item[1].key]):
-                    begin, end = ranges[box.key]
-                    stream.seek(begin)
-                    digest = xxhash.xxh3_128()
-                    for chunk in _chunks(stream.fileno(), end - begin):
-                        digest.update(chunk)
-                    self._check(name, box, digest.hexdigest())
+        for damage in self.damages():
+            raise damage
+
+    def missized(self) -> Iterator[CheckpointError]:
+        """Files that are missing or not of their size."""
+        return (damage for damage in map(self._missized, self.manifest.files) if damage is not None)
+
+    def damages(self, workers: int = 1, progress: Callable[[int], None] = lambda count: None) -> Iterator[CheckpointError]:
+        """Read every byte of the files, compare every hash, and name every damage: file, and tensor where it is one's.
+
+        On `workers` threads, as reading and hashing release the GIL; of the memory each takes CHUNK_BYTES. `progress` is told how many
+        bytes of boxes were read, by any thread, one at a time.
+        """
+        lock = threading.Lock()
+
+        def told(count: int) -> None:
+            with lock:
+                progress(count)
+
+        pool = ThreadPoolExecutor(workers)
+        try:
+            runs: list[_Run] = []
+            for damages, of_file in pool.map(self._file_damages, self._boxes):
+                yield from damages
+                runs += of_file
+            for damages in pool.map(lambda run: list(self._run_damages(run, told)), runs):
+                yield from damages
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def check(self, name: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Compare the hashes of a tensor's boxes, CHUNK_BYTES at a time; later reads of it need not. CheckpointError: damage."""
+        for box in self._entry(name).boxes:
+            for damage in self._run_damages((box.file, [(name, box, *self._range(box))]), progress):
+                raise damage
+            self._checked.add((box.file, box.key))
+
+    def unmap(self) -> None:
+        """Let go of the mapped files, whose pages count as this process' memory; the next read maps them again."""
+        self._map.cache_clear()
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.manifest.tensors:
@@ -175,6 +207,50 @@ class Checkpoint:
     def _check(self, name: str, box: Box, found: str) -> None:
         if found != box.xxh3:
             raise CheckpointError(f"{self.path / box.file}: tensor {name!r} (stored as {box.key!r}) does not match its hash; it is corrupt")
+
+    def _missized(self, file: str) -> CheckpointError | None:
+        expected = self.manifest.files[file].size
+        try:
+            with disk_errors("read", self.path / file):
+                size = os.stat(self.path / file).st_size
+        except CheckpointError as error:
+            return error
+        return CheckpointError(f"{self.path / file} has {size} bytes, its manifest says {expected}") if size != expected else None
+
+    def _file_damages(self, file: str) -> tuple[list[CheckpointError], list[_Run]]:
+        """What is wrong with a file's size and header, and its boxes in order, cut into runs."""
+        damages = [damage] if (damage := self._missized(file)) else []
+        try:
+            ranges = self._file_ranges(file)
+        except CheckpointError as error:  # of a file that is cut, its size has said it already
+            unknown = f"; what it holds ({len(self._boxes[file])} boxes) cannot be checked"
+            return [CheckpointError(f"{damages[0] if damages else error}{unknown}")], []
+        runs: list[_Run] = []
+        room = 0
+        for name, box in sorted(self._boxes[file], key=lambda item: ranges[item[1].key]):
+            begin, end = ranges[box.key]
+            if not runs or end - begin > room:
+                runs.append((file, []))
+                room = RUN_BYTES
+            runs[-1][1].append((name, box, begin, end))
+            room -= end - begin
+        return damages, runs
+
+    def _run_damages(self, run: _Run, progress: Callable[[int], None]) -> Iterator[CheckpointError]:
+        file, boxes = run
+        try:
+            stream = open(self.path / file, "rb", buffering=0)
+        except OSError as error:
+            yield CheckpointError(f"cannot read {self.path / file}: {error.strerror}")
+            return
+        with stream:
+            for name, box, begin, end in boxes:
+                try:
+                    self._check(name, box, _hash_range(stream.fileno(), begin, end, progress))
+                except CheckpointError as damage:
+                    yield damage
+                except OSError as error:
+                    yield CheckpointError(f"cannot read {self.path / file}: tensor {name!r} (stored as {box.key!r}): {error.strerror}")
 
     def _map_file(self, file: str) -> mmap.mmap:
         with disk_errors("read", self.path / file), open(self.path / file, "rb") as stream:
@@ -222,9 +298,15 @@ class Checkpoint:
         return ranges
 
 
+def locate(path: str | Path) -> Path | None:
+    """A checkpoint's directory, or that of the newest one of a run; None: neither. CheckpointError: it cannot be looked at."""
+    with disk_errors("read", Path(path)):
+        return Path(path) if (Path(path) / MANIFEST).is_file() else newest(Path(path) / "checkpoints")
+
+
 def newest(root: str | Path) -> Path | None:
     """The complete checkpoint of the highest step, or None. Complete = has a manifest; whether it is sound, `Checkpoint` tells."""
-    complete = [path for _, path, whole in _steps(Path(root)) if whole]
+    complete = [path for _, path, whole in step_directories(Path(root)) if whole]
     return complete[-1] if complete else None
 
 
@@ -232,7 +314,7 @@ def prune(root: str | Path, keep: int) -> None:
     """Keep the newest `keep` complete checkpoints; 0 keeps all. Remains of killed saves older than the newest go too."""
     if keep < 0:
         raise ValueError(f"keep = {keep} must be at least 0")
-    steps = _steps(Path(root))
+    steps = step_directories(Path(root))
     complete = [step for step, _, whole in steps if whole]
     if not keep or not complete:
         return
@@ -245,7 +327,7 @@ def prune(root: str | Path, keep: int) -> None:
                 shutil.rmtree(path)
 
 
-def _steps(root: Path) -> list[tuple[int, Path, bool]]:
+def step_directories(root: Path) -> list[tuple[int, Path, bool]]:
     """(step, path, complete) of every checkpoint directory, by step."""
     found: list[tuple[int, Path, bool]] = []
     with disk_errors("read", root):
@@ -282,6 +364,20 @@ def _as_shape(name: str, target: torch.Tensor, shape: tuple[int, ...]) -> torch.
 
 def _window(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+def _hash_range(fd: int, begin: int, end: int, progress: Callable[[int], None]) -> str:
+    """The hash of bytes [begin, end) of a file, through one small buffer."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, end - begin)))
+    while begin < end:
+        count = os.preadv(fd, [buffer[:end - begin]], begin)
+        if not count:
+            raise OSError(0, "it ended early")
+        digest.update(buffer[:count])
+        begin += count
+        progress(count)
+    return digest.hexdigest()
 
 
 def _chunks(fd: int, length: int) -> Iterator[bytes]:

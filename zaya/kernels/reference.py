@@ -1,8 +1,8 @@
 """The specification of every op, in plain torch: what a kernel must compute, forward and backward, and what the CPU trains with.
 
-Norms, convolutions, attention, routing and loss are computed in fp32 (fp64 stays fp64) and cast once at the end; experts, combine and
-Newton-Schulz round in their inputs' dtype. Where an op has a backward of its own, it is the one
-a kernel implements: it says what is saved and what is computed again. Knows no module, recipe or rank.
+Norms, convolutions, attention, routing and loss are computed in fp32 (fp64 stays fp64) and cast once at the end; experts and
+Newton-Schulz round in their inputs' dtype. Where an op has a backward of its own, it is the one a kernel implements: it says what is saved
+and what is computed again. Knows no module, recipe or rank.
 
 Letters: B batch rows, T tokens, S keys of the whole sequence, D hidden, H head dim, N query heads, G KV heads (a group = N / G query
 heads), C channels or router classes, E experts, F expert width, R rows routed, V vocabulary, K chunks of the sequence on this

@@ -84,8 +84,8 @@ def model_traffic(model: ModelConfig, layout: Layout, rank: int, rows: int, seq_
     return sent
 
 
-def held_bytes(table: Mapping[str, ParameterPlan], recipe: Recipe, layout: Layout, rank: int) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer state on one rank."""
+def held_bytes(table: Mapping[str, ParameterPlan], recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state: the same on every rank, since pieces and shards are equal."""
     muon, train = recipe.optim.name == "muon", recipe.train.dtype
     buckets = make_buckets(table.values(), layout, muon=muon)
     wide = 8 if train == "fp64" else 4
@@ -94,17 +94,6 @@ def held_bytes(table: Mapping[str, ParameterPlan], recipe: Recipe, layout: Layou
     state = sum(bucket.shard_length * (1 if bucket.muon else 2) for bucket in buckets)
     return {"parameters": local * BYTES[train], "gradients": local * wide, "master weights": shards * wide if train == "bf16" else 0,
             "optimizer state": state * wide}
-
-
-def owned_elements(buckets: Sequence[BucketPlan], layout: Layout, rank: int) -> int:
-    """Elements of the state that a rank owns, without padding."""
-    total = 0
-    for bucket in buckets:
-        shard = layout.shard(bucket.rows[0].placement, rank)
-        for name in bucket.spans:
-            start, stop = bucket.overlap(name, shard)
-            total += max(0, stop - start)
-    return total
 
 
 def activation_bytes(model: ModelConfig, tokens: int, recompute: str, dtype: str) -> int:

@@ -212,7 +212,7 @@ class DeepSpeedEngine:
     def dtype(self, name: str, kind: str) -> torch.dtype:
         return self.train_dtype if kind == "model" else torch.float32
 
-    def counts(self, name: str) -> bool:
+    def is_counted_here(self, name: str) -> bool:
         """Whether this rank's part of a parameter is the one that counts: there is no other."""
         return True
 

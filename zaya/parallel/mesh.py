@@ -1,6 +1,6 @@
 """The mesh: which ranks exist, which axis each lies on, which of them work together, and the device of this one.
 
-First thing a process makes, and the only place that reads torchrun's environment. Dense parameters live on tp x (cp x dp), experts on
+Where a run learns its rank and the number of ranks from torchrun's environment. Dense parameters live on tp x (cp x dp), experts on
 ep x edp, folded over the same ranks in Megatron-core's order (its rank generator enumerates them). Groups are made once, in one order, on
 every rank; axes of the same ranks share one group.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,7 +91,7 @@ class Mesh:
         per_node = ranks_per_node_from_environment()
         for axis in ("tp", "cp", "dp", "ep", "edp"):
             if self.layout.size(axis) > 1:
-                groups = sorted({tuple(self.layout.group(axis, rank)) for rank in range(self.world_size)})
+                groups = self.layout.groups(axis)
                 shown = ["[" + " ".join(map(str, group[:16])) + (" ...]" if group[16:] else "]") for group in groups[:8]]
                 leaves = axis in ("tp", "ep") and any(len({rank // per_node for rank in group}) > 1 for group in groups)
                 lines.append(f"  {axis:>3}: " + "  ".join(shown) + ("  ..." if groups[8:] else "")
@@ -134,12 +134,10 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh of a job whose processes have joined (collective: every rank makes all groups, in one order)."""
     ledger = Ledger()
     rank = dist.get_rank() if layout.world_size > 1 else 0
-    if layout.world_size > 1:
-        _check_order(layout)
     made: dict[tuple[tuple[int, ...], ...], tuple[dist.ProcessGroup | None, tuple[int, ...]]] = {}
 
-    def make(name: str, ranks_of: Callable[[int], Sequence[int]]) -> Group:
-        partition = tuple(sorted({tuple(ranks_of(r)) for r in range(layout.world_size)}))
+    def make_one(name: str, groups: Iterable[Sequence[int]]) -> Group:
+        partition = tuple(sorted(map(tuple, groups)))
         if partition not in made:
             mine = next(ranks for ranks in partition if rank in ranks)
             handle = None
@@ -151,24 +149,26 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
         handle, mine = made[partition]
         return Group(handle, mine.index(rank), len(mine), name, mine, ledger)
 
-    def axis(name: str) -> Group:
-        return make(name, lambda r: layout.group(name, r))
+    def make(name: str, ranks_of: Callable[[int], Sequence[int]]) -> Group:
+        return make_one(name, {tuple(ranks_of(r)) for r in range(layout.world_size)})
 
-    return Mesh(layout, make("world", lambda r: range(layout.world_size)), axis("tp"), axis("cp"), axis("dp"), axis("ep"), axis("edp"),
-                axis("token"), device, ledger, make)
+    axes = {axis: make_one(axis, groups) for axis, groups in _axes(layout).items()}
+    return Mesh(layout, make_one("world", [range(layout.world_size)]), **axes, device=device, ledger=ledger, make=make)
 
 
-def _check_order(layout: Layout) -> None:
-    """Our arithmetic and Megatron-core's enumeration must place every rank alike."""
+def _axes(layout: Layout) -> dict[str, list[list[int]]]:
+    """The groups of every axis, as Megatron-core's rank generator enumerates them; our own arithmetic must agree."""
+    if layout.world_size == 1:
+        return {axis: [[0]] for axis in ("tp", "cp", "dp", "ep", "edp", "token")}
     from megatron.core.parallel_state import RankGenerator  # 5 s to import: only where there are several ranks
 
     dense = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=1, cp=layout.cp, order="tp-cp-ep-dp-pp")
     experts = RankGenerator(tp=1, ep=layout.ep, dp=layout.edp, pp=1, cp=1, order="tp-cp-ep-dp-pp")
-    pairs = [(dense, "tp", "tp"), (dense, "cp", "cp"), (dense, "dp", "dp"), (dense, "cp-dp", "token"), (experts, "ep", "ep"),
-             (experts, "dp", "edp")]
-    for generator, theirs, ours in pairs:
-        groups = sorted({tuple(layout.group(ours, rank)) for rank in range(layout.world_size)})
-        assert sorted(map(tuple, generator.get_ranks(theirs))) == groups, (theirs, groups)
+    axes = {"tp": dense.get_ranks("tp"), "cp": dense.get_ranks("cp"), "dp": dense.get_ranks("dp"), "ep": experts.get_ranks("ep"),
+            "edp": experts.get_ranks("dp"), "token": dense.get_ranks("cp-dp")}
+    for axis, groups in axes.items():
+        assert sorted(map(sorted, groups)) == sorted(layout.groups(axis)), axis
+    return axes
 
 
 def close_mesh(mesh: Mesh) -> None:

@@ -1,7 +1,8 @@
 """Where the model meets the mesh: a rank's pieces of the parameters, and what stands in the model's seams.
 
 The only file that knows both sides. Every seam gets its parallel object whatever the sizes: over a group of one each computes what the
-local default computes, so one process runs the same lines as 1,024.
+local default does. Three skip what would be pure cost there: experts (no counts to the host), context (one chunk), group_mean (the
+op's own).
 
     seam                                   object                                 over
     attention.project, attention.o         column / row parallel + sequence       tp
@@ -92,7 +93,7 @@ def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str,
     reduce_dtype = torch.bfloat16 if recipe.parallel.grad_dtype == "bf16" else None
     if recipe.parallel.engine == "zaya":
         zero1 = Zero1({name: model.get_parameter(name) for name in table}, table, recipe.optim, mesh, reduce_dtype=reduce_dtype)
-        wait_for_parameters(model, zero1)
+        install_waits(model, zero1)
         return zero1
     head = _Head(model.embedding)
     model.embedding.add_module("head", head)
@@ -112,7 +113,7 @@ class _Head(nn.Module):
         return self.cross_entropy(hidden_BTD, self.weight, labels_BT)
 
 
-def wait_for_parameters(model: Zaya, optimizer: Zero1) -> None:
+def install_waits(model: Zaya, optimizer: Zero1) -> None:
     """Each block's forward waits for the all-gather of what it reads, and no earlier: updates overlap with the blocks before."""
     norms = [*(f"blocks.{index}.attention_norm." for index in range(len(model.blocks))), "final_norm."]
     names = [name for name, _ in model.named_parameters()]

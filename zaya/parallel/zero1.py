@@ -6,8 +6,8 @@ Who owns what is zaya/parallel/partition.py's. Per step, on every rank, in one f
    bucket, and all buckets before it, its reduce-scatter is launched; backward goes on.
 2. `finish_gradients` waits for them: this rank then has the summed gradient of its shards. With zero_size they are summed over blocks too.
 3. `squared_norm`: of the shards here; summed over all ranks, every logical element is in it once.
-4. `update`: AdamW on each shard. Muon: momentum on the shard; then all rounds' pieces are sent to the matrices' owners (all launched at
-   once), each round is orthogonalised as it arrives and sent back, and the pieces are applied.
+4. `update`: Muon's momentum, its pieces sent to the matrices' owners (all rounds at once); AdamW on the other shards meanwhile; then each
+   round is orthogonalised as it arrives, sent back, and applied.
 5. As soon as a bucket's shard is updated, the all-gather of its parameters is launched; `wait` (before the next forward of a block, an
    evaluation, a save) waits for it.
 
@@ -257,7 +257,7 @@ class Zero1:
     def dtype(self, name: str, kind: str) -> torch.dtype:
         return self._flat(name, kind).dtype
 
-    def counts(self, name: str) -> bool:
+    def is_counted_here(self, name: str) -> bool:
         """Whether this rank's shard of a parameter is the one that counts: with zero_size other blocks hold the same."""
         return self._bucket_of[name].holding.replicas.rank == 0
 
