@@ -1,4 +1,4 @@
-"""Run one training step under two layouts and name the first place where they part: block, tensor, and forward, gradient or update.
+"""Run two training steps under two layouts and name the first place where they part: block, tensor, and forward, gradient or update.
 
     python -m tools.bisect_layouts recipes/quickstart.toml --b ranks=4,tp=2,ep=4
     python -m tools.bisect_layouts RECIPE --a ranks=2 --b ranks=8,cp=8 --tolerance 1e-9 --train.recompute=full
@@ -7,8 +7,9 @@ Layouts: ranks (processes on this machine) and parallel.* keys; --a is one proce
 changes it), so that rounding is no explanation. Exit code 0: they agree, 1: they part, 2: bad input.
 
 Every rank notes what passes the model's seams with its place in the batch (rows, tokens, channels); the parts of all ranks make logical
-tensors, which are compared in the order of the step: forward through the blocks, backward through them, the parameters' gradients, the
-update. Gradients that KV replicas hold in part are summed, as the step does.
+tensors, which are compared in the order of the step: forward through the blocks, backward through them, the parameters' gradients, loss
+and gradient norm, optimizer state, the updated parameters on every rank that holds them. Then the same for the next step. Gradients that
+KV replicas hold in part are summed, as the step does.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ class Difference(NamedTuple):
     """RMS of the difference over RMS of the first layout's values."""
 
 
-def record(trainer: Trainer) -> Record:
-    """One step of this rank, and everything that passed a seam."""
+def record(trainer: Trainer, steps: int = 2) -> Record:
+    """This rank's steps, and everything that passed a seam. The second step sees what the first one's update left on every rank."""
     notes: Record = {}
+    suffix = ""
     rows_T: list[NDArray[np.int64]] = []
     mesh, model, table = trainer.mesh, trainer.model, trainer.table
     tokens = trainer.token_index.numpy()
@@ -76,9 +78,9 @@ def record(trainer: Trainer) -> Record:
                 return
             notes.setdefault((direction, name), []).append(Part(values.detach().flatten(2).double().cpu().numpy().copy(), index))
 
-        keep("forward", tensor)
+        keep("forward" + suffix, tensor)
         if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: keep("gradient", gradient))
+            tensor.register_hook(lambda gradient, direction="gradient" + suffix: keep(direction, gradient))
 
     def after(module: torch.nn.Module, name: str, pick: Callable[[Any], Tensor] = lambda output: output) -> None:
         module.register_forward_hook(lambda _module, _inputs, output: note(name, pick(output), own))
@@ -94,27 +96,41 @@ def record(trainer: Trainer) -> Record:
         after(block.moe, prefix + "moe", lambda output: output[0])
         after(block.moe_residual, prefix + "moe_residual", lambda output: output[0])
         after(block.moe_residual, f"blocks.{number + 1}.attention_norm", lambda output: output[1])
-    batches = iter(trainer._micro_batches())
+    batches: list[tuple[int, int]] = []
 
     def next_rows(*_: Any) -> None:
-        first, rows = next(batches)
-        rows_T.append(np.arange(first, first + rows))
+        first, rows = batches.pop(0)
+        rows_T.append(np.arange(first, first + rows) - trainer.position)
 
     model.register_forward_pre_hook(next_rows)
     update = trainer.optimizer.update
 
     def note_gradients(**arguments: Any) -> None:
         for name in table:
-            _note_boxes(notes, "parameter gradient", name, trainer, "grad")
+            _note_boxes(notes, "parameter gradient" + suffix, name, trainer, "grad")
         update(**arguments)
 
     trainer.optimizer.update = note_gradients  # type: ignore[method-assign]
-    result = trainer.train_step()
-    trainer.optimizer.wait()
-    notes["update", "loss"] = [Part(np.array([result.loss.item()]), (np.array([0]),))]
-    for name in table:
-        _note_boxes(notes, "update", name, trainer, "model")
+    for step in range(steps):
+        suffix = f", step {step + 1}" if step else ""
+        batches += trainer._micro_batches()
+        result = trainer.train_step()
+        trainer.optimizer.wait()
+        notes["numbers" + suffix, "loss"] = [_number(result.loss)]
+        notes["numbers" + suffix, "gradient norm"] = [_number(result.grad_norm)]
+        for name in table:
+            (offsets, sizes), held = mesh.layout.piece(table[name].placement, table[name].shape, mesh.rank), model.get_parameter(name)
+            places = tuple(np.arange(o, o + s) for o, s in zip(offsets, sizes))
+            notes["update" + suffix, name] = [Part(held.detach().double().cpu().numpy().copy(), places)]  # on every rank that holds it
+            for kind in trainer.optimizer.kinds(name)[1:]:
+                _note_boxes(notes, "state" + suffix, f"{kind} of {name}", trainer, kind)
+        for name, buffer in model.named_buffers():
+            notes["update" + suffix, name] = [Part(buffer.double().cpu().numpy().copy(), (np.arange(len(buffer)),))]
     return notes
+
+
+def _number(value: Tensor) -> Part:
+    return Part(np.array([value.item()]), (np.array([0]),))
 
 
 def _watch_attention(attention: Any, prefix: str, note: Callable[..., None], tokens_T: NDArray[np.int64],
@@ -148,15 +164,30 @@ def _watch_attention(attention: Any, prefix: str, note: Callable[..., None], tok
 
 
 def _note_boxes(notes: Record, direction: str, name: str, trainer: Trainer, kind: str) -> None:
-    parts = trainer.optimizer.parts(name, kind) if trainer.optimizer.is_counted_here(name) else iter(())
+    parameter = name.rpartition(" ")[2]
+    parts = trainer.optimizer.parts(parameter, kind) if trainer.optimizer.is_counted_here(parameter) else iter(())
     notes.setdefault((direction, name), [])
     for (offsets, sizes), values in parts:
-        index = tuple(np.arange(o, o + s) for o, s in zip(offsets, sizes))
-        notes[direction, name].append(Part(values.double().cpu().numpy().copy(), index))
+        places = tuple(np.arange(o, o + s) for o, s in zip(offsets, sizes))
+        notes[direction, name].append(Part(values.double().cpu().numpy().copy(), places))
 
 
-def whole(parts: list[Part], add: bool) -> NDArray[Any]:
-    """The logical tensor; where ranks overlap, their sum (gradients held in part) or the last one's values."""
+def differences(a: list[Record], b: list[Record]) -> Iterator[Difference]:
+    """What parts, from the first rank's order of the step; a and b: a record per rank."""
+    order = list(a[0])
+    kinds = ("forward", "gradient", "parameter gradient", "numbers", "state", "update")
+    suffixes = list(dict.fromkeys(direction.removeprefix("forward") for direction, _ in order if direction.startswith("forward")))
+    for kind, suffix in ((kind, suffix) for suffix in suffixes for kind in kinds):
+        for direction, name in (key for key in order if key[0] == kind + suffix):
+            ours, theirs = ([part for rank in ranks for part in rank.get((direction, name), [])] for ranks in (a, b))
+            x = _whole(ours, add=kind == "gradient")
+            size = float(np.sqrt(np.mean(x**2)))
+            apart = _apart(x, theirs, add=kind == "gradient")
+            yield Difference(direction, name, float(np.sqrt(np.mean(apart**2))) / (size or 1.0))
+
+
+def _whole(parts: list[Part], add: bool) -> NDArray[Any]:
+    """The logical tensor; `add`: where ranks hold a gradient in part, their sum."""
     shape = [max(int(part.places[dim].max()) + 1 for part in parts) for dim in range(parts[0].values.ndim)]
     out = np.zeros(shape)
     for part in parts:
@@ -165,15 +196,16 @@ def whole(parts: list[Part], add: bool) -> NDArray[Any]:
     return out
 
 
-def differences(a: list[Record], b: list[Record]) -> Iterator[Difference]:
-    """What parts, from the first rank's order of the step; a and b: a record per rank."""
-    order = list(a[0])
-    steps = [[key for key in order if key[0] == direction] for direction in ("forward", "gradient", "parameter gradient", "update")]
-    for direction, name in (key for keys in steps for key in keys):
-        ours, theirs = ([part for rank in ranks for part in rank.get((direction, name), [])] for ranks in (a, b))
-        x, y = whole(ours, direction == "gradient"), whole(theirs, direction == "gradient")
-        size = float(np.sqrt(np.mean(x**2)))
-        yield Difference(direction, name, float(np.sqrt(np.mean((x - y) ** 2))) / (size or 1.0) if x.shape == y.shape else np.inf)
+def _apart(x: NDArray[Any], parts: list[Part], add: bool) -> NDArray[Any]:
+    """By how much the other layout's elements miss x, the worst of all ranks that hold one; inf where nobody does."""
+    if add:
+        y = _whole(parts, add)
+        return np.abs(x - y) if x.shape == y.shape else np.full(x.shape, np.inf)
+    apart = np.full(x.shape, -1.0)
+    for part in parts:
+        place = np.ix_(*part.places)
+        apart[place] = np.maximum(apart[place], np.nan_to_num(np.abs(part.values - x[place]), nan=np.inf))
+    return np.where(apart < 0, np.inf, apart)
 
 
 def _layout(text: str) -> tuple[int, list[str]]:

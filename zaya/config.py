@@ -16,6 +16,7 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -257,39 +258,45 @@ class ParallelConfig:
             raise ValueError(f"parallel.zero_stage = {self.zero_stage} and parallel.offload = {str(self.offload).lower()} need "
                              'parallel.engine = "deepspeed": the engine "zaya" does stage 1 on the device')
         _one_of("parallel.grad_dtype", self.grad_dtype, ("fp32", "bf16"))
-        tp, cp, ep = self.tp, self.cp, self.ep
-        heads, kv_heads = model.num_heads, model.num_kv_heads
-        tp_fits = [n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0)]
-        if tp not in tp_fits:
-            raise ValueError(f"parallel.tp = {tp} neither divides model.num_kv_heads = {kv_heads} nor is a multiple of it that divides "
-                             f"model.num_heads = {heads}; use tp = {_nearest(tp, tp_fits)}")
-        if model.vocab_size % tp:
-            raise ValueError(f"model.vocab_size = {model.vocab_size} is not a multiple of parallel.tp = {tp}; "
-                             f"use vocab_size = {_next_multiple(model.vocab_size, tp)}, or another tp")
-        if world_size % (tp * cp):
-            fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
-            raise ValueError(f"parallel.tp * parallel.cp = {tp} * {cp} = {tp * cp} does not divide the {world_size} ranks; "
-                             f"use tp * cp = {_nearest(tp * cp, fits)}, or {_next_multiple(world_size, tp * cp)} ranks")
-        if model.num_experts % ep:
-            fits = [n for n in range(1, model.num_experts + 1) if model.num_experts % n == 0]
-            raise ValueError(f"parallel.ep = {ep} does not divide model.num_experts = {model.num_experts}; use ep = {_nearest(ep, fits)}")
-        if world_size % ep:
-            fits = [n for n in range(1, world_size + 1) if world_size % n == 0 and model.num_experts % n == 0]
-            raise ValueError(f"parallel.ep = {ep} does not divide the {world_size} ranks; use ep = {_nearest(ep, fits)}, "
-                             f"or {_next_multiple(world_size, ep)} ranks")
+        misfit = self._misfit(world_size, model)
+        if misfit:
+            problem, key, candidates = misfit
+            changes: Iterator[dict[str, typing.Any]] = ({key: n} for n in candidates)
+            fits = [change[key] for change in changes if dataclasses.replace(self, **change)._misfit(world_size, model) is None]
+            advice = f"use {key} = {_nearest(getattr(self, key), fits)}" if fits else "no other value of it fits the rest; start from 1"
+            raise ValueError(f"{problem}; {advice}")
         # Zig-zag: 2 cp chunks of at least the convolutions' halo of two tokens; each rank's two are cut over tp once more.
+        tp, cp = self.tp, self.cp
         parts = cp * math.lcm(2, tp) if cp > 1 else tp
         if seq_len % parts or (cp > 1 and seq_len < 4 * cp):
             least = max(_next_multiple(seq_len, parts), _next_multiple(4 * cp, parts) if cp > 1 else 0)
             raise ValueError(f"train.seq_len = {seq_len} cannot be cut into the {parts} equal parts that parallel.cp = {cp} and "
                              f"parallel.tp = {tp} need; use seq_len = {least}")
-        replicas = max(tp // kv_heads, 1)
+
+    def _misfit(self, world_size: int, model: ModelConfig) -> tuple[str, str, range] | None:
+        """The first pair of numbers that does not fit, the key to change, and the values it could have; None: all fit."""
+        tp, cp, ep, zero = self.tp, self.cp, self.ep, self.zero_size
+        heads, kv_heads, experts = model.num_heads, model.num_kv_heads, model.num_experts
+        tps, cps, eps = range(1, min(heads, world_size) + 1), range(1, world_size + 1), range(1, min(experts, world_size) + 1)
+        if kv_heads % tp and (tp % kv_heads or heads % tp):
+            return (f"parallel.tp = {tp} neither divides model.num_kv_heads = {kv_heads} nor is a multiple of it that divides "
+                    f"model.num_heads = {heads}"), "tp", tps
+        if model.vocab_size % tp:
+            return f"parallel.tp = {tp} does not divide model.vocab_size = {model.vocab_size}", "tp", tps
+        if world_size % tp:
+            return f"parallel.tp = {tp} does not divide the {world_size} ranks", "tp", tps
+        if world_size % (tp * cp):
+            return f"parallel.tp * parallel.cp = {tp} * {cp} = {tp * cp} does not divide the {world_size} ranks", "cp", cps
+        if experts % ep:
+            return f"parallel.ep = {ep} does not divide model.num_experts = {experts}", "ep", eps
+        if world_size % ep:
+            return f"parallel.ep = {ep} does not divide the {world_size} ranks", "ep", eps
         for what, holders in (("ranks", world_size), ("holders of a tp piece", world_size // tp),
-                              ("holders of an expert", world_size // ep), ("holders of a KV head", world_size // tp * replicas)):
-            if self.zero_size and holders > self.zero_size and holders % self.zero_size:
-                fits = [n for n in range(1, holders + 1) if holders % n == 0]
-                raise ValueError(f"parallel.zero_size = {self.zero_size} does not divide the {holders} {what}; "
-                                 f"use zero_size = {_nearest(self.zero_size, fits)}")
+                              ("holders of an expert", world_size // ep),
+                              ("holders of a KV head", world_size // tp * max(tp // kv_heads, 1))):
+            if zero and holders > zero and holders % zero:
+                return f"parallel.zero_size = {zero} does not divide the {holders} {what}", "zero_size", range(1, world_size + 1)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,8 +365,9 @@ class Recipe:
         self.run.validate()
         rows, dp = self.train.global_batch_size, world_size // (self.parallel.tp * self.parallel.cp)
         if rows % dp:
-            raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {dp} data-parallel ranks; "
-                             f"use {_next_multiple(rows, dp)}")
+            share = -(-rows // dp)  # and then a share that is one micro-batch, or several
+            share = share if share <= self.train.micro_batch_size else _next_multiple(share, self.train.micro_batch_size)
+            raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {dp} data-parallel ranks; use {share * dp}")
         micro = self.micro_batch_rows(dp)
         if rows // dp % micro:
             raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // dp} rows "

@@ -77,7 +77,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader) -> None:
         self.recipe, self.mesh, self.loader = recipe, mesh, loader
         train = recipe.train
-        self.kernels = backend.choose(train.kernels, mesh.device, DTYPES[train.dtype], recipe.model.head_dim)
+        self.kernels = backend.choose(train.kernels, mesh.device, DTYPES[train.dtype], recipe.model.head_dim,
+                                      recipe.model.hidden_size, recipe.model.num_router_classes)
         self.table = plan(recipe.model)
         self.model = build_model(recipe.model, DTYPES[train.dtype], train.recompute, mesh, self.table)
         init_weights(self.model, recipe.model, train.seed, pieces(mesh, self.table))

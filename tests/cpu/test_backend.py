@@ -80,3 +80,11 @@ def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps:
         shares[kernels] = torch.stack([r.shares_LE for r in results])
     torch.testing.assert_close(curves["triton"], curves["reference"], rtol=2e-5, atol=0)  # fp32 sums in another order
     assert torch.equal(shares["triton"], shares["reference"])
+
+
+@pytest.mark.parametrize(("width", "classes", "says"), [
+    (9000, 17, "hidden size up to 8192, not 9000"), (64, 257, "256 router classes, not 257")])
+def test_sizes_that_no_kernel_takes_are_the_references(width: int, classes: int, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        backend.choose("triton", GPU, torch.bfloat16, 128, width, classes)
+    assert backend.choose("auto", GPU, torch.bfloat16, 128, width, classes) == "reference"

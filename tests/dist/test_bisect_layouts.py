@@ -19,6 +19,7 @@ def recorded(rank: int, world_size: int, tables: dict[str, Any], fault: str) -> 
     import torch
 
     from tools.bisect_layouts import record
+    from zaya import trainer as trainer_module
     from zaya.config import recipe_from_tables
     from zaya.parallel import context, expert, tensor, zero1
     from zaya.parallel.mesh import make_mesh
@@ -42,6 +43,10 @@ def recorded(rank: int, world_size: int, tables: dict[str, Any], fault: str) -> 
         "mean": lambda: patch.setattr(tensor._GroupMean, "backward", staticmethod(lambda ctx, d: _scaled(mean_backward(ctx, d)))),
         "reduce": lambda: patch.setattr(zero1, "reduce_scatter", lambda whole, group, label: zero1.all_reduce(
             whole.chunk(group.size)[group.rank].clone(), dataclasses.replace(group, handle=None, size=1), label)),
+        "counts": lambda: patch.setattr(trainer_module, "all_reduce_sum", lambda sums, group: (
+            zero1.all_reduce(sums[:3], group).wait() if len(sums) > 3 else None)),
+        "gather": lambda: patch.setattr(zero1.Bucket, "start_gather", lambda self: None),
+        "norm": lambda: patch.setattr(zero1.Zero1, "squared_norm", lambda self, whole=zero1.Zero1.squared_norm: 4 * whole(self)),
         "muon": lambda: patch.setattr(zero1, "_piece_of", lambda whole, part: whole.reshape(-1)[: part.numel]),
     }
     try:
@@ -83,6 +88,9 @@ def test_layouts_that_agree(pools: Pools, recipe: Recipe, layout: dict[str, int]
     ("mean", dict(tp=4), "gradient", "blocks.1.attention.q"),
     ("reduce", dict(), "parameter gradient", "embedding.weight"),
     ("muon", dict(tp=2), "update", "blocks.0.attention.q.weight"),
+    ("gather", dict(), "update", "embedding.weight"),
+    ("norm", dict(ep=2), "numbers", "gradient norm"),
+    ("counts", dict(), "update", "blocks.0.moe.router.balance_bias"),
 ])
 def test_a_planted_fault_is_named(pools: Pools, recipe: Recipe, fault: str, layout: dict[str, int], direction: str, name: str) -> None:
     found = compare(pools, recipe, 4, fault, **layout)

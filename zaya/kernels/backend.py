@@ -15,6 +15,8 @@ import torch
 from zaya.kernels import reference
 
 HEAD_DIMS = (32, 64, 128)  # what attention and cca are built for
+MAX_WIDTH = 8192  # of the stream: a row lies in the registers of one program
+MAX_CLASSES = 256  # of the router: a block's one-hot table of this width still fits the registers
 ENVIRONMENT = "ZAYA_KERNELS"  # overrides "auto": for tests, and to tell a kernel's fault from another's
 
 
@@ -43,16 +45,16 @@ def ops() -> Ops:
     return _chosen
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, width: int = 1, num_classes: int = 1) -> str:
     """Settle which ops compute from here on, for tensors of `dtype` on `device`; returns "triton" or "reference".
 
-    auto: Triton on a GPU (ROCm or CUDA) unless no kernel takes the dtype or the head dim; else the reference. ValueError: Triton asked for
-    where it cannot run.
+    auto: Triton on a GPU (ROCm or CUDA) unless no kernel takes the dtype or one of the sizes; else the reference. ValueError: Triton asked
+    for where it cannot run.
     """
     global _chosen
     if kernels == "auto":
         kernels = os.environ.get(ENVIRONMENT, "auto")
-    obstacle = _obstacle(device, dtype, head_dim)
+    obstacle = _obstacle(device, dtype, head_dim, width, num_classes)
     if kernels == "auto":
         kernels = "triton" if device.type == "cuda" and not obstacle else "reference"
     if kernels not in ("triton", "reference"):
@@ -63,12 +65,16 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int
     return kernels
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, width: int, num_classes: int) -> str:
     """Why Triton cannot compute this, or nothing."""
     if dtype == torch.float64:
         return "has no fp64"
     if head_dim not in HEAD_DIMS:
         return f"takes head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    if width > MAX_WIDTH:
+        return f"takes a hidden size up to {MAX_WIDTH}, not {width}"
+    if num_classes > MAX_CLASSES:
+        return f"takes up to {MAX_CLASSES} router classes, not {num_classes}"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"cannot run on {device.type} (but, very slowly, under TRITON_INTERPRET=1)"
     return ""

@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zaya.kernels.backend import MAX_WIDTH
 from zaya.kernels.launch import Config, Target, check, config, launch, target
 
-MAX_WIDTH = 8192  # a row lies in the registers of one program
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zaya.kernels.backend import MAX_CLASSES
 from zaya.kernels.launch import check, config, launch, target
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-MAX_CLASSES = 256  # a block's one-hot table of this width still fits the registers
 
 
 @triton.jit

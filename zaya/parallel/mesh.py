@@ -153,7 +153,8 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
         return make_one(name, {tuple(ranks_of(r)) for r in range(layout.world_size)})
 
     axes = {axis: make_one(axis, groups) for axis, groups in _axes(layout).items()}
-    return Mesh(layout, make_one("world", [range(layout.world_size)]), **axes, device=device, ledger=ledger, make=make)
+    return Mesh(layout, make_one("world", [range(layout.world_size)]), axes["tp"], axes["cp"], axes["dp"], axes["ep"], axes["edp"],
+                axes["token"], device, ledger, make)
 
 
 def _axes(layout: Layout) -> dict[str, list[list[int]]]:
