@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-MAX_WORKERS = 256
+MAX_WORKERS = 256  # threads; more than any machine has use for
 
 
 def worker_count(text: str) -> int:
