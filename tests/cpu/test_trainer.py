@@ -158,7 +158,7 @@ def errors(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) ->
 
 @pytest.mark.parametrize(("override", "says"), [
     ("--train.stepps=3", "did you mean 'train.steps'"), ("--train.steps=many", "must be an int"), ("--parallel.pp=2", "no pipeline"),
-    ("--parallel.tp=2", "does not divide the 1 ranks"), ("--parallel.ep=3", "use ep = 2 or 4"),
+    ("--parallel.tp=2", "does not divide the 1 ranks"), ("--parallel.ep=3", "use ep = 1"),
     ("--parallel.engine=deepspeed", "does not support Muon"),
     ("--train.kernels=triton", "takes head dims"), ("--train.micro_batch_size=3", "does not divide"), ("--train.device=cuda", "no GPU"),
     ("--run.dir=/proc/nowhere", "cannot write run.dir"), ("--data.train=[\"/nowhere/x\"]", "/nowhere/x"), ("--model.vocab_size=50", "50"),
