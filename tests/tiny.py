@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,6 +63,20 @@ def variant(base: Recipe, **overrides: object) -> Recipe:
         section, _, name = key.partition("__")
         tables[section][name] = value
     return recipe_from_tables(tables)
+
+
+def trainer(tables: dict[str, Any], world_size: int) -> Trainer:
+    """A rank's trainer on a worker of the pools, under the recipe's layout (collective)."""
+    import torch
+
+    from zaya.parallel.mesh import make_mesh
+    from zaya.shard import Layout
+    from zaya.trainer import Trainer, open_data
+
+    recipe = recipe_from_tables(tables)
+    recipe.validate(world_size)
+    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
+    return Trainer(recipe, mesh, open_data(recipe, mesh))
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zaya.cli import Parser
+from zaya.cli import Parser, layout_sizes
 from zaya.config import Recipe, load_recipe
 from zaya.parallel.mesh import close_mesh, open_mesh
 from zaya.shard import Layout
@@ -210,10 +210,7 @@ def _apart(x: NDArray[Any], parts: list[Part], add: bool) -> NDArray[Any]:
 
 def _layout(text: str) -> tuple[int, list[str]]:
     """(ranks, overrides) of "ranks=4,tp=2". ValueError: not of that form."""
-    try:
-        values = {key.strip(): int(value) for key, _, value in (item.partition("=") for item in text.split(","))}
-    except ValueError:
-        raise ValueError(f"layout {text!r} is not of the form ranks=4,tp=2") from None
+    values = layout_sizes(text)
     ranks = values.pop("ranks", 1)
     return ranks, [f"--parallel.{key}={value}" for key, value in values.items()]
 

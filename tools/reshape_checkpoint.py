@@ -24,11 +24,11 @@ from typing import Any
 from zaya.checkpoint.manifest import DTYPES, Manifest, TensorEntry
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.rewrite import Job, Target, cut_into_files, rewrite
-from zaya.cli import Parser
+from zaya.cli import Parser, layout_sizes
 from zaya.config import ModelConfig, ParallelConfig, model_from_tables
 from zaya.parallel.partition import make_buckets
 from zaya.plan import ParameterPlan, plan
-from zaya.shard import Box, Layout, flat_boxes, shifted
+from zaya.shard import Box, Layout
 
 STORED = {"bf16": "BF16", "fp32": "F32"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -68,11 +68,10 @@ def owned(table: Mapping[str, ParameterPlan], layout: Layout, muon: bool) -> lis
                 continue  # with zero_size other blocks hold the same; the first one counts
             shard = layout.shard(placement, rank)
             for row in bucket.rows[bisect.bisect_right(stops, shard * bucket.shard_length) :]:
-                start, stop = bucket.overlap(row.name, shard)
-                if start >= stop:
+                boxes = bucket.boxes(row, layout, rank)
+                if not boxes:
                     break
-                offsets, sizes = layout.piece(row.placement, row.shape, rank)
-                by_rank[rank][row.name] = [shifted(box, offsets) for box in flat_boxes(start, stop, sizes)]
+                by_rank[rank][row.name] = boxes
     return by_rank
 
 
@@ -152,7 +151,7 @@ def plan_job(checkpoints: Sequence[Checkpoint], options: Options, max_file_bytes
 
 def boxes_by_rank(tensors: Mapping[str, Target], table: Mapping[str, ParameterPlan],
                   owned_boxes: Sequence[Mapping[str, Sequence[Box]]]) -> Iterator[list[tuple[str, Box]]]:
-    """What each rank writes, in the order of `Trainer.shares`; rank 0 has the small rest."""
+    """What each rank writes, in the order of `Trainer.owned_state`; rank 0 has the small rest."""
     states: dict[str, list[str]] = {name: [] for name in table}
     rest = []
     for name, target in tensors.items():
@@ -177,13 +176,12 @@ def check_layout(layout: Layout, model: ModelConfig, recipe: Mapping[str, Any]) 
 def layout_of(text: str) -> Layout:
     keys = ("ranks", "tp", "cp", "ep", "zero_size")
     try:
-        pairs = [(key.strip(), int(value)) for key, _, value in (item.partition("=") for item in text.split(","))]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ranks=8,tp=2") from None
-    values = dict(pairs)
-    if len(values) < len(pairs) or not values.keys() <= set(keys) or not 1 <= values.get("ranks", 0) <= 1 << 17:
-        raise argparse.ArgumentTypeError(f"{text!r} must name ranks (1 to {1 << 17}) and may name {', '.join(keys[1:])}, each once")
-    if any(value < (key != "zero_size") for key, value in pairs):
+        values = layout_sizes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not values.keys() <= set(keys) or not 1 <= values.get("ranks", 0) <= 1 << 17:
+        raise argparse.ArgumentTypeError(f"{text!r} must name ranks (1 to {1 << 17}) and may name {', '.join(keys[1:])}")
+    if any(value < (key != "zero_size") for key, value in values.items()):
         raise argparse.ArgumentTypeError(f"{text!r}: sizes are at least 1")
     return Layout(values.pop("ranks"), **values)
 

@@ -1,4 +1,4 @@
-"""The command-line parser of every tool: a wrong call is one line on stderr and exit code 2. Standard library only."""
+"""How the tools read their command lines: a wrong call is one line on stderr and exit code 2. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def worker_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_WORKERS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads from 1 to {MAX_WORKERS}")
     return int(text)
+
+
+def layout_sizes(text: str) -> dict[str, int]:
+    """{"ranks": 8, "tp": 2} of "ranks=8,tp=2". ValueError: not of that form, or a key twice."""
+    try:
+        pairs = [(key.strip(), int(value)) for key, _, value in (item.partition("=") for item in text.split(","))]
+    except ValueError:
+        raise ValueError(f"layout {text!r} is not of the form ranks=8,tp=2") from None
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"layout {text!r} names a key twice; name each once")
+    return dict(pairs)

@@ -16,19 +16,10 @@ from zaya.config import Recipe
 
 def recorded(rank: int, world_size: int, tables: dict[str, Any], fault: str) -> Any:
     """A rank's record of one step, with a fault planted in one piece."""
-    import torch
-
     from tools.bisect_layouts import record
     from zaya import trainer as trainer_module
-    from zaya.config import recipe_from_tables
     from zaya.parallel import context, expert, tensor, zero1
-    from zaya.parallel.mesh import make_mesh
-    from zaya.shard import Layout
-    from zaya.trainer import Trainer, open_data
 
-    recipe = recipe_from_tables(tables)
-    recipe.validate(world_size)
-    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
     patch = pytest.MonkeyPatch()
     exchange, sum_slots, rows_backward = context.ContextParallel._exchange, expert._sum_slots, tensor._Rows.backward
     scatter, column_backward, mean_backward = context.ContextParallel._scatter, tensor._Columns.backward, tensor._GroupMean.backward
@@ -52,7 +43,7 @@ def recorded(rank: int, world_size: int, tables: dict[str, Any], fault: str) -> 
     try:
         if fault:
             faults[fault]()
-        return record(Trainer(recipe, mesh, open_data(recipe, mesh)))
+        return record(tiny.trainer(tables, world_size))
     finally:
         patch.undo()
 

@@ -19,17 +19,9 @@ State = dict[str, np.ndarray]
 
 def train(rank: int, world_size: int, tables: dict[str, Any], source: str, steps: int, root: str) -> tuple[list[float], str]:
     """Losses of `steps` steps from a checkpoint ("": from the start), and the checkpoint written after them."""
-    import torch
 
-    from zaya.config import recipe_from_tables
-    from zaya.parallel.mesh import make_mesh
-    from zaya.shard import Layout
-    from zaya.trainer import Trainer, open_data
 
-    recipe = recipe_from_tables(tables)
-    recipe.validate(world_size)
-    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
-    trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
+    trainer = tiny.trainer(tables, world_size)
     if source:
         trainer.load(Path(source))
     losses = [trainer.train_step().loss.item() for _ in range(steps)]

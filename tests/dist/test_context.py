@@ -223,7 +223,6 @@ def test_refuses_rows_that_make_no_chunks(row: int, message: str) -> None:
 
 class Bytes(TorchDispatchMode):
     """Bytes of all storages that ops made inside and that are alive: now, and at most after any op."""
-
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}

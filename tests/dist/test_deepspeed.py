@@ -84,14 +84,8 @@ def test_trains_as_zero1_does(pool: WorkerPool, base: Recipe, ours: Run, stage: 
 
 def steps_and_checkpoint(rank: int, world_size: int, tables: dict[str, Any], start: str, steps: int, root: str) -> tuple[str, list[float]]:
     """Train from a checkpoint ("": from new weights) and save: where, and the losses; an evaluation after each step changes nothing."""
-    from zaya.parallel.mesh import make_mesh
-    from zaya.shard import Layout
-    from zaya.trainer import Trainer, open_data
 
-    recipe = recipe_from_tables(tables)
-    recipe.validate(world_size)
-    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
-    trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
+    trainer = tiny.trainer(tables, world_size)
     if start:
         trainer.load(Path(start))
     losses = []
@@ -132,13 +126,8 @@ def test_checkpoints_pass_between_the_engines(pool: WorkerPool, base: Recipe, tm
 
 def refused_steps(rank: int, world_size: int, tables: dict[str, Any]) -> list[str]:
     """Names of the state that changed in steps that were not committed; "" where the next good step changed nothing."""
-    from zaya.parallel.mesh import make_mesh
-    from zaya.shard import Layout
-    from zaya.trainer import Trainer, open_data
 
-    recipe = recipe_from_tables(tables)
-    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
-    trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
+    trainer = tiny.trainer(tables, world_size)
     trainer.train_step()
 
     def state() -> dict[str, list[torch.Tensor]]:
@@ -172,13 +161,7 @@ def test_a_refused_step_changes_nothing(pool: WorkerPool, base: Recipe, stage: i
 
 def share_of_memory(rank: int, world_size: int, tables: dict[str, Any]) -> tuple[float, float]:
     """Of the parameters' elements: what this rank holds of the optimizer state, and of parameters between two steps."""
-    from zaya.parallel.mesh import make_mesh
-    from zaya.shard import Layout
-    from zaya.trainer import Trainer, open_data
-
-    recipe = recipe_from_tables(tables)
-    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
-    trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
+    trainer = tiny.trainer(tables, world_size)
     trainer.train_step()
     total = sum(row.numel for row in trainer.table.values())
     moments = sum(tensor.numel() for name in trainer.table for _, tensor in trainer.optimizer.parts(name, "exp_avg"))

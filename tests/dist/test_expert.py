@@ -176,7 +176,6 @@ def test_the_next_chunk_is_on_its_way_while_one_is_computed(pools: Pools, recomp
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of floating-point storages made under it that are alive, and the most there were."""
-
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
         self.live = self.peak = 0
@@ -246,7 +245,6 @@ def test_with_all_tokens_on_one_expert_nothing_received_is_kept(pools: Pools) ->
 
 class Sent(Pending):
     """Holds on to what is sent until it is waited for, as NCCL's do."""
-
     def __init__(self, rows: Tensor, result: Tensor, group: Group, label: str) -> None:
         super().__init__(result, None, group, "all_to_all", label)
         self.rows: Tensor | None = rows
@@ -258,7 +256,6 @@ class Sent(Pending):
 
 class Elsewhere:
     """The other ranks of a group, on meta tensors through the kernels' launches: whatever asked for a value would fail."""
-
     def __init__(self, monkeypatch: pytest.MonkeyPatch, counts_SC: Tensor) -> None:
         from zaya.kernels import backend
 

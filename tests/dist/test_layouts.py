@@ -25,25 +25,17 @@ Run = tuple[list[tuple[float, float, list[list[float]]]], dict[str, np.ndarray],
 
 def train(rank: int, world_size: int, tables: dict[str, Any], steps: int, small_buckets: bool) -> Run | None:
     """Steps of a recipe; rank 0 returns (loss, grad norm, expert shares) of each, the first and the final parameters."""
-    import torch
-
     from zaya.parallel import partition
     from zaya.parallel.collectives import gather_objects
-    from zaya.parallel.mesh import make_mesh
-    from zaya.shard import Layout
-    from zaya.trainer import Trainer, open_data
 
     if small_buckets:
         partition.BUCKET_ELEMENTS, partition.ROUND_ELEMENTS = 5000, 1500
     try:
-        recipe = recipe_from_tables(tables)
-        recipe.validate(world_size)
-        mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
-        trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
-        first = _parameters(gather_objects(_owned(trainer), mesh.world))
+        trainer = tiny.trainer(tables, world_size)
+        first = _parameters(gather_objects(_owned(trainer), trainer.mesh.world))
         results = [trainer.train_step() for _ in range(steps)]
         trainer.optimizer.wait()
-        final = _parameters(gather_objects(_owned(trainer), mesh.world))
+        final = _parameters(gather_objects(_owned(trainer), trainer.mesh.world))
     finally:
         partition.BUCKET_ELEMENTS, partition.ROUND_ELEMENTS = 40_000_000, 1 << 22
     numbers = [(r.loss.item(), r.grad_norm.item(), r.shares_LE.tolist()) for r in results]

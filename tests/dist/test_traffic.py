@@ -17,19 +17,11 @@ from zaya.shard import Layout
 
 
 def sent_by_a_step(rank: int, world_size: int, tables: dict[str, Any]) -> dict[tuple[str, str], int]:
-    import torch
-
-    from zaya.config import recipe_from_tables
-    from zaya.parallel.mesh import make_mesh
-    from zaya.trainer import Trainer, open_data
-
-    recipe = recipe_from_tables(tables)
-    mesh = make_mesh(Layout.of(recipe.parallel, world_size), torch.device("cpu"))
-    trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
-    mesh.ledger.sent.clear()
+    trainer = tiny.trainer(tables, world_size)
+    trainer.mesh.ledger.sent.clear()
     trainer.train_step()
     trainer.optimizer.wait()
-    return dict(mesh.ledger.sent)
+    return dict(trainer.mesh.ledger.sent)
 
 
 @pytest.fixture(scope="module")

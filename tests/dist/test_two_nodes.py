@@ -30,7 +30,6 @@ TIMEOUT_S = 200.0  # starting torch four times on a busy machine, not training
 @dataclass
 class Job:
     """Processes with a log each, killed with all they started when the test ends."""
-
     folder: Path
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Collectives over an explicit group; every one is the identity on a group of one, so no caller asks for sizes.
+"""Collectives over an explicit group; every one is the identity on a group of one, so callers need not ask for sizes.
 
 Each returns a `Pending`: the call launches, `wait` makes the result usable, and what lies between overlaps. Both are written to the
 group's `Ledger`, which counts the bytes a rank sends and, where a test asks for it, the order of launches and waits.
@@ -36,7 +36,7 @@ class Group:
     size: int
     name: str = "alone"
     ranks: tuple[int, ...] = ()
-    """Global ranks in order; empty where the group is only counted."""
+    """Global ranks in order."""
     ledger: Ledger = field(default_factory=Ledger, compare=False)
 
 

@@ -37,7 +37,7 @@ from zaya.kernels import reference
 from zaya.kernels.backend import ops
 from zaya.parallel.collectives import Group, Pending, all_gather, all_to_all
 
-CHUNK_FACTOR = 2.0  # rows a rank takes at once, as a multiple of its own assignments
+CHUNK_FACTOR = 2.0  # rows a rank takes at once, as a multiple of its own assignments; an estimate, not measured
 
 
 class Weights(Protocol):

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from zaya.parallel.collectives import Group, Ledger, barrier
 from zaya.shard import Layout, Replicate, Shard
 
+TIMEOUT_S = 600.0  # of a collective that a rank never joins; torch's own default for RCCL
+
 
 @dataclass(frozen=True)
 class Holding:
@@ -114,7 +116,7 @@ def ranks_per_node_from_environment() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size_from_environment()))
 
 
-def open_mesh(device: str, layout: Layout, timeout_s: float = 600.0) -> Mesh:
+def open_mesh(device: str, layout: Layout) -> Mesh:
     """Join the other processes of this job (collective call 1 of every rank). device: auto | cuda | cpu (ROCm is "cuda").
 
     One process needs no process group: it runs the same lines, on groups of size 1. ValueError: cuda asked for where there is none.
@@ -126,7 +128,7 @@ def open_mesh(device: str, layout: Layout, timeout_s: float = 600.0) -> Mesh:
     if on_gpu:
         torch.cuda.set_device(here)
     if layout.world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
     return make_mesh(layout, here)
 
 

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from zaya.plan import Muon, ParameterPlan
-from zaya.shard import Layout, Replicate, Shard
+from zaya.shard import Box, Layout, Replicate, Shard, flat_boxes, shifted
 
 BUCKET_ELEMENTS = 40_000_000  # as Megatron-core's default: long enough for the links, short enough to start early
-ROUND_ELEMENTS = 1 << 22  # of a shard, exchanged for Muon at a time: 8 MiB in bf16
-LEVEL = 1.05  # a holder may own a matrix until its load is this much over the mean
+ROUND_ELEMENTS = 1 << 22  # of a shard, exchanged for Muon at a time: 8 MiB in bf16; an estimate, not measured
+LEVEL = 1.05  # a holder may own a matrix until its load is this many times the mean
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class BucketPlan:
         start, stop = self.spans[name]
         first = shard * self.shard_length
         return max(start, first) - start, min(stop, first + self.shard_length) - start
+
+    def boxes(self, row: ParameterPlan, layout: Layout, rank: int) -> list[Box]:
+        """The boxes of a parameter's logical tensor whose state `rank` owns, in the order of its shard; none where it owns nothing."""
+        offsets, sizes = layout.piece(row.placement, row.shape, rank)
+        start, stop = self.overlap(row.name, layout.shard(row.placement, rank))
+        return [shifted(box, offsets) for box in flat_boxes(start, stop, sizes)]
 
 
 def make_buckets(rows: Iterable[ParameterPlan], layout: Layout, *, muon: bool, bucket_elements: int = BUCKET_ELEMENTS) -> list[BucketPlan]:

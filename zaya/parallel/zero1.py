@@ -32,7 +32,7 @@ from zaya.parallel.collectives import Group, Pending, all_gather, all_reduce, al
 from zaya.parallel.mesh import Holding, Mesh
 from zaya.parallel.partition import BucketPlan, Matrix, Part
 from zaya.plan import ParameterPlan
-from zaya.shard import Box, flat_boxes, shifted
+from zaya.shard import Box
 
 
 class Bucket:
@@ -265,13 +265,11 @@ class Zero1:
         """This rank's shard of one tensor of the state (or "grad"), as boxes of the logical tensor, each with the memory that holds it."""
         bucket, flat = self._bucket_of[name], self._flat(name, kind)
         row = next(row for row in bucket.plan.rows if row.name == name)
-        offsets, sizes = self.mesh.layout.piece(row.placement, row.shape, self.mesh.rank)
-        start, stop = bucket.plan.overlap(name, bucket.holding.shard.rank)
-        base = bucket.plan.spans[name][0] - bucket.holding.shard.rank * bucket.plan.shard_length
-        for box in flat_boxes(start, stop, sizes):
-            numel = math.prod(box[1])
-            yield shifted(box, offsets), flat[base + start : base + start + numel].view(box[1])
-            start += numel
+        start = max(bucket.plan.spans[name][0] - bucket.holding.shard.rank * bucket.plan.shard_length, 0)
+        for box in bucket.plan.boxes(row, self.mesh.layout, self.mesh.rank):
+            stop = start + math.prod(box[1])
+            yield box, flat[start:stop].view(box[1])
+            start = stop
 
 
 def _round(mesh: Mesh, buckets: list[Bucket], indices: list[int], matrices: list[Matrix]) -> _Round:
