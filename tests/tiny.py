@@ -81,5 +81,4 @@ def trainer(tables: dict[str, Any], world_size: int) -> Trainer:
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The state of a single process' trainer by checkpoint name; every tensor is one box, which is the memory that holds it."""
-    trainer.optimizer.wait()
-    return {name: share.parts[0][1] for name, share in trainer.owned_state().items()}
+    return {name: share.parts[0][1] for name, share in trainer.state.owned().items()}

@@ -24,8 +24,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from zaya.checkpoint.directory import step_directories
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, load, num_bytes
-from zaya.checkpoint.read import Checkpoint, step_directories
+from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser, worker_count
 
 GOOD, NO_CHECKPOINT, CORRUPT = 0, 2, 7

@@ -151,7 +151,7 @@ def plan_job(checkpoints: Sequence[Checkpoint], options: Options, max_file_bytes
 
 def boxes_by_rank(tensors: Mapping[str, Target], table: Mapping[str, ParameterPlan],
                   owned_boxes: Sequence[Mapping[str, Sequence[Box]]]) -> Iterator[list[tuple[str, Box]]]:
-    """What each rank writes, in the order of `Trainer.owned_state`; rank 0 has the small rest."""
+    """What each rank writes, in the order of `TrainState.owned`; rank 0 has the small rest."""
     states: dict[str, list[str]] = {name: [] for name in table}
     rest = []
     for name, target in tensors.items():

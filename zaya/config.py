@@ -309,12 +309,34 @@ class CheckpointConfig:
     """auto (newest complete checkpoint of run.dir, if any) | never | path of a checkpoint."""
     keep: int = 0
     """Newest checkpoints to keep; 0 = all."""
+    keep_every: int = 0
+    """Checkpoints of its multiples are kept for ever, whatever keep says; 0 = none."""
+    asynchronous: bool = True
+    """Save while the training goes on, from a copy in memory; false: the training waits."""
+    staging_gib: float = 32.0
+    """Memory for that copy, per rank, at most (and never more than half of what is free): of a larger state the training waits for the
+    part that does not fit."""
+    verify: str = "read"
+    """read: hash what is read at the start (a checkpoint of up to 1 GiB whole) | all: every byte of it first."""
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of tensors, as "optim.*", that a checkpoint may lack (they keep their initial values) or have too many. For surgery."""
+    local_dir: str = ""
+    """A fast directory of each node that saves go to; from there they are copied to run.dir in the background. Empty: straight there."""
+    mirror_mb_per_s: float = 0.0
+    """What that copying may take of the shared storage, all ranks together, in 10^6 bytes per second; 0 = all it gets."""
 
     def validate(self) -> None:
         _at_least("checkpoint.interval", self.interval, 0)
         _at_least("checkpoint.keep", self.keep, 0)
+        _at_least("checkpoint.keep_every", self.keep_every, 0)
+        _at_least("checkpoint.staging_gib", self.staging_gib, 0)
+        _at_least("checkpoint.mirror_mb_per_s", self.mirror_mb_per_s, 0)
+        _one_of("checkpoint.verify", self.verify, ("read", "all"))
         if not self.resume:
             raise ValueError('checkpoint.resume is empty; use "auto", "never" or the path of a checkpoint')
+        for key, path in (("resume", self.resume), ("local_dir", self.local_dir)):
+            if "\0" in path or not path.isprintable():
+                raise ValueError(f"checkpoint.{key} = {path!r} holds characters that a path cannot have; use printable ones")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
-Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback), 2 bad recipe, arguments or corpus, or
-too little memory, 7 a checkpoint to start from is damaged (2 and 7: one clear line, nothing half-written).
+Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
+2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved, 7 no checkpoint to start from can be
+read (one clear line for all but a bug, nothing half-written).
 """
 # ruff: noqa: E402  # settings first, then torch
 
@@ -23,19 +24,27 @@ SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
 import torch
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError, load
-from zaya.checkpoint.read import newest
+from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.manifest import CheckpointError
 from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
-from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
+from zaya.parallel.mesh import (
+    Mesh,
+    close_mesh,
+    open_mesh,
+    rank_from_environment,
+    ranks_per_node_from_environment,
+    world_size_from_environment,
+)
+from zaya.resume import Tiers, newest_recipe
 from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
 
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
 
 Train the run that a recipe describes, or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."""
-UNREADABLE = 7
+UNSAVED, PREEMPTED, UNREADABLE = 1, 3, 7
 log = logging.getLogger("zaya")
 
 
@@ -46,10 +55,10 @@ def check_run_directory(recipe: Recipe) -> None:
         for path in (run_dir, run_dir / "logs", run_dir / "checkpoints", *sorted((run_dir / "checkpoints").glob("step-[0-9]*"))):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{path} is in the place of a directory; move it away, or use another run.dir")
-        saved = recipe_of_run(run_dir)
+        saved = recipe_of_run(run_dir, Tiers.of(recipe))
     except OSError as error:
         raise ValueError(f"cannot read run.dir = {recipe.run.dir!r}: {error.strerror}") from None
-    if saved and recipe.checkpoint.resume == "auto" != saved.checkpoint.resume != "never" and newest(run_dir / "checkpoints") is None:
+    if saved and recipe.checkpoint.resume == "auto" != saved.checkpoint.resume != "never" and not any(Tiers.of(recipe).steps()):
         raise ValueError(f"{run_dir} started from checkpoint.resume = {saved.checkpoint.resume!r} and has no checkpoint of its own yet; "
                          'start it with that again, with "never", or use another run.dir')
     theirs, ours = (saved or recipe).identity(), recipe.identity()
@@ -59,13 +68,13 @@ def check_run_directory(recipe: Recipe) -> None:
                              "use another run.dir, or the recipe it was made with")
 
 
-def recipe_of_run(run_dir: Path) -> Recipe | None:
+def recipe_of_run(run_dir: Path, tiers: Tiers) -> Recipe | None:
     """The recipe of a directory's run: recipe.toml or, if that is gone, what its newest checkpoint says. None: no run is there."""
     if (run_dir / "recipe.toml").exists():
         return load_recipe(run_dir / "recipe.toml")
-    checkpoint = newest(run_dir / "checkpoints")
-    if checkpoint is not None:
-        return recipe_from_tables(load(checkpoint).recipe)
+    tables = newest_recipe(tiers)
+    if tables is not None:
+        return recipe_from_tables(tables)
     record = run_dir / "metrics.jsonl"
     if record.is_file() and record.stat().st_size:
         raise ValueError(f"{run_dir} holds metrics.jsonl but no recipe.toml to tell whose run it is; "
@@ -79,12 +88,14 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter |
     A run that starts at `step` does not go on from later checkpoints of the directory: they and the record are set aside, never mixed
     with it, never deleted. ValueError: something there cannot be written, or is not this run's.
     """
-    run_dir = Path(recipe.run.dir)
+    run_dir, local = Path(recipe.run.dir), Tiers.of(recipe).local
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         metrics = None
+        if local is not None and mesh.rank % ranks_per_node_from_environment() == 0:
+            set_aside(local, step)
         if mesh.rank == 0:
-            set_aside(run_dir, step)
+            set_aside(run_dir / "checkpoints", step, run_dir / "metrics.jsonl")
             metrics = MetricsWriter(run_dir / "metrics.jsonl", resume_step=step)
         start_logging(recipe, mesh)
         if mesh.rank == 0:
@@ -96,17 +107,17 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter |
     return metrics
 
 
-def set_aside(run_dir: Path, step: int) -> None:
-    """Move complete checkpoints beyond `step`, with a copy of the record, to run_dir/set-aside-K."""
-    later = [path for path in sorted((run_dir / "checkpoints").glob("step-*")) if (path / MANIFEST).is_file() and int(path.name[5:]) > step]
+def set_aside(root: Path, step: int, record: Path | None = None) -> None:
+    """Move complete checkpoints of `root` beyond `step`, with a copy of the record, to set-aside-K beside it."""
+    later = [number for number in complete_steps(root) if number > step]
     if not later:
         return
-    target = next(path for path in (run_dir / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
+    target = next(path for path in (root.parent / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
     (target / "checkpoints").mkdir(parents=True)
-    if (run_dir / "metrics.jsonl").is_file():
-        shutil.copy2(run_dir / "metrics.jsonl", target)
-    for path in later:
-        path.rename(target / "checkpoints" / path.name)
+    if record is not None and record.is_file():
+        shutil.copy2(record, target)
+    for number in later:
+        step_path(root, number).rename(step_path(target / "checkpoints", number))
 
 
 def start_logging(recipe: Recipe, mesh: Mesh) -> None:
@@ -167,9 +178,16 @@ def main(argv: list[str]) -> int:
     for line in runtime.describe(SETTINGS):
         log.info(line)
     try:
-        trainer.fit(metrics)
-    except (CorpusError, CheckpointError, MemoryError, RuntimeError) as error:  # a ValueError of the loop is a bug, and shows where
+        signal = trainer.fit(metrics)
+    except CheckpointError as error:
+        refuse(error, mesh)
+        return UNSAVED
+    except (CorpusError, MemoryError, RuntimeError) as error:  # a ValueError of the loop is a bug, and shows where
         return refuse(_readable(error), mesh)
+    if signal:
+        if mesh.rank == 0:
+            print(f"zaya.train: {signal}: saved at step {trainer.step}; start it again to go on", file=sys.stderr)
+        return PREEMPTED
     close_mesh(mesh)
     return 0
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import load as load_manifest
-from zaya.checkpoint.read import Checkpoint, locate, newest, prune
-from zaya.checkpoint.write import Share, save
+from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.saver import Saver
+from zaya.checkpoint.write import save
 from zaya.config import Recipe
 from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
 from zaya.data.tokenizer import load_tokenizer, vocabulary_size
@@ -33,8 +34,11 @@ from zaya.parallel.collectives import all_reduce_sum, barrier, gather_objects
 from zaya.parallel.mesh import Mesh
 from zaya.parallel.parallelize import build_model, build_optimizer, describe, pieces, token_index
 from zaya.plan import plan
+from zaya.preemption import GRACE_S, Preemption
+from zaya.resume import open_saver, restore
 from zaya.runtime import GarbageCollection
 from zaya.schedule import learning_rate
+from zaya.state import TrainState
 
 log = logging.getLogger("zaya")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -69,6 +73,8 @@ class StepResult(NamedTuple):
     """False where loss or gradient was not finite and nothing was updated."""
     shares_LE: Tensor
     """p_e per block, over the real experts."""
+    votes: Tensor
+    """What the ranks passed to the step as votes, summed."""
 
 
 class Trainer:
@@ -85,14 +91,19 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe, mesh, self.table)
         self.balance = RouterBalance([block.moe.router.balance_bias for block in self.model.blocks], recipe.model.num_experts,
                                      recipe.optim.balance_lr)
+        biases = {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+        self.state = TrainState(self.table, self.optimizer, biases | self.balance.tensors(), mesh, rounded=train.dtype == "bf16")
         self.token_index = token_index(mesh, train.seq_len)
         self.step, self.position = 0, 0
         self.origin = f"new weights from seed {train.seed}"
+        self.skipped: list[str] = []
+        """Checkpoints that the start passed over, and why."""
+        self._warned_of_grace = False
 
     # ------------------------------------------------------------------------------------------------------------ one step
 
-    def train_step(self) -> StepResult:
-        """Forward and backward over this rank's rows, one update.
+    def train_step(self, votes: Sequence[float] = (0, 0)) -> StepResult:
+        """Forward and backward over this rank's rows, one update. `votes`: two numbers of this rank that all ranks shall know the sum of.
 
         Collectives beside the model's own: gradients and parameters (zaya/parallel/zero1.py), and one sum of everything small.
         """
@@ -110,11 +121,12 @@ class Trainer:
             labelled += (batch.labels_BT != IGNORE).sum()
             counts_LC += output.counts_LC
         self.optimizer.finish_gradients()
-        # One small fp64 tensor carries loss, token count, gradient norm and routing counts: integers up to 2^53 are exact in it.
+        # One small fp64 tensor carries loss, token count, gradient norm, votes and routing counts: integers up to 2^53 are exact in it.
         own = self.mesh.tp.rank == 0  # all tp ranks computed this loss
-        sums = torch.cat([torch.stack([loss_sum * own, labelled * own, self.optimizer.squared_norm()]), counts_LC.double().flatten()])
+        sums = torch.cat([torch.stack([loss_sum * own, labelled * own, self.optimizer.squared_norm()]),
+                          torch.tensor(votes, dtype=torch.float64).to(self.mesh.device, non_blocking=True), counts_LC.double().flatten()])
         all_reduce_sum(sums, self.mesh.world)
-        loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[3:].view_as(counts_LC)
+        loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[5:].view_as(counts_LC)
 
         # Gradients are those of the summed loss; the mean over the global token count enters here, with the clipping.
         grad_norm = (sums[2].sqrt() / labelled).to(loss.dtype)
@@ -126,7 +138,7 @@ class Trainer:
         self.balance.update(counts_LC, commit=committed)
         self.step += 1
         self.position += recipe.train.global_batch_size
-        return StepResult(loss_sum / labelled, grad_norm, committed, self.balance.shares(counts_LC))
+        return StepResult(loss_sum / labelled, grad_norm, committed, self.balance.shares(counts_LC), sums[3:5])
 
     def _micro_batches(self) -> list[tuple[int, int]]:
         """(first row, rows) of each forward pass of this step on this rank."""
@@ -156,128 +168,121 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------------ state
 
-    def owned_state(self) -> dict[str, Share]:
-        """The state by checkpoint name, and the boxes of it that this rank owns: together the ranks hold every element once."""
-        shares = {}
-        for name, row in self.table.items():
-            for kind in self.optimizer.kinds(name):
-                parts = list(self.optimizer.parts(name, kind)) if self.optimizer.is_counted_here(name) else []
-                shares[_stored(kind, name)] = Share(self.optimizer.dtype(name, kind), row.shape, parts)
-        for name, tensor in self._replicated().items():
-            whole = ((0,) * tensor.dim(), tuple(tensor.shape))
-            shares[name] = Share(tensor.dtype, tuple(tensor.shape), [(whole, tensor)] if self.mesh.rank == 0 else [])
-        return shares
-
-    def _replicated(self) -> dict[str, Tensor]:
-        """The small rest of the state, equal on all ranks; writing into these tensors restores it."""
-        biases = {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
-        return biases | {"optim.step": self.optimizer.step} | self.balance.tensors()
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint says beside the tensors."""
+        return dict(step=self.step, tokens=self.position * self.recipe.train.seq_len, position=self.position,
+                    tokens_by_corpus=self.loader.tokens_by_corpus(self.position), recipe=dataclasses.asdict(self.recipe),
+                    layout=self.mesh.layout.as_dict())
 
     def save(self, root: Path) -> Path:
-        """Write checkpoint root/step-N on all ranks together."""
-        self.optimizer.wait()
-        tokens = self.position * self.recipe.train.seq_len
-        path = save(root, self.owned_state(), step=self.step, tokens=tokens, tokens_by_corpus=self.loader.tokens_by_corpus(self.position),
-                    position=self.position, recipe=dataclasses.asdict(self.recipe), layout=self.mesh.layout.as_dict(),
-                    rank=self.mesh.rank, world_size=self.mesh.world_size, gather=lambda value: gather_objects(value, self.mesh.world))
-        if self.mesh.rank == 0:
-            prune(root, self.recipe.checkpoint.keep)
-        return path
+        """Write checkpoint root/step-N on all ranks together, at once. CheckpointError: it cannot be written."""
+        return save(root, self.state.owned(), **self.counters(), rank=self.mesh.rank, world_size=self.mesh.world_size,
+                    gather=lambda value: gather_objects(value, self.mesh.world))
 
     def restore(self) -> None:
-        """Start from where the recipe says: the run's own newest checkpoint, a given one, other weights, or random ones."""
-        resume, init = self.recipe.checkpoint.resume, self.recipe.init.checkpoint
-        own = newest(Path(self.recipe.run.dir) / "checkpoints") if resume == "auto" else None
-        if resume not in ("auto", "never"):
-            own = _named("checkpoint.resume", resume, 'or write "auto" or "never"')
-        if own is not None:
-            self.load(own)
-            self.origin = f"resumed from {own} at step {self.step}{self._changes(own)}"
-        elif init:
-            self.load(_named("init.checkpoint", init, "(tools.import_hf makes one from a transformers directory)"), weights_only=True)
-            self.origin = f"weights from {init}"
+        """Start from where the recipe says: the run's own newest sound checkpoint, a given one, other weights, or random ones."""
+        manifest, self.origin, self.skipped = restore(self.recipe, self.state, self.mesh)
+        if manifest is not None:
+            self.step, self.position = manifest.step, manifest.position
 
-    def _changes(self, path: Path) -> str:
-        """What the recipe of a checkpoint said otherwise: going on from another run's is allowed, but never silent."""
-        theirs = load_manifest(path).recipe
-        changed = [f"{key} was {theirs.get(section, {}).get(name)!r}, is {value!r}" for key, value in self.recipe.identity().items()
-                   for section, _, name in [key.partition(".")] if _plain(theirs.get(section, {}).get(name)) != _plain(value)]
-        return f"; made by another recipe: {'; '.join(changed)}" if changed else ""
-
-    @torch.no_grad()
     def load(self, path: Path, *, weights_only: bool = False) -> None:
-        """Take the state of a checkpoint, or its weights alone. ValueError: a tensor is missing, misshapen or one too many."""
+        """Take the state of a checkpoint, or its weights alone; see TrainState.load."""
         checkpoint = Checkpoint.open(path)
-        stored = {name: entry.shape for name, entry in checkpoint.manifest.tensors.items()}
-        needed = {_stored(kind, name): row.shape for name, row in self.table.items() for kind in self.optimizer.kinds(name)}
-        needed |= {name: tuple(tensor.shape) for name, tensor in self._replicated().items()}
-        wanted = {name: _where(name, stored, rounded=self.recipe.train.dtype == "bf16") for name in needed
-                  if not weights_only or name.startswith(("model.", "optim.master."))}
-        extra = sorted(name for name in stored.keys() - needed.keys() if name.startswith("model."))
-        if extra:
-            raise ValueError(f"checkpoint {path} has tensor {extra[0]}, which this recipe's model lacks; it belongs to another model")
-        for name, source in wanted.items():
-            if source not in stored:
-                raise ValueError(f"checkpoint {path} has no tensor {name}; it belongs to another model or optimizer")
-            if stored[source] != needed[name]:
-                raise ValueError(f"checkpoint {path}: {source} has shape {stored[source]}, this recipe needs {needed[name]}")
-        self.optimizer.wait()
-        for name in self.table:
-            for kind in self.optimizer.kinds(name):
-                if _stored(kind, name) in wanted:
-                    for box, tensor in self.optimizer.parts(name, kind):
-                        tensor.copy_(checkpoint.read(wanted[_stored(kind, name)], *box))
-        self.optimizer.publish()
-        for name, tensor in self._replicated().items():
-            if name in wanted:
-                tensor.copy_(checkpoint.read(wanted[name]))
+        self.state.load(checkpoint, weights_only=weights_only)
         if not weights_only:
             self.step, self.position = checkpoint.manifest.step, checkpoint.manifest.position
 
     # ------------------------------------------------------------------------------------------------------------ the run
 
-    def fit(self, metrics: MetricsWriter | None) -> None:
-        """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it."""
-        recipe, run_dir = self.recipe, Path(self.recipe.run.dir)
-        log.info("%s | kernels: %s | %s", self.mesh, self.kernels, self.origin)
-        for line in describe(recipe, self.mesh):
+    def fit(self, metrics: MetricsWriter | None) -> str:
+        """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it.
+
+        The name of the signal that ended it before that, with its state saved; empty: it is finished. CheckpointError: its last state
+        could not be saved.
+        """
+        recipe = self.recipe
+        for line in (*self.skipped, f"{self.mesh} | kernels: {self.kernels} | {self.origin}", *describe(recipe, self.mesh)):
             log.info(line)
         if self.step >= recipe.train.steps:
-            log.info("run %s is finished at step %d; nothing to do", run_dir, self.step)
-            return
-        primary = self.mesh.rank == 0
-        progress = tqdm(total=recipe.train.steps, initial=self.step, unit="step", disable=None if primary else True, dynamic_ncols=True)
-        with progress as bar, GarbageCollection() as garbage:
-            while self.step < recipe.train.steps:
+            log.info("run %s is finished at step %d; nothing to do", recipe.run.dir, self.step)
+            if recipe.checkpoint.local_dir:
+                open_saver(recipe, self.mesh, self.step).close()  # what was killed before its last checkpoint was mirrored
+            return ""
+        saver = open_saver(recipe, self.mesh, self.step) if recipe.checkpoint.interval else None
+        if saver is not None:
+            saver.prepare(self.state.owned())
+        with self._bar() as bar, GarbageCollection() as garbage, Preemption(active=saver is not None) as preemption:
+            self._evaluate_again(metrics)
+            stop = False
+            while self.step < recipe.train.steps and not stop:
                 started = time.perf_counter()
-                result = self.train_step()
-                row = self._row(result, started) if primary else {}
+                result = self.train_step((bool(preemption.signal), saver is not None and saver.wants_retry))
                 if metrics is not None:
-                    metrics.append(row)
-                    if self.step % recipe.train.log_interval == 0 or self.step == recipe.train.steps:
-                        log.info(format_line(row, recipe.train.steps))
-                self._when_due(metrics, run_dir)
+                    self._record(metrics, self._row(result, started, saver))
+                # Read on every rank: rank 0 has waited for the step anyway, and all wait for rank 0.
+                stopping, retrying = result.votes.tolist()
+                stop = saver is not None and stopping > 0
+                if not stop:
+                    self._evaluate_when_due(metrics)
+                due = _due(self.step, recipe.checkpoint.interval, recipe.train.steps)
+                if saver is not None and (due or stop or retrying == self.mesh.world_size):
+                    self._start_save(saver, metrics)
                 garbage.step(self.step)
                 bar.update()
-        self.optimizer.wait()
+            self.optimizer.wait()
+            if saver is not None:
+                self._finish_saves(saver, metrics)
+                if not stop:  # a preempted job has no time for its mirror: the next one goes on with it
+                    saver.close()
         if metrics is not None:
             metrics.close()
+        return preemption.signal or "a signal to another rank" if stop and self.step < recipe.train.steps else ""
 
-    def _when_due(self, metrics: MetricsWriter | None, run_dir: Path) -> None:
-        """Evaluate and save, where the recipe says so."""
+    def _bar(self) -> tqdm[NoReturn]:
+        return tqdm(total=self.recipe.train.steps, initial=self.step, unit="step", disable=None if self.mesh.rank == 0 else True,
+                    dynamic_ncols=True)
+
+    def _record(self, metrics: MetricsWriter, row: Mapping[str, Any]) -> None:
+        metrics.append(dict(row))
+        if self.step % self.recipe.train.log_interval == 0 or self.step == self.recipe.train.steps:
+            log.info(format_line(dict(row), self.recipe.train.steps))
+        # Say once, if so, that a preempted job would be killed before its state is saved.
+        needed_s = 2 * row["step_time_s"] + (row.get("save_time_s") or 0)
+        if needed_s > GRACE_S and not self._warned_of_grace:
+            self._warned_of_grace = True
+            log.warning("two steps and a save take %.0f s: a preempted job has %.0f s, and would lose what follows its last checkpoint; "
+                        "lower checkpoint.interval", needed_s, GRACE_S)
+
+    def _start_save(self, saver: Saver, metrics: MetricsWriter | None) -> None:
+        if metrics is not None:
+            metrics.sync()  # a checkpoint never reaches the disk before the rows it follows
+        saver.start(self.state.owned(), **self.counters())
+
+    def _finish_saves(self, saver: Saver, metrics: MetricsWriter | None) -> None:
+        """The last state is saved; where that fails, as often as any save is tried."""
+        saver.wait(hurry=True)
+        while saver.wants_retry:
+            self._start_save(saver, metrics)
+            saver.wait()
+        if saver.failed:
+            raise CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once the disk is well, start the "
+                                  "run again: it goes on from the newest checkpoint before it")
+
+    def _evaluate_when_due(self, metrics: MetricsWriter | None) -> None:
         recipe = self.recipe
         if _due(self.step, recipe.train.eval_interval, recipe.train.steps):
             eval_row = {"step": self.step, "eval_loss": self.evaluate()}
             if metrics is not None:
                 metrics.append(eval_row)
                 log.info(format_line(eval_row, recipe.train.steps))
-        if _due(self.step, recipe.checkpoint.interval, recipe.train.steps):
-            if metrics is not None:
-                metrics.sync()  # a checkpoint never reaches the disk before the rows it follows
-            path = self.save(run_dir / "checkpoints")
-            log.info("step %d/%d | saved %s", self.step, recipe.train.steps, path)
 
-    def _row(self, result: StepResult, started: float) -> dict[str, object]:
+    def _evaluate_again(self, metrics: MetricsWriter | None) -> None:
+        """The evaluation of the step that the run stands at, where a preemption left no time for it."""
+        missing = gather_objects(metrics is not None and metrics.step == self.step != metrics.eval_step, self.mesh.world)[0]
+        if missing and self.step:
+            self._evaluate_when_due(metrics)
+
+    def _row(self, result: StepResult, started: float, saver: Saver | None) -> dict[str, object]:
         """One line of metrics.jsonl. Waits for the step first, so that its time is the device's, not the launches'."""
         train, device = self.recipe.train, self.mesh.device
         if device.type == "cuda":
@@ -291,36 +296,9 @@ class Trainer:
             "lr": learning_rate(self.step, train.steps, self.recipe.optim), "tokens_per_second": tokens_per_second,
             "step_time_s": seconds, "mfu": tokens_per_second * per_token / (peak * self.mesh.world_size) if peak else None,
             **routing_metrics(result.shares_LE.tolist()), "committed": bool(result.committed),
+            **(saver.report() if saver is not None else {}),
         }
 
 
 def _due(step: int, interval: int, steps: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == steps)
-
-
-def _named(key: str, value: str, otherwise: str) -> Path:
-    """The checkpoint that a recipe key names, or the newest one of the run that it names. ValueError: there is none."""
-    found = locate(value)
-    if found is None:
-        raise ValueError(f"{key} = {value!r} is neither a checkpoint nor a run that has one; name one, {otherwise}")
-    return found
-
-
-def _plain(value: object) -> object:
-    """As JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _stored(kind: str, name: str) -> str:
-    """The name under which a checkpoint keeps one kind of a parameter's tensors."""
-    return f"model.{name}" if kind == "model" else f"optim.{kind}.{name}"
-
-
-def _where(name: str, stored: Mapping[str, object], *, rounded: bool) -> str:
-    """Where a tensor is found when the checkpoint was written in another dtype: a wide run keeps no separate master weights."""
-    master = name.replace("model.", "optim.master.", 1)
-    if name.startswith("model.") and master in stored and not rounded:
-        return master
-    if name.startswith("optim.master.") and name not in stored:
-        return name.replace("optim.master.", "model.", 1)
-    return name

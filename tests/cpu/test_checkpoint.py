@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 from tests.cpu.test_shard import layouts, owned, placements
 from zaya import shard
 from zaya.checkpoint import read, write
+from zaya.checkpoint.directory import newest, prune
 from zaya.checkpoint.manifest import BITS, DTYPES, MANIFEST, Box, CheckpointError
-from zaya.checkpoint.read import Checkpoint, newest, prune
+from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.write import CheckpointWriter, Share, save
 from zaya.shard import Layout, Replicate, Shard
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # otherwise a module imports lower layers only. A new module joins a line here, or starts one.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("zaya",),  # the package's own __init__, which everything imports
-    ("zaya.cli", "zaya.config", "zaya.runtime"),
+    ("zaya.cli", "zaya.config", "zaya.preemption", "zaya.runtime"),
     ("zaya.shard",),
     ("zaya.plan",),
     ("zaya.schedule",),
@@ -24,11 +24,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zaya.optim",),
     ("zaya.model", "zaya.data", "zaya.metrics", "zaya.checkpoint", "zaya.parallel"),  # siblings: strangers to one another
     ("zaya.parallel.parallelize", "zaya.resilience"),
+    ("zaya.state",),
+    ("zaya.resume",),
     ("zaya.trainer",),
     ("zaya.train", "tools"),
 )
-STDLIB_ONLY = ("zaya", "zaya.cli", "zaya.config", "zaya.runtime", "zaya.shard", "zaya.plan", "zaya.schedule", "zaya.metrics",
-               "tools.setup_env")
+STDLIB_ONLY = ("zaya", "zaya.cli", "zaya.config", "zaya.preemption", "zaya.runtime", "zaya.shard", "zaya.plan", "zaya.schedule",
+               "zaya.metrics", "tools.setup_env")
 NOTHING_OF_ZAYA = ("zaya.kernels", "tools.setup_env")
 FENCES = {
     "triton": ("zaya.kernels",),

@@ -131,7 +131,7 @@ def refused_steps(rank: int, world_size: int, tables: dict[str, Any]) -> list[st
     trainer.train_step()
 
     def state() -> dict[str, list[torch.Tensor]]:
-        return {name: [tensor.clone() for _, tensor in share.parts] for name, share in trainer.owned_state().items()}
+        return {name: [tensor.clone() for _, tensor in share.parts] for name, share in trainer.state.owned().items()}
 
     def changed(before: dict[str, list[torch.Tensor]]) -> list[str]:
         return [name for name, parts in state().items() if not all(map(torch.equal, parts, before[name]))]

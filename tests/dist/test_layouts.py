@@ -45,7 +45,7 @@ def train(rank: int, world_size: int, tables: dict[str, Any], steps: int, small_
 def _owned(trainer: Any) -> dict[str, Any]:
     """This rank's boxes of every model tensor."""
     return {name: (share.shape, [(box, tensor.numpy().copy()) for box, tensor in share.parts])
-            for name, share in trainer.owned_state().items() if name.startswith("model.")}
+            for name, share in trainer.state.owned().items() if name.startswith("model.")}
 
 
 def _parameters(by_rank: list[Any]) -> dict[str, np.ndarray]:

@@ -10,38 +10,36 @@ import functools
 import math
 import mmap
 import os
-import re
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 
 from zaya import shard
+from zaya.checkpoint.boxes import Box, Boxes, bounds_of
+from zaya.checkpoint.directory import locate
 from zaya.checkpoint.manifest import (
     BITS,
+    CHUNK_BYTES,
     DTYPES,
     MANIFEST,
-    Box,
     CheckpointError,
     Manifest,
     TensorEntry,
     disk_errors,
     hash_bytes,
+    hash_range,
     load,
     num_bytes,
     parse_json,
 )
 
-CHUNK_BYTES = 1 << 20  # read and hashed while it is in the cache
 RUN_BYTES = 64 << 20  # small boxes that one thread checks in a row
 OPEN_FILES = 64  # mapped at a time; each costs a file descriptor
 _RAW = {width: torch.empty(0, dtype=dtype).numpy().dtype for width, dtype in BITS.items()}
-_STEP = re.compile(r"step-([0-9]{8,18})")
 _Run = tuple[str, list[tuple[str, Box, int, int]]]
 """A file and some of its boxes: tensor, box, first byte, end."""
 
@@ -50,8 +48,10 @@ class _Index:
     """The boxes of a tensor by their first dim: a range of it names the few that can meet a box; those are compared all at once."""
 
     def __init__(self, entry: TensorEntry) -> None:
-        self.boxes = sorted(entry.boxes, key=lambda box: box.offsets)
-        bounds = np.array([(box.offsets, box.sizes) for box in self.boxes], dtype=np.int64).reshape(len(self.boxes), 2, len(entry.shape))
+        bounds = bounds_of(entry.boxes, len(entry.shape))
+        # By the first dim, then the next; a scalar has none, and one box.
+        self.order = np.lexsort(bounds[:, 0].T[::-1]) if entry.shape else np.zeros(1, dtype=np.int64)
+        self.boxes, bounds = entry.boxes, bounds[self.order]
         self.low, self.high = bounds[:, 0], bounds[:, 0] + bounds[:, 1]
         if entry.shape:
             self.first = np.ascontiguousarray(self.low[:, 0])
@@ -59,27 +59,25 @@ class _Index:
 
     def meeting(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[Box]:
         low, high = np.array(offsets, dtype=np.int64), np.array(offsets, dtype=np.int64) + np.array(sizes, dtype=np.int64)
-        begin, end = 0, len(self.boxes)
+        begin, end = 0, len(self.order)
         if sizes:
             begin = int(np.searchsorted(self.reached, low[0], side="right"))
             end = int(np.searchsorted(self.first, high[0], side="left"))
         met = ((self.low[begin:end] < high) & (self.high[begin:end] > low)).all(axis=1)
-        return (self.boxes[begin + int(i)] for i in np.flatnonzero(met))
+        return (self.boxes[int(i)] for i in self.order[begin:end][met])
 
 
 class Checkpoint:
     """An open checkpoint. `manifest` is valid, its files exist and have their sizes; their contents are checked as they are read."""
 
-    def __init__(self, path: Path, manifest: Manifest, check_boxes: bool = True) -> None:
+    def __init__(self, path: Path, manifest: Manifest, check_boxes: bool = True, elsewhere: Sequence[Path] = ()) -> None:
         self.path = path
+        self._places = [path, *elsewhere]
         self.manifest = manifest
+        self._names = list(manifest.tensors)
         self._check_boxes = check_boxes
         self._checked: set[tuple[str, str]] = set()  # file and key of boxes that matched their hash
         self._index = functools.cache(lambda name: _Index(manifest.tensors[name]))
-        self._boxes: dict[str, list[tuple[str, Box]]] = {file: [] for file in manifest.files}
-        for name, entry in manifest.tensors.items():
-            for box in entry.boxes:
-                self._boxes[box.file].append((name, box))
         self._ranges: dict[str, dict[str, tuple[int, int]]] = {}
         self._map = functools.lru_cache(OPEN_FILES)(self._map_file)
 
@@ -93,21 +91,46 @@ class Checkpoint:
         return cls.open(found)
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True) -> Checkpoint:
+    def open(cls, path: str | Path, *, verify: bool = True, partial: bool = False, elsewhere: Sequence[Path] = ()) -> Checkpoint:
         """CheckpointError unless `path` holds a valid manifest and every file it names, of the right size.
 
         `verify`: a box is hashed, whole, before the first read of any part of it. Without, reads touch their own bytes alone.
+        `partial`: files may be missing until they are read, as on a node that holds its own ranks' files only. `elsewhere`:
+        directories where a file is looked for that `path` lacks.
         """
         path = Path(path)
         with disk_errors("read", path / MANIFEST):
             manifest = load(path)
-        checkpoint = cls(path, manifest, verify)
-        for damage in checkpoint.missized():
+        checkpoint = cls(path, manifest, verify, elsewhere)
+        for damage in () if partial else checkpoint.missized():
             raise damage
         return checkpoint
 
     def names(self) -> list[str]:
         return list(self.manifest.tensors)
+
+    @functools.cached_property
+    def _by_file(self) -> dict[str, np.ndarray]:
+        """Of each file the boxes it holds: (n, 2), the number of their tensor and their own. A rank reads a few files of a thousand."""
+        files, numbers = [np.empty(0, dtype=np.int32)], [np.empty((0, 2), dtype=np.int32)]
+        for number, entry in enumerate(self.manifest.tensors.values()):
+            assert isinstance(entry.boxes, Boxes)
+            count = len(entry.boxes)
+            files.append(entry.boxes.cut.files)
+            numbers.append(np.stack([np.full(count, number, dtype=np.int32), np.arange(count, dtype=np.int32)], axis=1))
+        joined = np.concatenate(files)
+        order = np.argsort(joined, kind="stable")
+        borders = np.searchsorted(joined[order], np.arange(1, len(self.manifest.files)))
+        return dict(zip(self.manifest.files, np.split(np.concatenate(numbers)[order], borders), strict=True))
+
+    def _held(self, file: str) -> list[tuple[str, Box]]:
+        """A file's boxes, each with its tensor."""
+        names, tensors = self._names, self.manifest.tensors
+        return [(names[tensor], tensors[names[tensor]].boxes[box]) for tensor, box in self._by_file[file].tolist()]
+
+    def visible(self) -> list[str]:
+        """The files that are here or in one of the other places, sorted: all of them unless it was opened as partial."""
+        return [name for name in sorted(self.manifest.files) if self._file(name).exists()]
 
     def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Elements [offsets, offsets + sizes) of a tensor, on the CPU; all of it by default."""
@@ -156,8 +179,9 @@ class Checkpoint:
         """Files that are missing or not of their size."""
         return (damage for damage in map(self._missized, self.manifest.files) if damage is not None)
 
-    def damages(self, workers: int = 1, progress: Callable[[int], None] = lambda count: None) -> Iterator[CheckpointError]:
-        """Read every byte of the files, compare every hash, and name every damage: file, and tensor where it is one's.
+    def damages(self, workers: int = 1, progress: Callable[[int], None] = lambda count: None,
+                files: Iterable[str] | None = None) -> Iterator[CheckpointError]:
+        """Read every byte of the files (or of `files` only), compare every hash, and name every damage: file, and tensor where it is one's.
 
         On `workers` threads, as reading and hashing release the GIL; of the memory each takes CHUNK_BYTES. `progress` is told how many
         bytes of boxes were read, by any thread, one at a time.
@@ -171,7 +195,7 @@ class Checkpoint:
         pool = ThreadPoolExecutor(workers)
         try:
             runs: list[_Run] = []
-            for damages, of_file in pool.map(self._file_damages, self._boxes):
+            for damages, of_file in pool.map(self._file_damages, self.manifest.files if files is None else files):
                 yield from damages
                 runs += of_file
             for damages in pool.map(lambda run: list(self._run_damages(run, told)), runs):
@@ -206,16 +230,19 @@ class Checkpoint:
 
     def _check(self, name: str, box: Box, found: str) -> None:
         if found != box.xxh3:
-            raise CheckpointError(f"{self.path / box.file}: tensor {name!r} (stored as {box.key!r}) does not match its hash; it is corrupt")
+            raise CheckpointError(f"{self._file(box.file)}: tensor {name!r} (stored as {box.key!r}) does not match its hash; it is corrupt")
+
+    def _file(self, name: str) -> Path:
+        return next((place / name for place in self._places if (place / name).exists()), self.path / name)
 
     def _missized(self, file: str) -> CheckpointError | None:
         expected = self.manifest.files[file].size
         try:
-            with disk_errors("read", self.path / file):
-                size = os.stat(self.path / file).st_size
+            with disk_errors("read", self._file(file)):
+                size = os.stat(self._file(file)).st_size
         except CheckpointError as error:
             return error
-        return CheckpointError(f"{self.path / file} has {size} bytes, its manifest says {expected}") if size != expected else None
+        return CheckpointError(f"{self._file(file)} has {size} bytes, its manifest says {expected}") if size != expected else None
 
     def _file_damages(self, file: str) -> tuple[list[CheckpointError], list[_Run]]:
         """What is wrong with a file's size and header, and its boxes in order, cut into runs."""
@@ -223,11 +250,11 @@ class Checkpoint:
         try:
             ranges = self._file_ranges(file)
         except CheckpointError as error:  # of a file that is cut, its size has said it already
-            unknown = f"; what it holds ({len(self._boxes[file])} boxes) cannot be checked"
+            unknown = f"; what it holds ({len(self._held(file))} boxes) cannot be checked"
             return [CheckpointError(f"{damages[0] if damages else error}{unknown}")], []
         runs: list[_Run] = []
         room = 0
-        for name, box in sorted(self._boxes[file], key=lambda item: ranges[item[1].key]):
+        for name, box in sorted(self._held(file), key=lambda item: ranges[item[1].key]):
             begin, end = ranges[box.key]
             if not runs or end - begin > room:
                 runs.append((file, []))
@@ -239,24 +266,24 @@ class Checkpoint:
     def _run_damages(self, run: _Run, progress: Callable[[int], None]) -> Iterator[CheckpointError]:
         file, boxes = run
         try:
-            stream = open(self.path / file, "rb", buffering=0)
+            stream = open(self._file(file), "rb", buffering=0)
         except OSError as error:
-            yield CheckpointError(f"cannot read {self.path / file}: {error.strerror}")
+            yield CheckpointError(f"cannot read {self._file(file)}: {error.strerror}")
             return
         with stream:
             for name, box, begin, end in boxes:
                 try:
-                    self._check(name, box, _hash_range(stream.fileno(), begin, end, progress))
+                    self._check(name, box, hash_range(stream.fileno(), begin, end, progress))
                 except CheckpointError as damage:
                     yield damage
                 except OSError as error:
-                    yield CheckpointError(f"cannot read {self.path / file}: tensor {name!r} (stored as {box.key!r}): {error.strerror}")
+                    yield CheckpointError(f"cannot read {self._file(file)}: tensor {name!r} (stored as {box.key!r}): {error.strerror}")
 
     def _map_file(self, file: str) -> mmap.mmap:
-        with disk_errors("read", self.path / file), open(self.path / file, "rb") as stream:
+        with disk_errors("read", self._file(file)), open(self._file(file), "rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         if len(mapped) != self.manifest.files[file].size:
-            raise CheckpointError(f"{self.path / file} has {len(mapped)} bytes, its manifest says {self.manifest.files[file].size}")
+            raise CheckpointError(f"{self._file(file)} has {len(mapped)} bytes, its manifest says {self.manifest.files[file].size}")
         return mapped
 
     def _range(self, box: Box) -> tuple[int, int]:
@@ -266,8 +293,8 @@ class Checkpoint:
 
     def _file_ranges(self, file: str) -> dict[str, tuple[int, int]]:
         """Where in a file each key's bytes lie: from its header, which must agree with the manifest to the byte."""
-        path, tensors = self.path / file, self.manifest.tensors
-        expected = {box.key: (tensors[name].dtype, list(box.sizes)) for name, box in self._boxes[file]}
+        path, tensors = self._file(file), self.manifest.tensors
+        expected = {box.key: (tensors[name].dtype, list(box.sizes)) for name, box in self._held(file)}
         start = self.manifest.files[file].size - sum(num_bytes(dtype, sizes) for dtype, sizes in expected.values())
         with disk_errors("read", path), open(path, "rb", buffering=0) as stream:
             header = b"".join(_chunks(stream.fileno(), start))
@@ -298,47 +325,6 @@ class Checkpoint:
         return ranges
 
 
-def locate(path: str | Path) -> Path | None:
-    """A checkpoint's directory, or that of the newest one of a run; None: neither. CheckpointError: it cannot be looked at."""
-    with disk_errors("read", Path(path)):
-        return Path(path) if (Path(path) / MANIFEST).is_file() else newest(Path(path) / "checkpoints")
-
-
-def newest(root: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None. Complete = has a manifest; whether it is sound, `Checkpoint` tells."""
-    complete = [path for _, path, whole in step_directories(Path(root)) if whole]
-    return complete[-1] if complete else None
-
-
-def prune(root: str | Path, keep: int) -> None:
-    """Keep the newest `keep` complete checkpoints; 0 keeps all. Remains of killed saves older than the newest go too."""
-    if keep < 0:
-        raise ValueError(f"keep = {keep} must be at least 0")
-    steps = step_directories(Path(root))
-    complete = [step for step, _, whole in steps if whole]
-    if not keep or not complete:
-        return
-    oldest = complete[-keep:][0]
-    for step, path, whole in steps:
-        if step < (oldest if whole else complete[-1]):
-            with disk_errors("remove", path):
-                if whole:
-                    os.unlink(path / MANIFEST)  # first, so that a half-removed checkpoint does not exist
-                shutil.rmtree(path)
-
-
-def step_directories(root: Path) -> list[tuple[int, Path, bool]]:
-    """(step, path, complete) of every checkpoint directory, by step."""
-    found: list[tuple[int, Path, bool]] = []
-    with disk_errors("read", root):
-        entries = list(root.iterdir()) if root.exists() else []
-    for path in entries:
-        match = _STEP.fullmatch(path.name)
-        if match and path.name == f"step-{int(match[1]):08d}" and path.is_dir():
-            found.append((int(match[1]), path, (path / MANIFEST).is_file()))
-    return sorted(found)
-
-
 def _begin(entry: object) -> int:
     """First byte of a header's entry; the caller compares the entry as a whole, so anything odd may become 0 here."""
     if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list) and entry["data_offsets"][:1]:
@@ -364,20 +350,6 @@ def _as_shape(name: str, target: torch.Tensor, shape: tuple[int, ...]) -> torch.
 
 def _window(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
-
-
-def _hash_range(fd: int, begin: int, end: int, progress: Callable[[int], None]) -> str:
-    """The hash of bytes [begin, end) of a file, through one small buffer."""
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, end - begin)))
-    while begin < end:
-        count = os.preadv(fd, [buffer[:end - begin]], begin)
-        if not count:
-            raise OSError(0, "it ended early")
-        digest.update(buffer[:count])
-        begin += count
-        progress(count)
-    return digest.hexdigest()
 
 
 def _chunks(fd: int, length: int) -> Iterator[bytes]:

@@ -40,9 +40,10 @@ import xxhash
 from tqdm import tqdm
 
 from zaya import shard
+from zaya.checkpoint.directory import sync_directory
 from zaya.checkpoint.manifest import BITS, DTYPES, MAX_HEADER_BYTES, Box, CheckpointError, FileEntry, Manifest, TensorEntry, hash_bytes
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import _file_name, _fsync_directory, _Piece, _write_manifest
+from zaya.checkpoint.write import _file_name, _manifest_text, _Piece, _write_manifest
 from zaya.shard import flat_boxes, intersect, shifted
 
 CHUNK_BYTES = 8 << 20  # hashed and written while it is in the cache
@@ -337,7 +338,7 @@ def rewrite(job: Job, target: Path, *, workers: int, max_memory: int) -> int:
                     part.unlink()
                 if not (hidden / JOURNAL).exists():
                     shutil.rmtree(hidden)
-    _fsync_directory(target.parent)
+    sync_directory(target.parent)
     return total
 
 
@@ -377,7 +378,7 @@ def _fill_directory(job: Job, hidden: Path, crew: _Crew, total: int) -> None:
                 _finish(parts[filled.file], hidden / names[filled.file])
                 _note(hidden, key, {filled.file: done[filled.file]})
 
-    _write_manifest(hidden, _full_manifest(job, names, entries, done))
+    _write_manifest(hidden, _manifest_text(_full_manifest(job, names, entries, done)))
     checks = _checks(Checkpoint.open(hidden), job.tensors.keys())
     with _bar("verify", total) as bar:
         try:
@@ -511,4 +512,4 @@ def _finish(part: Path, final: Path) -> None:
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, final)
-    _fsync_directory(final.parent)
+    sync_directory(final.parent)

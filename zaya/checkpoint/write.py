@@ -26,6 +26,7 @@ import torch
 import xxhash
 
 from zaya import shard
+from zaya.checkpoint.directory import step_path, sync_directory
 from zaya.checkpoint.manifest import (
     BITS,
     DTYPES,
@@ -39,6 +40,7 @@ from zaya.checkpoint.manifest import (
     check_name,
     disk_errors,
     hash_bytes,
+    hash_range,
     load,
     num_bytes,
 )
@@ -177,9 +179,9 @@ class CheckpointWriter:
             tensors = {name: replace(entry, boxes=tuple(replace(box, file=names[box.file]) for box in entry.boxes))
                        for name, entry in self._tensors.items()}
             files = dict(zip(names.values(), self._files, strict=True))
-            _write_manifest(self._hidden, replace(self._manifest, tensors=tensors, files=files))
+            _write_manifest(self._hidden, _manifest_text(replace(self._manifest, tensors=tensors, files=files)))
             os.replace(self._hidden, self.directory)
-            _fsync_directory(self.directory.parent)
+            sync_directory(self.directory.parent)
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -218,41 +220,45 @@ class _Report:
     """What a rank tells the others after each phase of a save."""
 
     error: str = ""
+    leads: bool = False
+    taken: frozenset[str] = frozenset()  # names that a leader's directory has already
     table: str = ""  # hash of names, dtypes and shapes
     plan: tuple[tuple[_Piece, ...], ...] = ()  # by file
     suffix: str = ""
     boxes: tuple[tuple[str, Box], ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
+    manifest: str = ""
 
 
 def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: int, tokens_by_corpus: dict[str, int],
          position: int, recipe: dict[str, Any], layout: dict[str, int], gather: Callable[[object], list[object] | None],
-         rank: int = 0, world_size: int = 1, hf_config: dict[str, Any] | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> Path:
+         rank: int = 0, world_size: int = 1, leads: bool | None = None, hf_config: dict[str, Any] | None = None,
+         max_file_bytes: int = MAX_FILE_BYTES, read_back: bool = False, written: Callable[[int], None] = lambda count: None) -> Path:
     """Write `root`/step-XXXXXXXX and return it.
 
     Every rank calls it with the same arguments but for the parts in its shares: it names every tensor, with dtype and shape, and writes
     its own parts, in files of its own. Together the parts must cover each tensor exactly once. A rank moves one box at a time to the
     CPU. The manifest's layout is `layout` (axis -> ranks) and world_size. `gather` is an all-gather of objects, such as
     torch.distributed.all_gather_object: it returns what every rank passed, in rank order, on every rank, and not before every rank
-    has called it.
+    has called it. Where `root` names a directory of its own on every node, one rank of each node `leads`: it clears the node's directory
+    and writes a manifest there; by default all ranks see one directory, and rank 0 leads. `read_back`: what was written is read
+    again and compared before the checkpoint exists. `written` is told the bytes of boxes that this rank has written, box by box.
 
-    1. All ranks: first gather (of the boxes to come).
-    2. Rank 0 checks that they cover the tensors, clears the remains of a killed save and makes the directory. It leaves a complete
-       checkpoint of this step in place and chooses file names that do not collide with it.
-    3. All ranks: second gather (of rank 0's choice).
-    4. Every rank writes and fsyncs its files.
-    5. All ranks: third gather (of hashes).
-    6. Rank 0 fsyncs the directory, writes the manifest under a temporary name, fsyncs it, renames it (this instant makes the checkpoint,
-       or replaces the older one) and removes the files of the older one.
-    7. All ranks: fourth gather. After it the checkpoint exists for every rank.
+    1. All ranks: plan files; leaders clear the remains of a killed save, but leave a complete checkpoint of this step in place. Gather.
+    2. Rank 0 checks that the boxes cover the tensors and chooses file names that no directory has. Gather.
+    3. All ranks write, fsync and read back their files. Gather of hashes.
+    4. Rank 0 makes the manifest; where there are more leaders, they get it by a gather.
+    5. Leaders fsync the directory, write the manifest under a temporary name, fsync it, rename it (this instant makes the checkpoint,
+       or replaces the older one) and remove the files of the older one. Gather: now the checkpoint exists for every rank.
 
     An OSError or a wrong share on any rank becomes one CheckpointError on every rank at the next gather, without further collectives;
-    rank 0 has then removed what was written, and an older checkpoint of the same step is untouched. Anything else raises on its rank
-    alone.
+    the leaders have then removed what was written, and an older checkpoint of the same step is untouched. Anything else raises on its
+    rank alone.
     """
+    leads = rank == 0 if leads is None else leads
     blank = _checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
                               hf_config=hf_config or {}))
-    directory = Path(root) / f"step-{step:08d}"
+    directory = step_path(root, step)
     my_files: list[list[tuple[_Piece, torch.Tensor]]] = []
 
     def phase(action: Callable[[], _Report]) -> list[_Report]:
@@ -266,7 +272,7 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
         reports = [report for report in gathered if isinstance(report, _Report)]
         errors = [f"rank {r}: {report.error}" if world_size > 1 else report.error for r, report in enumerate(reports) if report.error]
         if errors:
-            if rank == 0:
+            if leads:
                 with contextlib.suppress(OSError):  # what is left has no manifest, or lies beside the older one's files
                     _sweep(directory)
             raise CheckpointError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
@@ -274,40 +280,60 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
 
     def announce() -> _Report:
         my_files.extend(_plan_files(shares, rank, max_file_bytes))
-        return _Report(table=_table(shares), plan=tuple(tuple(piece for piece, _ in file) for file in my_files))
+        taken = _clear(directory) if leads else frozenset()
+        return _Report(leads=leads, taken=taken, table=_table(shares), plan=tuple(tuple(piece for piece, _ in file) for file in my_files))
 
     def prepare() -> _Report:
         _check_plans(shares, plans)
-        return _Report(suffix=_prepare(directory, num_files))
+        taken = frozenset().union(*(report.taken for report in plans))
+        suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(1)))
+        return _Report(suffix=next(s for s in suffixes if taken.isdisjoint(_file_name(i, num_files, s) for i in range(num_files))))
 
     def write() -> _Report:
         first = sum(len(report.plan) for report in plans[:rank])
-        return _write_files({directory / _file_name(first + i, num_files, suffix): file for i, file in enumerate(my_files)})
+        directory.mkdir(parents=True, exist_ok=True)
+        return _write_files({directory / _file_name(first + i, num_files, suffix): file for i, file in enumerate(my_files)},
+                            read_back, written)
 
-    def finish() -> _Report:
+    def describe() -> _Report:
         boxes: dict[str, list[Box]] = {name: [] for name in shares}
-        for name, box in itertools.chain.from_iterable(report.boxes for report in written):
+        for name, box in itertools.chain.from_iterable(report.boxes for report in wrote):
             boxes[name].append(box)
         entries = {name: _entry(name, share, boxes[name]) for name, share in shares.items()}
-        files = {file: entry for report in written for file, entry in report.files.items()}
-        _write_manifest(directory, replace(blank, tensors=entries, files=files))
-        _fsync_directory(directory.parent)
-        _keep_only(directory, files)
+        files = {file: entry for report in wrote for file, entry in report.files.items()}
+        return _Report(manifest=_manifest_text(replace(blank, tensors=entries, files=files)))
+
+    def finish(manifest: str) -> _Report:
+        _write_manifest(directory, manifest)
+        sync_directory(directory.parent)
+        _sweep(directory)
         return _Report()
 
     plans = phase(announce)
     num_files = sum(len(report.plan) for report in plans)
     suffix = phase(prepare if rank == 0 else _Report)[0].suffix
-    written = phase(write)
-    phase(finish if rank == 0 else _Report)
+    wrote = phase(write)
+    if sum(report.leads for report in plans) > 1:
+        text = phase(describe if rank == 0 else _Report)[0].manifest
+        phase((lambda: finish(text)) if leads else _Report)
+    else:
+        phase((lambda: finish(describe().manifest)) if leads else _Report)
     return directory
+
+
+def in_file_order(shares: Mapping[str, Share]) -> list[torch.Tensor]:
+    """The tensors of a rank's parts in the order in which `save` writes them."""
+    return [tensor for _, share in _wide_first(shares) for _, tensor in share.parts]
+
+
+def _wide_first(shares: Mapping[str, Share]) -> list[tuple[str, Share]]:
+    """Wide elements first: every box then begins at a multiple of its element's size."""
+    return sorted(shares.items(), key=lambda item: -item[1].dtype.itemsize)
 
 
 def _plan_files(shares: Mapping[str, Share], rank: int, max_file_bytes: int) -> list[list[tuple[_Piece, torch.Tensor]]]:
     """This rank's parts by file; no file is empty."""
-    # Wide elements first: every box then begins at a multiple of its element's size.
-    parts = sorted((part for name, share in shares.items() for part in _parts(name, share, rank)),
-                   key=lambda part: -DTYPES[part[0].dtype].itemsize)
+    parts = [part for name, share in _wide_first(shares) for part in _parts(name, share, rank)]
     files: list[list[tuple[_Piece, torch.Tensor]]] = []
     room = 0
     for piece, tensor in parts:
@@ -355,24 +381,41 @@ def _entry(name: str, share: Share, boxes: Sequence[Box]) -> TensorEntry:
     return TensorEntry(_dtype_name(name, share.dtype), tuple(map(int, share.shape)), tuple(boxes))
 
 
-def _prepare(directory: Path, num_files: int) -> str:
-    """Make the directory, or clear it of what its manifest does not name; the suffix of names that are free."""
-    if directory.exists():
-        _sweep(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    taken = set(os.listdir(directory))
-    suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(1)))
-    return next(s for s in suffixes if taken.isdisjoint(_file_name(i, num_files, s) for i in range(num_files)))
+def _clear(directory: Path) -> frozenset[str]:
+    """Remove what a killed save has left; the names that stay."""
+    if not directory.exists():
+        return frozenset()
+    _sweep(directory)
+    return frozenset(os.listdir(directory) if directory.exists() else ())
 
 
-def _write_files(contents: Mapping[Path, Sequence[tuple[_Piece, torch.Tensor]]]) -> _Report:
+def _write_files(contents: Mapping[Path, Sequence[tuple[_Piece, torch.Tensor]]], read_back: bool,
+                 written: Callable[[int], None]) -> _Report:
     boxes: list[tuple[str, Box]] = []
     files: dict[str, FileEntry] = {}
     for path, parts in contents.items():
+        mine: list[Box] = []
         with contextlib.closing(_File(path, 64 + sum(piece.header_bytes for piece, _ in parts))) as file:
-            boxes += [(piece.name, file.add(piece, tensor)) for piece, tensor in parts]
+            for piece, tensor in parts:
+                mine.append(file.add(piece, tensor))
+                boxes.append((piece.name, mine[-1]))
+                written(piece.num_bytes)
             files[path.name] = file.finish()
+        if read_back:
+            _read_back(path, files[path.name], [(box, piece.num_bytes) for box, (piece, _) in zip(mine, parts, strict=True)])
     return _Report(boxes=tuple(boxes), files=files)
+
+
+def _read_back(path: Path, entry: FileEntry, boxes: Sequence[tuple[Box, int]]) -> None:
+    """CheckpointError unless the file holds what was written to it: header and boxes (each with its bytes), in order."""
+    begin = 0
+    header = entry.size - sum(count for _, count in boxes)
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the disk shall answer, not the page cache
+        for what, expected, count in [("header", entry.xxh3_header, header), *((box.key, box.xxh3, count) for box, count in boxes)]:
+            if hash_range(file.fileno(), begin, begin + count) != expected:
+                raise CheckpointError(f"{path}: {what} reads back otherwise than it was written; the disk or its driver is faulty")
+            begin += count
 
 
 def _sweep(directory: Path) -> None:
@@ -394,17 +437,21 @@ def _keep_only(directory: Path, files: Container[str]) -> None:
                 os.unlink(entry)
 
 
-def _write_manifest(directory: Path, manifest: Manifest) -> None:
+def _manifest_text(manifest: Manifest) -> str:
     text = manifest.to_json()
     Manifest.from_json(text)  # as a reader will see it: we write nothing that we would refuse to read
-    _fsync_directory(directory)  # the files' names are on disk before a manifest that names them
+    return text
+
+
+def _write_manifest(directory: Path, text: str) -> None:
+    sync_directory(directory)  # the files' names are on disk before a manifest that names them
     temporary = directory / f"{MANIFEST}.tmp"
     with open(temporary, "wb") as file:
         file.write(text.encode("ascii"))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, directory / MANIFEST)
-    _fsync_directory(directory)
+    sync_directory(directory)
 
 
 def _checked(manifest: Manifest) -> Manifest:
@@ -434,10 +481,3 @@ def _write_all(fd: int, data: memoryview) -> None:
     while data:
         data = data[os.write(fd, data):]
 
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

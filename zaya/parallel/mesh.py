@@ -18,6 +18,7 @@ import torch.distributed as dist
 from zaya.parallel.collectives import Group, Ledger, barrier
 from zaya.shard import Layout, Replicate, Shard
 
+BACKGROUND_TIMEOUT_S = 7200.0  # a rank may wait for another's disk, not for its GPU
 TIMEOUT_S = 600.0  # of a collective that a rank never joins; torch's own default for RCCL
 
 
@@ -172,6 +173,14 @@ def _axes(layout: Layout) -> dict[str, list[list[int]]]:
     for axis, groups in axes.items():
         assert sorted(map(sorted, groups)) == sorted(layout.groups(axis)), axis
     return axes
+
+
+def open_background(mesh: Mesh, name: str) -> Group:
+    """A group of all ranks over gloo, for objects that a thread exchanges beside the training (collective)."""
+    if mesh.world.handle is None:
+        return mesh.world
+    handle = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=BACKGROUND_TIMEOUT_S))
+    return Group(handle, mesh.rank, mesh.world_size, name, mesh.world.ranks, mesh.ledger)
 
 
 def close_mesh(mesh: Mesh) -> None:

@@ -1,0 +1,244 @@
+"""What a run starts from and how it ends early: fallback to an older checkpoint, two tiers, preemption, disks that fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.read import Checkpoint
+from zaya.config import Recipe
+from zaya.metrics import read_rows
+from zaya.resume import Tiers
+from zaya.train import main
+
+ROOT = Path(__file__).resolve().parents[2]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+def written(recipe: Recipe, name: str) -> Path:
+    path = Path(recipe.run.dir).parent / f"{name}.toml"
+    path.write_text(recipe.to_toml())
+    return path
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float | None]]:
+    train, evaluation = read_rows(run_dir / "metrics.jsonl")
+    found = {row["step"]: row["eval_loss"] for row in evaluation}
+    return [(row["step"], row["loss"], found.get(row["step"])) for row in train]
+
+
+def damage(path: Path) -> None:
+    shard = sorted(path.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 4
+    shard.write_bytes(content)
+
+
+def same_state(a: Path, b: Path) -> bool:
+    ours, theirs = Checkpoint.open(a), Checkpoint.open(b)
+    return ours.names() == theirs.names() and all(torch.equal(ours.read(name), theirs.read(name)) for name in ours.names())
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """An uninterrupted run of 6 steps, saved at 2, 4 and 6."""
+    recipe = tiny.recipe(folder, checkpoint__interval=2, run__dir=str(folder / "whole"))
+    assert main([str(written(recipe, "whole"))]) == 0
+    return folder / "whole"
+
+
+def test_the_newest_that_verifies_is_taken_and_the_others_are_named(folder: Path, whole: Path, capsys: Capture) -> None:
+    run_dir = folder / "fallback"
+    shutil.copytree(whole, run_dir)
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "fallback")
+    shutil.copy(recipe, run_dir / "recipe.toml")
+    damage(step_path(run_dir / "checkpoints", 6))
+    manifest = step_path(run_dir / "checkpoints", 4) / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-100])
+    capsys.readouterr()
+    assert main([str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"passed over the checkpoint of step 6: .*does not match its hash", out)
+    assert re.search(r"passed over the checkpoint of step 4: .*manifest\.json does not match its own hash", out)
+    assert "resumed from" in out and "at step 2" in out
+    assert losses(run_dir) == losses(whole) and same_state(step_path(run_dir / "checkpoints", 6), step_path(whole / "checkpoints", 6))
+    # What was passed over is evidence: moved, not overwritten.
+    assert sorted(path.name for path in (run_dir / "set-aside-1/checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_if_none_verifies_the_run_ends_and_nothing_changes(folder: Path, whole: Path, capsys: Capture) -> None:
+    run_dir = folder / "hopeless"
+    shutil.copytree(whole, run_dir)
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "hopeless")
+    shutil.copy(recipe, run_dir / "recipe.toml")
+    for step in (2, 4, 6):
+        damage(step_path(run_dir / "checkpoints", step))
+    record = (run_dir / "metrics.jsonl").read_bytes()
+    assert main([str(recipe)]) == 7
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(f"step {step}:" in message for step in (2, 4, 6))
+    assert (run_dir / "metrics.jsonl").read_bytes() == record and complete_steps(run_dir / "checkpoints") == [2, 4, 6]
+
+
+def test_large_checkpoints_are_hashed_as_they_are_read_or_whole(folder: Path, whole: Path, capsys: Capture,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large one only what this job reads is hashed: damage elsewhere (here: in a tensor no recipe needs) shows with verify = all."""
+    run_dir = folder / "large"
+    shutil.copytree(whole, run_dir)
+    base = tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir), train__dtype="fp32")
+    shutil.copy(written(base, "large"), run_dir / "recipe.toml")
+    monkeypatch.setattr("zaya.resume.SMALL_BYTES", 0)
+    monkeypatch.setattr(Checkpoint, "damages", called := _Counter(Checkpoint.damages))
+    assert main([str(folder / "large.toml")]) == 0 and called.count == 0
+    assert main([str(folder / "large.toml"), "--checkpoint.verify=all"]) == 0 and called.count == 1
+    damage(step_path(run_dir / "checkpoints", 6))
+    assert main([str(folder / "large.toml")]) == 0  # damage in what is read is found in any case
+    assert "passed over the checkpoint of step 6" in capsys.readouterr().out
+
+
+class _Counter:
+    def __init__(self, function: Any) -> None:
+        self.function, self.count = function, 0
+
+    def __get__(self, instance: object, owner: object) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return self.function(instance, *args, **kwargs)
+        return run
+
+
+def test_two_tiers(folder: Path, capsys: Capture) -> None:
+    run_dir, local_dir = folder / "tiers", folder / "fast"
+    base = tiny.recipe(folder, checkpoint__interval=2, checkpoint__local_dir=str(local_dir), run__dir=str(run_dir), train__steps=4)
+    local = Tiers.of(base).local
+    assert local is not None and local.is_relative_to(local_dir)
+    recipe = written(base, "tiers")
+    assert main([str(recipe)]) == 0
+    assert complete_steps(local)[-1] == complete_steps(run_dir / "checkpoints")[-1] == 4 and complete_steps(local) == [2, 4]
+    assert not [path for path in local.parent.iterdir() if path.name.startswith(".")]
+    # The node is lost: the shared tier is enough. Its copy is lost: so is the local one.
+    shutil.rmtree(local_dir)
+    assert main([str(recipe), "--train.steps=5"]) == 0
+    assert f"resumed from {run_dir}/checkpoints/step-00000004" in capsys.readouterr().out
+    assert complete_steps(local) == [5]
+    shutil.rmtree(run_dir / "checkpoints")
+    assert main([str(recipe), "--train.steps=6"]) == 0
+    assert f"resumed from {local}/step-00000005" in capsys.readouterr().out
+    assert same_state(step_path(run_dir / "checkpoints", 6), step_path(local, 6))
+    # Damage on the local tier: the shared copy of the same step is taken.
+    damage(step_path(local, 6))
+    assert main([str(recipe), "--train.steps=7"]) == 0
+    out = capsys.readouterr().out
+    assert "passed over the checkpoint of step 6" in out and f"resumed from {run_dir}/checkpoints/step-00000006" in out
+
+
+def test_a_mirror_cut_short_is_made_up_for(folder: Path) -> None:
+    run_dir = folder / "short"
+    base = tiny.recipe(folder, checkpoint__interval=2, checkpoint__local_dir=str(folder / "fast2"), run__dir=str(run_dir), train__steps=4)
+    recipe = written(base, "short")
+    assert main([str(recipe)]) == 0
+    shutil.rmtree(step_path(run_dir / "checkpoints", 4))  # as if killed before it came to that
+    record = (run_dir / "metrics.jsonl").read_bytes()
+    assert main([str(recipe)]) == 0  # a finished run, but for this
+    assert complete_steps(run_dir / "checkpoints")[-1] == 4 and (run_dir / "metrics.jsonl").read_bytes() == record
+    assert same_state(step_path(run_dir / "checkpoints", 4), step_path(Tiers.of(base).local or Path(), 4))
+
+
+def test_a_full_disk_does_not_stop_training(folder: Path, whole: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = folder / "full"
+    sync, failing = os.fsync, iter([True] * 1)
+
+    def fsync(fd: int) -> None:
+        if "safetensors" in os.readlink(f"/proc/self/fd/{fd}") and next(failing, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("zaya.checkpoint.saver.PAUSE_S", 0.01)
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "full")
+    assert main([str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "step 2 | SAVE FAILED: " in out and "No space left on device" in out
+    rows, _ = read_rows(run_dir / "metrics.jsonl")
+    assert rows[1]["failed_saves"] == 0 and rows[-1]["failed_saves"] == 1
+    steps = complete_steps(run_dir / "checkpoints")
+    assert 2 not in steps and steps[-1] == 6 and (3 in steps or 4 in steps), "tried again before or at the next that was due"
+    assert losses(run_dir) == losses(whole)
+
+
+def test_a_last_state_that_cannot_be_saved_is_exit_code_1(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(fd: int) -> None:
+        if "safetensors" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("zaya.checkpoint.saver.PAUSE_S", 0.01)
+    recipe = written(tiny.recipe(folder, checkpoint__interval=6, run__dir=str(folder / "unsaved")), "unsaved")
+    assert main([str(recipe)]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "the state of step 6 could not be saved" in message and "Read-only file system" in message
+    assert len(losses(folder / "unsaved")) == 6 and not complete_steps(folder / "unsaved/checkpoints")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.Signals) -> None:
+    run_dir = folder / number.name
+    recipe = written(tiny.recipe(folder, checkpoint__interval=100, run__dir=str(run_dir)), number.name)
+    command = [sys.executable, "-c", SLOW_STEPS, str(recipe)]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    record = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_bytes().count(b'"loss"') >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    began = time.monotonic()
+    job.send_signal(number)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 3 and time.monotonic() - began < 10, stderr
+    line = next(line for line in stderr.splitlines() if line.startswith("zaya.train"))
+    step = int(re.fullmatch(rf"zaya\.train: {number.name}: saved at step (\d+); start it again to go on", line)[1])  # type: ignore[index]
+    assert complete_steps(run_dir / "checkpoints") == [step] and 3 <= step < 6 and len(losses(run_dir)) == step
+    assert main([str(recipe)]) == 0
+    assert losses(run_dir) == losses(whole), "evaluations included, one of which the preemption left out"
+    assert same_state(step_path(run_dir / "checkpoints", 6), step_path(whole / "checkpoints", 6))
+
+
+SLOW_STEPS = """
+import sys, time
+from zaya import train, trainer
+step = trainer.Trainer.train_step
+def slow(self, votes=(0, 0)):
+    time.sleep(0.4)
+    return step(self, votes)
+trainer.Trainer.train_step = slow
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_never_saves_ends_by_its_signal(folder: Path) -> None:
+    recipe = written(tiny.recipe(folder, train__steps=1000, run__dir=str(folder / "never")), "never")
+    job = subprocess.Popen([sys.executable, "-c", SLOW_STEPS, str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    record = folder / "never/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.terminate()
+    job.communicate(timeout=30)
+    assert job.returncode == -signal.SIGTERM

@@ -1,0 +1,328 @@
+"""Saves beside the training: the copy, the bound on memory, failures and retries, the local tier and its mirror."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zaya.checkpoint import mirror as mirror_module
+from zaya.checkpoint import saver as saver_module
+from zaya.checkpoint import write
+from zaya.checkpoint.directory import complete_steps, newest, step_path
+from zaya.checkpoint.manifest import MANIFEST
+from zaya.checkpoint.mirror import Mirror
+from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.saver import RETRIES, Saver
+from zaya.checkpoint.write import Share
+
+COUNTERS: dict[str, Any] = dict(tokens=0, tokens_by_corpus={}, position=0, recipe={}, layout={})
+
+
+class Ranks:
+    """Threads that stand for ranks: gather(name) makes an all-gather among them for one use."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._slots: dict[str, list[object]] = {}
+        self._barriers: dict[str, threading.Barrier] = {}
+
+    def gather(self, name: str, rank: int) -> Callable[[object], list[object]]:
+        barrier = self._barriers.setdefault(name, threading.Barrier(self.count))
+        slots = self._slots.setdefault(name, [None] * self.count)
+
+        def run(value: object) -> list[object]:
+            slots[rank] = value
+            barrier.wait(60)
+            values = list(slots)
+            barrier.wait(60)
+            return values
+        return run
+
+
+def alone(value: object) -> list[object]:
+    return [value]
+
+
+def shares(tensors: dict[str, torch.Tensor], rank: int = 0, world_size: int = 1) -> dict[str, Share]:
+    """Rows dealt out over the ranks."""
+    cut = {}
+    for name, tensor in tensors.items():
+        rows = tensor.shape[0] // world_size
+        part = tensor[rank * rows : (rank + 1) * rows]
+        cut[name] = Share(tensor.dtype, tuple(tensor.shape), [(((rank * rows, *[0] * (tensor.dim() - 1)), tuple(part.shape)), part)])
+    return cut
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"wide": torch.randn(64, 33, generator=generator, dtype=torch.float64), "small": torch.randn(8, generator=generator),
+            "narrow": torch.randn(128, 65, generator=generator).bfloat16()}
+
+
+def assert_holds(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
+    assert sorted(checkpoint.names()) == sorted(tensors)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writers wait in their first fsync until this is set."""
+    event = threading.Event()
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        assert event.wait(60)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return event
+
+
+def test_training_goes_on_while_the_disk_works_and_the_next_save_waits(tmp_path: Path, held: threading.Event) -> None:
+    saver = Saver(tmp_path, gather=alone)
+    tensors = state(0)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    saver.start(shares(tensors), step=1, **COUNTERS)  # returns although no file can be finished
+    for tensor in tensors.values():
+        tensor.add_(1)  # the training
+    assert not complete_steps(tmp_path) and saver.step is None
+    threading.Timer(0.3, held.set).start()
+    began = time.monotonic()
+    saver.start(shares(tensors), step=2, **COUNTERS)
+    assert time.monotonic() - began > 0.2 and complete_steps(tmp_path)[:1] == [1], "the second save began before the first was over"
+    saver.wait()
+    assert_holds(step_path(tmp_path, 1), before)
+    assert_holds(step_path(tmp_path, 2), tensors)
+    assert saver.step == 2 and not saver.failed and saver.report()["save_stall_s"] > 0.2 and saver.report()["save_stall_s"] == 0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("limit", [0, 200, 20_000, 30_000, 1 << 40])
+def test_memory_is_bounded_and_what_does_not_fit_holds_the_training_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    tensors = state(1)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    on_disk: list[int] = []
+    make = write._File.add
+
+    def add(self: write._File, piece: Any, tensor: torch.Tensor) -> Any:
+        time.sleep(0.05)
+        box = make(self, piece, tensor)
+        on_disk.append(tensor.nbytes)
+        return box
+
+    monkeypatch.setattr(write._File, "add", add)
+    saver = Saver(tmp_path, gather=alone, staging_bytes=limit)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    saver.prepare(shares(tensors))
+    memory = saver._staging._memory  # type: ignore[union-attr]
+    assert memory.numel() <= min(limit, 2 * total + 65536 * 2)
+    saver.start(shares(tensors), step=1, **COUNTERS)
+    written = sum(on_disk)
+    for tensor in tensors.values():
+        tensor.zero_()
+    saver.wait()
+    assert saver._staging._memory is memory, "made once"  # type: ignore[union-attr]
+    assert_holds(step_path(tmp_path, 1), before)
+    assert written >= total - limit and (written == 0) == (limit > total)
+
+
+def test_a_state_larger_than_what_is_free_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver_module, "available_bytes", lambda: 8000)
+    saver = Saver(tmp_path, gather=alone, ranks_per_node=2)
+    saver.start(shares(state(0)), step=1, **COUNTERS)
+    saver.wait()
+    assert saver._staging._memory.numel() == 2000  # type: ignore[union-attr]
+    assert_holds(step_path(tmp_path, 1), state(0))
+
+
+def test_free_memory_is_known() -> None:
+    assert 1 << 20 < saver_module.available_bytes() < 1 << 50
+
+
+def test_synchronous_saves_stage_nothing(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, gather=alone, asynchronous=False)
+    saver.prepare(shares(state(0)))
+    saver.start(shares(state(0)), step=1, **COUNTERS)
+    assert_holds(step_path(tmp_path, 1), state(0))  # without a wait
+
+
+def test_a_failed_save_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    full = True
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saver = Saver(tmp_path, gather=alone)
+    monkeypatch.setattr(saver._hurry, "wait", lambda seconds: pauses.append(seconds))
+    pauses: list[float] = []
+    with caplog.at_level(logging.INFO, "zaya"):
+        for attempt in range(RETRIES + 1):
+            saver.start(shares(state(attempt)), step=attempt + 1, **COUNTERS)
+            saver.wait()
+            assert saver.failed and saver.failures == attempt + 1 and "No space left" in saver.problem and not list(tmp_path.iterdir())
+            assert saver.wants_retry == (attempt < RETRIES)
+        assert pauses == [1, 2, 4, 0] and caplog.text.count("SAVE FAILED") == RETRIES + 1
+        assert "step 1 | SAVE FAILED: cannot write checkpoint" in caplog.text and "another attempt after 1 s (1 of 3)" in caplog.text
+        assert "the next save that is due tries again" in caplog.text
+        full = False
+        saver.start(shares(state(9)), step=9, **COUNTERS)
+        saver.wait()
+    assert not saver.failed and not saver.wants_retry and saver.step == 9 and saver.report()["failed_saves"] == RETRIES + 1
+    assert_holds(step_path(tmp_path, 9), state(9))
+
+
+def test_what_reads_back_otherwise_never_becomes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = write._File.finish
+
+    def finish(self: write._File) -> Any:
+        entry = original(self)
+        with open(self.path, "r+b") as file:  # a disk that lies
+            file.seek(-3, os.SEEK_END)
+            file.write(b"\x55")
+        return entry
+
+    monkeypatch.setattr(write._File, "finish", finish)
+    saver = Saver(tmp_path, gather=alone)
+    saver.start(shares(state(0)), step=1, **COUNTERS)
+    saver.wait(hurry=True)
+    assert saver.failed and "reads back otherwise" in saver.problem and not list(tmp_path.iterdir())
+
+
+def test_a_bug_or_a_lost_rank_ends_the_training(tmp_path: Path) -> None:
+    def lost(value: object) -> list[object]:
+        raise RuntimeError("Connection closed by peer")
+
+    saver = Saver(tmp_path, gather=lost)
+    saver.start(shares(state(0)), step=1, **COUNTERS)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        saver.wait()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        assert saver.wants_retry
+
+
+def test_retention(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, gather=alone, keep=2, keep_every=4)
+    for step in range(1, 10):
+        saver.start(shares(state(step)), step=step, **COUNTERS)
+    saver.wait()
+    assert complete_steps(tmp_path) == [4, 8, 9]
+
+
+def test_the_last_sound_checkpoint_outlives_the_failures_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path, gather=alone, keep=1)
+    saver.start(shares(state(1)), step=1, **COUNTERS)
+    saver.wait()
+    original = write._read_back
+
+    def lies(*_: Any) -> None:
+        raise write.CheckpointError("reads back otherwise")
+
+    monkeypatch.setattr(write, "_read_back", lies)
+    for step in (2, 3):
+        saver.start(shares(state(step)), step=step, **COUNTERS)
+        saver.wait(hurry=True)
+    assert complete_steps(tmp_path) == [1]
+    monkeypatch.setattr(write, "_read_back", original)
+    saver.start(shares(state(4)), step=4, **COUNTERS)
+    saver.wait()
+    assert complete_steps(tmp_path) == [4]
+
+
+# ------------------------------------------------------------------------------------------------------------------ two tiers
+
+
+def run_nodes(roots: list[Path], shared: Path, steps: list[int], tensors: Callable[[int], dict[str, torch.Tensor]], ranks_per_node: int,
+              **options: Any) -> list[Saver]:
+    """A rank per thread; each node has a root of its own."""
+    count = len(roots) * ranks_per_node
+    ranks, savers, errors = Ranks(count), [], []
+
+    def run(rank: int) -> None:
+        try:
+            root = roots[rank // ranks_per_node]
+            mirror = Mirror(root, shared, gather=ranks.gather("mirror", rank), rank=rank, ranks_per_node=ranks_per_node, **options)
+            saver = Saver(root, gather=ranks.gather("saver", rank), rank=rank, world_size=count, leads=rank % ranks_per_node == 0,
+                          mirror=mirror, keep=2)
+            savers.append(saver)
+            for step in steps:
+                saver.start(shares(tensors(step), rank, count), step=step, **COUNTERS)
+            saver.close()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    for name in ("mirror", "saver"):
+        for rank in range(count):
+            ranks.gather(name, rank)
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for error in errors:
+        raise error
+    return savers
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 2), (2, 2)])
+def test_every_node_saves_to_its_own_disk_and_all_of_it_reaches_the_shared_one(tmp_path: Path, nodes: int, ranks_per_node: int) -> None:
+    roots = [tmp_path / f"node{i}" for i in range(nodes)]
+    run_nodes(roots, tmp_path / "shared", [1, 2, 3, 4], state, ranks_per_node, keep=1)
+    assert complete_steps(tmp_path / "shared") == [4]
+    assert_holds(step_path(tmp_path / "shared", 4), state(4))
+    for root in roots:
+        assert complete_steps(root) == [3, 4], "the local tier keeps two"
+        files = [path.name for path in step_path(root, 4).iterdir()]
+        assert len(files) == 1 + ranks_per_node and MANIFEST in files, "a node holds its own ranks' files"
+    # What a node lacks it reads from the shared tier.
+    here = Checkpoint.open(step_path(roots[0], 4), partial=True, elsewhere=[step_path(tmp_path / "shared", 4)])
+    assert all(torch.equal(here.read(name), tensor) for name, tensor in state(4).items())
+
+
+def test_a_mirror_that_fails_is_said_tried_again_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                   caplog: pytest.LogCaptureFixture) -> None:
+    copy, failures = mirror_module._copy_file, iter([True, True, False])
+
+    def unsteady(source: Path, target: Path, budget: Any) -> None:
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        copy(source, target, budget)
+
+    monkeypatch.setattr(mirror_module, "_copy_file", unsteady)
+    with caplog.at_level(logging.INFO, "zaya"):
+        savers = run_nodes([tmp_path / "node"], tmp_path / "shared", [1], state, 2)
+    assert caplog.text.count("MIRROR FAILED") in (1, 2) and savers[0]._mirror.step == 1  # type: ignore[union-attr]
+    assert_holds(step_path(tmp_path / "shared", 1), state(1))
+
+
+def test_a_mirror_that_cannot_gives_up_and_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lies(source: Path, target: Path, budget: Any) -> None:
+        target.write_bytes(source.read_bytes()[:-1] + b"\x55")
+
+    monkeypatch.setattr(mirror_module, "_copy_file", lies)
+    savers = run_nodes([tmp_path / "node"], tmp_path / "shared", [1], lambda step: state(step), 1)
+    mirror = savers[0]._mirror
+    assert mirror is not None and mirror.step is None and mirror.failures == mirror_module.RETRIES + 1
+    assert newest(tmp_path / "shared") is None and complete_steps(tmp_path / "node") == [1]
+
+
+def test_a_slow_mirror_keeps_its_bandwidth_and_takes_the_newest(tmp_path: Path) -> None:
+    size = sum(tensor.nbytes for tensor in state(0).values())
+    began = time.monotonic()
+    run_nodes([tmp_path / "node"], tmp_path / "shared", [1, 2, 3, 4, 5], state, 1, bytes_per_s=2 * size)
+    copied = complete_steps(tmp_path / "shared")
+    assert time.monotonic() - began > 0.5 * len(copied) * 0.9 and copied[-1] == 5 and len(copied) < 5
+    assert_holds(step_path(tmp_path / "shared", 5), state(5))

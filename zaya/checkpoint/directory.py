@@ -1,0 +1,85 @@
+"""Where the checkpoints of a run lie: the step directories under a root, which of them are complete, which may go.
+
+Start of a run that resumes, and the end of every save. Reads names and manifests' presence, never a checkpoint's contents. A directory
+without a manifest does not exist; `remove` therefore begins with the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Container
+from pathlib import Path
+
+from zaya.checkpoint.manifest import MANIFEST, disk_errors
+
+_STEP = re.compile(r"step-([0-9]{8,18})")
+
+
+def step_path(root: str | Path, step: int) -> Path:
+    return Path(root) / f"step-{step:08d}"
+
+
+def locate(path: str | Path) -> Path | None:
+    """A checkpoint's directory, or that of the newest one of a run; None: neither. CheckpointError: it cannot be looked at."""
+    with disk_errors("read", Path(path)):
+        return Path(path) if (Path(path) / MANIFEST).is_file() else newest(Path(path) / "checkpoints")
+
+
+def newest(root: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None. Complete = has a manifest; whether it is sound, `Checkpoint` tells."""
+    steps = complete_steps(root)
+    return step_path(root, steps[-1]) if steps else None
+
+
+def complete_steps(root: str | Path) -> list[int]:
+    """Steps that have a manifest, ascending."""
+    return [step for step, _, whole in step_directories(Path(root)) if whole]
+
+
+def step_directories(root: Path) -> list[tuple[int, Path, bool]]:
+    """(step, path, complete) of every checkpoint directory, by step."""
+    found: list[tuple[int, Path, bool]] = []
+    with disk_errors("read", root):
+        entries = list(root.iterdir()) if root.exists() else []
+    for path in entries:
+        match = _STEP.fullmatch(path.name)
+        if match and path == step_path(root, int(match[1])) and path.is_dir():
+            found.append((int(match[1]), path, (path / MANIFEST).is_file()))
+    return sorted(found)
+
+
+def prune(root: str | Path, keep: int, keep_every: int = 0, spare: Container[int] = ()) -> list[Path]:
+    """Keep the newest `keep` complete checkpoints (0: all), every multiple of `keep_every` steps, and those of `spare`; what went.
+
+    The remains of killed saves older than the newest go too. Call it when the newest complete checkpoint is known to be sound: then one
+    that verifies is always left.
+    """
+    if keep < 0 or keep_every < 0:
+        raise ValueError(f"keep = {keep} and keep_every = {keep_every} must be at least 0")
+    steps = step_directories(Path(root))
+    complete = [step for step, _, whole in steps if whole]
+    if not keep or not complete:
+        return []
+    kept = {*complete[-keep:], *(step for step in complete if keep_every and step % keep_every == 0)}
+    gone = [path for step, path, whole in steps if step < complete[-1] and not (whole and step in kept) and step not in spare]
+    for path in gone:
+        remove(path)
+    return gone
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint. Its manifest goes first, so that one half removed does not exist. CheckpointError: the disk does not let it."""
+    with disk_errors("remove", path):
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def sync_directory(path: Path) -> None:
+    """The names in a directory are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

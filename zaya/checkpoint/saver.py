@@ -1,0 +1,228 @@
+"""Save while the training goes on: a copy of the state into memory that is kept for it, then a thread that writes.
+
+End of a step that saves: the trainer hands its shares to `Saver.start`, which blocks it for the copy alone. The thread runs
+write.save, collectives included, over a gather of its own, so that nothing of it meets the training's. Knows no model, no layout and no
+process group.
+
+Calls on every rank, at the same steps:
+1. Saver(...), once.
+2. start: waits for the last save, copies, returns.
+3. after every step `wants_retry`: the last save did not come through, as far as this rank knows. All ranks come to the same answer,
+   but not at the same moment, so the trainer sums it with what it sums anyway; when all say so, it starts another.
+4. wait: the last save is over. `failed` and `wants_retry` are the same on all ranks now.
+
+What a rank stages never exceeds `staging_bytes`, nor half of what its node has left: of a state that does not fit, `start` writes the
+rest before it returns. That is the back-pressure: memory is bounded, the stall is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zaya.checkpoint.directory import prune
+from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.mirror import Mirror
+from zaya.checkpoint.write import Share, in_file_order, save
+
+RETRIES = 3
+"""Saves started anew after one that failed, before the next one that is due."""
+PAUSE_S = 1.0
+"""Before the first of them; twice as long before each further one."""
+ALIGNMENT = 64  # bytes; a staged box begins at a multiple of it, as memory that torch allocates does
+log = logging.getLogger("zaya")
+
+
+class Saver:
+    """The checkpoints of one run, as one rank sees them.
+
+    `gather`: an all-gather of objects that nothing but this saver uses. `leads`: see write.save. `keep`, `keep_every`: see prune.
+    `mirror` is offered every checkpoint that is complete.
+    """
+
+    def __init__(self, root: Path, *, gather: Callable[[object], list[object] | None], rank: int = 0, world_size: int = 1,
+                 leads: bool | None = None, asynchronous: bool = True, staging_bytes: int = 1 << 62, ranks_per_node: int = 1,
+                 keep: int = 0, keep_every: int = 0, mirror: Mirror | None = None) -> None:
+        self.root = root
+        self.step: int | None = None
+        """Of the newest checkpoint that is complete."""
+        self.failures = 0
+        self.problem = ""
+        """Of the last save that failed."""
+        self.seconds: float | None = None
+        """From the start of the last save to its end."""
+        self._stall_s = 0.0
+        self.failed = False
+        """The last save did not come through and it is time for another."""
+        self._save: dict[str, Any] = {"gather": gather, "rank": rank, "world_size": world_size, "leads": leads, "read_back": True}
+        self._gather, self._leads, self._speaks = gather, rank == 0 if leads is None else leads, rank == 0
+        self._keep, self._mirror = (keep, keep_every), mirror
+        self._staging = Staging(staging_bytes, ranks_per_node) if asynchronous else None
+        self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
+        self._attempts = 0
+        self._error: BaseException | None = None
+
+    def prepare(self, shares: Mapping[str, Share]) -> None:
+        """Allocate the staging memory before the first save needs it: fresh pages cost several times a copy into old ones."""
+        if self._staging is not None:
+            self._staging.reserve(sum(tensor.nbytes for tensor in in_file_order(shares)))
+
+    def start(self, shares: Mapping[str, Share], *, step: int, **counters: Any) -> None:
+        """Begin to save `shares` as checkpoint `step`; the caller may change their tensors when this returns. `counters`: as write.save."""
+        began = time.perf_counter()
+        self.wait()
+        self._attempts = self._attempts + 1 if self.failed else 1
+        self.failed = False
+        live = 0
+        if self._staging is not None:
+            shares, live = self._staging.take(shares)
+        released, written = threading.Event(), 0
+        if not live:
+            released.set()
+
+        def tell(count: int) -> None:
+            nonlocal written
+            written += count
+            if written >= live:
+                released.set()  # all that was not copied is on its way to the disk
+
+        def work() -> None:
+            try:
+                self._write(shares, tell, began, step=step, **counters)
+            except BaseException as error:  # noqa: BLE001 - raised again in the training's thread
+                self._error = error
+            finally:
+                released.set()
+
+        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
+        self._thread.start()
+        released.wait()
+        if self._staging is None:
+            self.wait()
+        self._stall_s += time.perf_counter() - began
+
+    def wait(self, hurry: bool = False) -> None:
+        """The last save is over. `hurry`: without the pause that follows a failure. Raises what was no failure of the disk: a bug, a
+        rank that is gone."""
+        if hurry:
+            self._hurry.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._hurry.clear()
+        self.check()
+
+    def close(self) -> None:
+        """Every checkpoint is where it belongs, on both tiers."""
+        self.wait()
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def check(self) -> None:
+        """Raise what ended a thread."""
+        if self._error is not None:
+            raise self._error
+        if self._mirror is not None:
+            self._mirror.check()
+
+    def report(self) -> dict[str, object]:
+        """For a row of metrics: the newest complete checkpoint, failures so far, how long saves held up training since last asked."""
+        stall_s, self._stall_s = self._stall_s, 0.0
+        return {"saved_step": self.step, "failed_saves": self.failures, "save_stall_s": stall_s, "save_time_s": self.seconds}
+
+    @property
+    def wants_retry(self) -> bool:
+        """As this rank sees it now; all ranks come to see it. False once all retries have failed too."""
+        self.check()
+        return self.failed and self._attempts <= RETRIES
+
+    def _write(self, shares: Mapping[str, Share], tell: Callable[[int], None], began: float, *, step: int, **counters: Any) -> None:
+        try:
+            path = save(self.root, shares, step=step, written=tell, **counters, **self._save)
+        except CheckpointError as error:
+            self._fail(step, error)
+            return
+        self.step, self.seconds = step, time.perf_counter() - began
+        if self._speaks:
+            log.info("step %d | saved %s in %.1f s", step, path, self.seconds)
+        if self._mirror is not None:
+            self._mirror.offer(path)
+        self._prune()
+
+    def _fail(self, step: int, error: CheckpointError) -> None:
+        self.failures, self.problem = self.failures + 1, str(error)
+        last = self._attempts > RETRIES
+        pause_s = 0 if last else PAUSE_S * 2 ** (self._attempts - 1)
+        if self._speaks:
+            again = f"another attempt after {pause_s:g} s ({self._attempts} of {RETRIES})"
+            then = "the next save that is due tries again" if last else again
+            log.error("step %d | SAVE FAILED: %s | training goes on; %s", step, error, then)
+        self._hurry.wait(pause_s)
+        self.failed = True
+
+    def _prune(self) -> None:
+        """The checkpoint just saved was read back, so one that verifies stays whatever goes."""
+        if self._leads:
+            try:
+                prune(self.root, *self._keep, spare=self._mirror.spare() if self._mirror is not None else ())
+            except CheckpointError as error:
+                log.error("%s; free the room by hand", error)
+
+
+class Staging:
+    """Memory of the host that holds a rank's state while it is written; pinned where the state is on a GPU. Made once."""
+
+    def __init__(self, limit_bytes: int, ranks_per_node: int) -> None:
+        self.limit_bytes, self.ranks_per_node = limit_bytes, ranks_per_node
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._pinned = torch.cuda.is_available()
+
+    def reserve(self, wanted: int) -> None:
+        free = self._memory.numel() + available_bytes() // 2 // self.ranks_per_node
+        room = min(wanted + wanted // 64 + (1 << 16), self.limit_bytes, free)
+        if room > self._memory.numel():
+            self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self._memory = torch.empty(room, dtype=torch.uint8, pin_memory=self._pinned).zero_()  # touched, so that it is there
+
+    def take(self, shares: Mapping[str, Share]) -> tuple[dict[str, Share], int]:
+        """The same shares with copies in place of their tensors, and how many bytes did not fit: those are the ones written first."""
+        order = in_file_order(shares)
+        self.reserve(sum(tensor.nbytes for tensor in order))
+        places: dict[int, int] = {}
+        room = self._memory.numel() // ALIGNMENT * ALIGNMENT
+        for tensor in reversed(order):  # the last written are copied
+            size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            if size > room:
+                break
+            room -= size
+            places[id(tensor)] = room
+        staged = {name: replace(share, parts=[(box, self._copy(tensor, places[id(tensor)]) if id(tensor) in places else tensor)
+                                              for box, tensor in share.parts]) for name, share in shares.items()}
+        if self._pinned:
+            torch.cuda.synchronize()
+        return staged, sum(tensor.nbytes for tensor in order if id(tensor) not in places)
+
+    def _copy(self, tensor: torch.Tensor, begin: int) -> torch.Tensor:
+        target = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return target.copy_(tensor, non_blocking=True)
+
+
+def available_bytes() -> int:
+    """Memory that this process could still take: of the machine or, if that is less, of its control group."""
+    found = [1 << 62]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(found))

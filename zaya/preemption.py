@@ -1,0 +1,35 @@
+"""Notice that the job must go: SIGTERM (Slurm, Kubernetes, torchrun) or SIGUSR1 (Slurm's --signal=USR1@60). Standard library only.
+
+The handler only notes it; the training loop looks after every step, so that a step is never cut in two.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+GRACE_S = 25.0
+"""From the signal to the exit, at most: torchrun kills its workers 30 s after it has passed SIGTERM on."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption:
+    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty."""
+
+    def __init__(self, active: bool = True) -> None:
+        self.signal = ""
+        self._active = active
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Preemption:
+        if self._active and threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
