@@ -165,7 +165,7 @@ def _watch_attention(attention: Any, prefix: str, note: Callable[..., None], tok
 
 def _note_boxes(notes: Record, direction: str, name: str, trainer: Trainer, kind: str) -> None:
     parameter = name.rpartition(" ")[2]
-    parts = trainer.optimizer.parts(parameter, kind) if trainer.optimizer.is_counted_here(parameter) else iter(())
+    parts = trainer.optimizer.own_parts(parameter, kind)
     notes.setdefault((direction, name), [])
     for (offsets, sizes), values in parts:
         places = tuple(np.arange(o, o + s) for o, s in zip(offsets, sizes))

@@ -58,20 +58,19 @@ def parameter_of(name: str) -> tuple[str, str]:
 
 
 def owned(table: Mapping[str, ParameterPlan], layout: Layout, muon: bool) -> list[dict[str, list[Box]]]:
-    """By rank: the boxes of each parameter whose state it owns, as `Zero1.parts` gives them to a save."""
+    """By rank: the boxes of each parameter that it writes, as `Zero1.own_parts` gives them to a save."""
     by_rank: list[dict[str, list[Box]]] = [{} for _ in range(layout.world_size)]
     for bucket in make_buckets(table.values(), layout, muon=muon):
         placement = bucket.rows[0].placement
         stops = [bucket.spans[row.name][1] for row in bucket.rows]
         for rank in range(layout.world_size):
-            if layout.block(placement, rank):
-                continue  # with zero_size other blocks hold the same; the first one counts
             shard = layout.shard(placement, rank)
             for row in bucket.rows[bisect.bisect_right(stops, shard * bucket.shard_length) :]:
-                boxes = bucket.boxes(row, layout, rank)
-                if not boxes:
+                if bucket.spans[row.name][0] >= (shard + 1) * bucket.shard_length:
                     break
-                by_rank[rank][row.name] = boxes
+                _, boxes = bucket.saved(row, layout, rank)
+                if boxes:
+                    by_rank[rank][row.name] = boxes
     return by_rank
 
 

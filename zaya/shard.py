@@ -126,6 +126,10 @@ class Layout:
         holders = self.world_size if axis == "all" else self.world_size // (self.size(axis) // replicas)
         return min(self.zero_size or holders, holders)
 
+    def num_blocks(self, placement: Shard | Replicate) -> int:
+        """How many ranks hold the same shard."""
+        return len(self.holders(placement, 0)) // self.shard_size(placement)
+
     def block(self, placement: Shard | Replicate, rank: int) -> int:
         """Which block of zero_size holders `rank` is in: 0 unless zero_size cuts them."""
         return _places(self, *self.kind(placement))[rank] // self.shard_size(placement)

@@ -34,13 +34,12 @@ class TrainState:
         """The model's parameters are in a narrow dtype: master weights are kept beside them."""
 
     def owned(self) -> dict[str, Share]:
-        """The state by checkpoint name, and the boxes of it that this rank owns: together the ranks hold every element once."""
+        """The state by checkpoint name, and the boxes of it that this rank writes: together the ranks have every element once."""
         self.optimizer.wait()
         shares = {}
         for name, row in self.table.items():
             for kind in self.optimizer.kinds(name):
-                parts = list(self.optimizer.parts(name, kind)) if self.optimizer.is_counted_here(name) else []
-                shares[_stored(kind, name)] = Share(self.optimizer.dtype(name, kind), row.shape, parts)
+                shares[_stored(kind, name)] = Share(self.optimizer.dtype(name, kind), row.shape, list(self.optimizer.own_parts(name, kind)))
         for name, tensor in self.replicated.items():
             whole = ((0,) * tensor.dim(), tuple(tensor.shape))
             shares[name] = Share(tensor.dtype, tuple(tensor.shape), [(whole, tensor)] if self.mesh.rank == 0 else [])

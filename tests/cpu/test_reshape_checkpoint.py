@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from tools import reshape_checkpoint as tool
 from zaya.checkpoint import rewrite
 from zaya.checkpoint.manifest import Manifest
 from zaya.checkpoint.read import Checkpoint
-from zaya.config import recipe_from_tables
+from zaya.config import load_recipe, recipe_from_tables
 from zaya.plan import plan
 from zaya.shard import Layout
 
@@ -89,6 +90,17 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def tree(path: Path) -> dict[str, tuple[bytes, int]]:
     return {str(file.relative_to(path)): (file.read_bytes(), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("layout", [Layout(64, zero_size=8), Layout(64, tp=2, ep=4, zero_size=4), Layout(64, zero_size=1), Layout(64)],
+                         ids=lambda layout: f"tp{layout.tp}-ep{layout.ep}-zero{layout.zero_size}")
+def test_all_ranks_write_alike(layout: Layout) -> None:
+    """Where blocks of zero_size hold the same state, they share it out: no rank writes more than the mean and 2 %."""
+    config = dataclasses.replace(load_recipe("recipes/zaya1_8b_pretrain1.toml").model, num_layers=4, attention_pattern=("full",))
+    by_rank = tool.owned(plan(config), layout, muon=True)
+    written = [sum(math.prod(sizes) for boxes in mine.values() for _, sizes in boxes) for mine in by_rank]
+    assert sum(written) == sum(math.prod(row.shape) for row in plan(config).values())
+    assert max(written) <= 1.02 * sum(written) / layout.world_size
 
 
 # ------------------------------------------------------------------------------------------------------------------ bit for bit

@@ -74,8 +74,8 @@ def steps(rank: int, world_size: int, axes: dict[str, int], dtype_name: str, num
         mesh.ledger.note("note", "update", "done")
         optimizer.wait()
     mesh.ledger.sent.pop(("all_reduce", "world"), None)  # of the norm
-    shards = {f"{kind}.{name}": [(box, tensor.double().numpy().copy()) for box, tensor in optimizer.parts(name, kind)]
-              for name in TABLE if optimizer.is_counted_here(name) for kind in optimizer.kinds(name)}
+    shards = {f"{kind}.{name}": [(box, tensor.double().numpy().copy()) for box, tensor in optimizer.own_parts(name, kind)]
+              for name in TABLE for kind in optimizer.kinds(name)}
     copies: Any = gather_objects({name: parameter.detach().double().numpy().copy() for name, parameter in parameters.items()}, mesh.world)
     for other, theirs in enumerate(copies):
         for row in ROWS:

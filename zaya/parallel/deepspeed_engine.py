@@ -212,10 +212,6 @@ class DeepSpeedEngine:
     def dtype(self, name: str, kind: str) -> torch.dtype:
         return self.train_dtype if kind == "model" else torch.float32
 
-    def is_counted_here(self, name: str) -> bool:
-        """Whether this rank's part of a parameter is the one that counts: there is no other."""
-        return True
-
     def parts(self, name: str, kind: str) -> Iterator[tuple[Box, Tensor]]:
         """This rank's part of one tensor of the state, as boxes of the logical tensor, each with the memory that holds it."""
         fragment = self._fragments.get(name)
@@ -226,6 +222,9 @@ class DeepSpeedEngine:
             numel = math.prod(box[1])
             yield box, values[start : start + numel].view(box[1])
             start += numel
+
+    own_parts = parts
+    """What this rank saves: all of it, as no other holds the same."""
 
     def _values(self, name: str, fragment: _Fragment, kind: str) -> Tensor:
         parameter = self.parameters[name]

@@ -53,9 +53,19 @@ class BucketPlan:
         return max(start, first) - start, min(stop, first + self.shard_length) - start
 
     def boxes(self, row: ParameterPlan, layout: Layout, rank: int) -> list[Box]:
-        """The boxes of a parameter's logical tensor whose state `rank` owns, in the order of its shard; none where it owns nothing."""
-        offsets, sizes = layout.piece(row.placement, row.shape, rank)
+        """The boxes of a parameter's logical tensor whose state `rank` holds, in the order of its shard; none where it holds nothing."""
+        return self._boxes(row, layout, rank, *self.overlap(row.name, layout.shard(row.placement, rank)))
+
+    def saved(self, row: ParameterPlan, layout: Layout, rank: int) -> tuple[int, list[Box]]:
+        """What `rank` writes of them: all, or where blocks of zero_size hold the same, each block an equal part; and how many elements of
+        its own lie before that."""
         start, stop = self.overlap(row.name, layout.shard(row.placement, rank))
+        length, block, blocks = max(stop - start, 0), layout.block(row.placement, rank), layout.num_blocks(row.placement)
+        before, end = length * block // blocks, length * (block + 1) // blocks
+        return before, self._boxes(row, layout, rank, start + before, start + end)
+
+    def _boxes(self, row: ParameterPlan, layout: Layout, rank: int, start: int, stop: int) -> list[Box]:
+        offsets, sizes = layout.piece(row.placement, row.shape, rank)
         return [shifted(box, offsets) for box in flat_boxes(start, stop, sizes)]
 
 

@@ -126,6 +126,7 @@ class Zero1:
             plans, mesh.layout, mesh.rank, round_elements or partition.ROUND_ELEMENTS)]
         self.step = torch.zeros((), dtype=torch.float32, device=self.buckets[0].master.device)
         self._bucket_of = {name: bucket for bucket in self.buckets for name in bucket.plan.spans}
+        self._rows = {row.name: row for bucket in self.buckets for row in bucket.plan.rows}
         self._collected: dict[str, int] = {}
         self._micro_batches = 0
         self._to_reduce: list[Bucket] = []
@@ -257,16 +258,21 @@ class Zero1:
     def dtype(self, name: str, kind: str) -> torch.dtype:
         return self._flat(name, kind).dtype
 
-    def is_counted_here(self, name: str) -> bool:
-        """Whether this rank's shard of a parameter is the one that counts: with zero_size other blocks hold the same."""
-        return self._bucket_of[name].holding.replicas.rank == 0
-
     def parts(self, name: str, kind: str) -> Iterator[tuple[Box, Tensor]]:
         """This rank's shard of one tensor of the state (or "grad"), as boxes of the logical tensor, each with the memory that holds it."""
+        bucket = self._bucket_of[name]
+        return self._views(name, kind, 0, bucket.plan.boxes(self._rows[name], self.mesh.layout, self.mesh.rank))
+
+    def own_parts(self, name: str, kind: str) -> Iterator[tuple[Box, Tensor]]:
+        """The part of that which is this rank's to save or to count: with zero_size other ranks hold the same shard, and share it out."""
+        bucket = self._bucket_of[name]
+        return self._views(name, kind, *bucket.plan.saved(self._rows[name], self.mesh.layout, self.mesh.rank))
+
+    def _views(self, name: str, kind: str, before: int, boxes: Iterable[Box]) -> Iterator[tuple[Box, Tensor]]:
+        """`boxes` follow one another in the shard, `before` elements after the first of the parameter."""
         bucket, flat = self._bucket_of[name], self._flat(name, kind)
-        row = next(row for row in bucket.plan.rows if row.name == name)
-        start = max(bucket.plan.spans[name][0] - bucket.holding.shard.rank * bucket.plan.shard_length, 0)
-        for box in bucket.plan.boxes(row, self.mesh.layout, self.mesh.rank):
+        start = max(bucket.plan.spans[name][0] - bucket.holding.shard.rank * bucket.plan.shard_length, 0) + before
+        for box in boxes:
             stop = start + math.prod(box[1])
             yield box, flat[start:stop].view(box[1])
             start = stop
