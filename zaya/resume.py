@@ -87,12 +87,13 @@ def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> tuple[Manifest | N
         if found is not None:
             return found.manifest, f"resumed from {found.path} at step {found.manifest.step}{_changes(recipe, found)}", skipped
     elif resume != "never":
-        own = Checkpoint.open(_named("checkpoint.resume", resume, 'or write "auto" or "never"'))
+        given = _named("checkpoint.resume", resume, 'or write "auto" or "never"')
+        own = _agreed(lambda: Checkpoint.open(given), mesh)
         _take(own, recipe, state, mesh)
         return own.manifest, f"resumed from {own.path} at step {own.manifest.step}{_changes(recipe, own)}", skipped
     if recipe.init.checkpoint:
         path = _named("init.checkpoint", recipe.init.checkpoint, "(tools.import_hf makes one from a transformers directory)")
-        state.load(Checkpoint.open(path), weights_only=True, allow_missing=allow_missing)
+        state.load(_agreed(lambda: Checkpoint.open(path), mesh), weights_only=True, allow_missing=allow_missing)
         return None, f"weights from {recipe.init.checkpoint}", skipped
     return None, f"new weights from seed {recipe.train.seed}", skipped
 
@@ -103,7 +104,7 @@ def _newest_sound(recipe: Recipe, state: TrainState, mesh: Mesh, skipped: list[s
     for step, root in _candidates(tiers, mesh):
         try:
             checkpoint = _agreed(lambda: tiers.open(root, step), mesh)  # noqa: B023 - called at once
-            _take(checkpoint, recipe, state, mesh)
+            _take(checkpoint, recipe, state, mesh, on_node=root == tiers.local)
         except CheckpointError as error:
             skipped.append(f"passed over the checkpoint of step {step}: {error}")
         else:
@@ -138,13 +139,15 @@ def _objects(value: T, mesh: Mesh) -> list[T]:
     return cast(list[T], gather_objects(value, mesh.world))
 
 
-def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh) -> None:
-    """Load it; verify it whole first, the files spread over the ranks, where the recipe says so or it is small."""
+def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh, on_node: bool = False) -> None:
+    """Load it; verify it whole first, where the recipe says so or it is small: the files spread over the ranks, or over those of a node
+    that has files of its own."""
     files = checkpoint.manifest.files
+    readers = ranks_per_node() if on_node else mesh.world_size
 
     def verify() -> None:
         if recipe.checkpoint.verify == "all" or sum(file.size for file in files.values()) <= SMALL_BYTES:
-            for damage in checkpoint.damages(files=checkpoint.visible()[mesh.rank % ranks_per_node() :: ranks_per_node()]):
+            for damage in checkpoint.damages(files=checkpoint.visible()[mesh.rank % readers :: readers]):
                 raise damage
 
     _agreed(verify, mesh)

@@ -93,6 +93,7 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter |
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         metrics = None
         if local is not None and mesh.rank % ranks_per_node_from_environment() == 0:
+            local.mkdir(parents=True, exist_ok=True)
             set_aside(local, step)
         if mesh.rank == 0:
             set_aside(run_dir / "checkpoints", step, run_dir / "metrics.jsonl")
@@ -103,7 +104,8 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter |
             temporary.write_text(recipe.to_toml(), encoding="utf-8")
             os.replace(temporary, run_dir / "recipe.toml")
     except OSError as error:
-        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
+        key = "checkpoint.local_dir" if local is not None and str(error.filename).startswith(recipe.checkpoint.local_dir) else "run.dir"
+        raise ValueError(f"cannot write {key}: {error.filename}: {error.strerror}") from None
     return metrics
 
 
@@ -187,9 +189,8 @@ def main(argv: list[str]) -> int:
     if signal:
         if mesh.rank == 0:
             print(f"zaya.train: {signal}: saved at step {trainer.step}; start it again to go on", file=sys.stderr)
-        return PREEMPTED
     close_mesh(mesh)
-    return 0
+    return PREEMPTED if signal else 0
 
 
 if __name__ == "__main__":

@@ -183,15 +183,20 @@ class Staging:
 
     def __init__(self, limit_bytes: int, ranks_per_node: int) -> None:
         self.limit_bytes, self.ranks_per_node = limit_bytes, ranks_per_node
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._pinned = torch.cuda.is_available()
+        self._memory, self._wanted = torch.empty(0, dtype=torch.uint8), 0
 
     def reserve(self, wanted: int) -> None:
+        """Once for a state of `wanted` bytes: a state does not grow."""
+        if wanted <= self._wanted:
+            return
+        assert not self._wanted or not torch.cuda.is_available(), "pinned memory is not given back"
+        self._wanted = wanted
         free = self._memory.numel() + available_bytes() // 2 // self.ranks_per_node
         room = min(wanted + wanted // 64 + (1 << 16), self.limit_bytes, free)
-        if room > self._memory.numel():
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-            self._memory = torch.empty(room, dtype=torch.uint8, pin_memory=self._pinned).zero_()  # touched, so that it is there
+        self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+        self._memory = torch.empty(room, dtype=torch.uint8).zero_()  # touched, so that it is there
+        if torch.cuda.is_available() and not _pin(self._memory):
+            log.warning("the memory for saves could not be pinned: the copies that saves wait for are slower")
 
     def take(self, shares: Mapping[str, Share]) -> tuple[dict[str, Share], int]:
         """The same shares with copies in place of their tensors, and how many bytes did not fit: those are the ones written first."""
@@ -207,13 +212,18 @@ class Staging:
             places[id(tensor)] = room
         staged = {name: replace(share, parts=[(box, self._copy(tensor, places[id(tensor)]) if id(tensor) in places else tensor)
                                               for box, tensor in share.parts]) for name, share in shares.items()}
-        if self._pinned:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         return staged, sum(tensor.nbytes for tensor in order if id(tensor) not in places)
 
     def _copy(self, tensor: torch.Tensor, begin: int) -> torch.Tensor:
         target = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         return target.copy_(tensor, non_blocking=True)
+
+
+def _pin(memory: torch.Tensor) -> bool:
+    """Lock its pages, so that a GPU copies straight into it. (`pin_memory` would round its size up to a power of two.)"""
+    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 1)) == 0
 
 
 def available_bytes() -> int:
