@@ -50,7 +50,9 @@ def report(run: Path, bigram: Path) -> bool:
     """Print a line per promise; True if all hold. ValueError: the run or the bigram's figure cannot be read."""
     try:
         bigram_loss = float(json.loads(bigram.read_text())["loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise ValueError(f"cannot read {bigram}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{bigram} is not the output of tools.bigram_baseline --json") from None
     rows, evals = read_rows(run / "metrics.jsonl")
     if not rows or not evals:

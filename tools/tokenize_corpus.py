@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tools.tokenize_corpus: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
         return 2
     empty = f" ({written.num_empty} empty ones left out)" if written.num_empty else ""
-    print(f"{args.output}.bin, {args.output}.idx: {written.num_documents} documents, {written.num_tokens} tokens{empty}")
+    count = f"{written.num_documents} document{'' if written.num_documents == 1 else 's'}"
+    print(f"{args.output}.bin, {args.output}.idx: {count}, {written.num_tokens} tokens{empty}")
     return 0
 
 

@@ -93,6 +93,9 @@ class ModelConfig:
                              "set it to the tokens a block may see, e.g. 4096")
         for name in ("rope_theta", "rope_theta_sliding", "init_std", "router_init_std"):
             _positive(f"model.{name}", getattr(self, name))
+        for name in ("init_std", "router_init_std"):
+            if getattr(self, name) > 10:  # an fp32 of 1e38 would train on infinities; nobody means more than 1
+                raise ValueError(f"model.{name} = {getattr(self, name)} is no standard deviation of weights; use 0.02 or so")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,7 +497,7 @@ def _typed(key: str, value: typing.Any, hint: typing.Any) -> typing.Any:
             raise ValueError(f"{key} = {value!r} must be a list of {item.__name__}")
         return tuple(_typed(key, v, item) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1023 else math.inf  # which is refused below
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{key} = {value!r} must be {_a(hint.__name__)}, not {_a(type(value).__name__)}")
     if hint is float and not math.isfinite(value):
@@ -576,7 +579,7 @@ def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         usage = "usage: python -m zaya.config RECIPE.toml [--section.key=value ...]\n\nValidate a recipe and print it resolved."
         print(usage) if argv else print("zaya.config: name a recipe; see --help", file=sys.stderr)
         return 0 if argv else 2

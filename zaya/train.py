@@ -160,7 +160,7 @@ def _readable(error: Exception) -> ValueError:
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(USAGE) if argv else print("zaya.train: name a recipe; see --help", file=sys.stderr)
         return 0 if argv else 2
     mesh = None
