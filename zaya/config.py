@@ -74,8 +74,9 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
                      "moe_intermediate_size", "router_hidden_size"):
             _at_least(f"model.{name}", getattr(self, name), 1)
-            if getattr(self, name) >= 2**31:
-                raise ValueError(f"model.{name} = {getattr(self, name)} is beyond any machine; keep it below 2^31")
+            limit = 16 if name == "num_layers" else 31  # tables have a line per layer
+            if getattr(self, name) >= 2**limit:
+                raise ValueError(f"model.{name} = {getattr(self, name)} is beyond any machine; keep it below 2^{limit}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}; "
                              f"use num_heads = {_next_multiple(self.num_heads, self.num_kv_heads)}")
@@ -326,7 +327,7 @@ class CheckpointConfig:
     local_dir: str = ""
     """A fast directory of each node that saves go to; from there they are copied to run.dir in the background. Empty: straight there."""
     mirror_mb_per_s: float = 0.0
-    """What that copying may take of the shared storage, all ranks together, in 10^6 bytes per second; 0 = all it gets."""
+    """What that copying may write to the shared storage (and read back), all ranks together, in 10^6 bytes a second; 0 = all it gets."""
 
     def validate(self) -> None:
         _at_least("checkpoint.interval", self.interval, 0)

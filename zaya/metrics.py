@@ -15,9 +15,10 @@ import os
 import re
 import reprlib
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 Row = dict[str, Any]
 
@@ -76,6 +77,8 @@ def _thousands(value: float) -> str:
 class MetricsWriter:
     """The only writer of one metrics.jsonl, on rank 0. Calls: construct at (re)start, append after every step, close at the end.
 
+    A disk that fails does not stop the training: rows wait in memory until it takes them.
+
     `resume_step`: the step of the checkpoint the run goes on from, 0 for a fresh run. Later rows are cut off, training and
     evaluation alike, and so is a line torn by a crash; the next training row must be resume_step + 1.
     Raises ValueError where the file that is there cannot be this run's record.
@@ -86,9 +89,13 @@ class MetricsWriter:
         """The last training row's."""
         self.eval_step = 0
         """The last evaluation row's; 0 = none."""
+        self.problem = ""
+        """Why the last rows are not written yet."""
         end = self._find_end(path, resume_step) if path.exists() else 0
         # Truncating is one call of the system: a crash leaves the old file or the new one. Appending: a crash can only tear the tail.
-        self._file: BinaryIO = open(path, "ab")
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = bytearray()
+        self._writing = threading.Lock()
         self._file.truncate(end)
 
     def _find_end(self, path: Path, resume_step: int) -> int:
@@ -133,15 +140,31 @@ class MetricsWriter:
             assert step == self.step + 1, f"training step {step} follows step {self.step}"
             self.step = step
             row = {"step": step, **row}
-        self._file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        with self._writing:
+            self._waiting += json.dumps(_finite(row), allow_nan=False).encode() + b"\n"
+            self.problem = ""
+            try:
+                self._write()
+            except OSError as error:
+                self.problem = error.strerror or str(error)
+
+    def _write(self) -> None:
+        """OSError: what is not written goes with a later row, unless `sync` or `close` raises."""
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
 
     def sync(self) -> None:
-        """Make the rows so far survive a power cut. Call before a checkpoint becomes complete, which promises them."""
-        os.fsync(self._file.fileno())
+        """Make the rows so far survive a power cut, from any thread. Call before a checkpoint becomes complete, which promises them.
+
+        OSError: they do not."""
+        with self._writing:
+            self._write()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """OSError: the last rows could not be written."""
+        with self._writing, self._file:
+            self._write()
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Notice that the job must go: SIGTERM (Slurm, Kubernetes, torchrun) or SIGUSR1 (Slurm's --signal=USR1@60). Standard library only.
+"""Notice that the job must go: SIGTERM (Slurm, Kubernetes, torchrun) or SIGUSR1. Standard library only.
 
 The handler only notes it; the training loop looks after every step, so that a step is never cut in two.
 """

@@ -10,12 +10,11 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
-from zaya.checkpoint.directory import complete_steps, locate, step_path
-from zaya.checkpoint.manifest import CheckpointError, Manifest, disk_errors
+from zaya.checkpoint.directory import complete_steps, identity, locate, set_aside, step_path
+from zaya.checkpoint.manifest import CheckpointError, Manifest, raise_on_all
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.saver import Saver
@@ -31,8 +30,7 @@ SMALL_BYTES = 1 << 30
 """A checkpoint of at most this size is verified whole before it is taken, whatever checkpoint.verify says: a second or so."""
 
 
-@dataclass(frozen=True)
-class Tiers:
+class Tiers(NamedTuple):
     """The roots of a run's step directories: storage that all nodes share, and where the recipe names one a disk of each node."""
 
     shared: Path
@@ -87,50 +85,49 @@ def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> tuple[Manifest | N
         if found is not None:
             return found.manifest, f"resumed from {found.path} at step {found.manifest.step}{_changes(recipe, found)}", skipped
     elif resume != "never":
-        given = _named("checkpoint.resume", resume, 'or write "auto" or "never"')
-        own = _agreed(lambda: Checkpoint.open(given), mesh)
+        own = _agreed(lambda: Checkpoint.open(_named("checkpoint.resume", resume, 'or write "auto" or "never"')), mesh)
         _take(own, recipe, state, mesh)
         return own.manifest, f"resumed from {own.path} at step {own.manifest.step}{_changes(recipe, own)}", skipped
     if recipe.init.checkpoint:
-        path = _named("init.checkpoint", recipe.init.checkpoint, "(tools.import_hf makes one from a transformers directory)")
-        state.load(_agreed(lambda: Checkpoint.open(path), mesh), weights_only=True, allow_missing=allow_missing)
+        given = _agreed(lambda: Checkpoint.open(_named("init.checkpoint", recipe.init.checkpoint, "(tools.import_hf makes one from a "
+                                                       "transformers directory)")), mesh)
+        state.load(given, weights_only=True, allow_missing=allow_missing)
         return None, f"weights from {recipe.init.checkpoint}", skipped
     return None, f"new weights from seed {recipe.train.seed}", skipped
 
 
 def _newest_sound(recipe: Recipe, state: TrainState, mesh: Mesh, skipped: list[str]) -> Checkpoint | None:
-    """Loaded. Every rank tries the same ones in the same order, and one counts only if all of them can read it."""
+    """Loaded. Every rank tries the same ones in the same order, and one counts only if all of them can read it, and it is the same."""
     tiers = Tiers.of(recipe)
-    for step, root in _candidates(tiers, mesh):
-        try:
-            checkpoint = _agreed(lambda: tiers.open(root, step), mesh)  # noqa: B023 - called at once
-            _take(checkpoint, recipe, state, mesh, on_node=root == tiers.local)
-        except CheckpointError as error:
-            skipped.append(f"passed over the checkpoint of step {step}: {error}")
-        else:
-            return checkpoint
+    seen = _objects(_agreed(tiers.steps, mesh), mesh)
+    for step in sorted({step for by_root in seen for steps in by_root for step in steps}, reverse=True):
+        roots = [root for index, root in enumerate(tiers.roots) if all(step in by_root[index] for by_root in seen)]
+        if not roots:
+            lacking = [rank for rank, by_root in enumerate(seen) if not any(step in steps for steps in by_root)]
+            where = f"ranks {lacking[:8]} see it nowhere" if lacking else "no tier has it for all ranks"
+            skipped.append(f"passed over the checkpoint of step {step}: {where}")
+        for root in roots:
+            try:
+                checkpoint = _agreed(lambda: tiers.open(root, step), mesh)  # noqa: B023 - called at once
+                _take(checkpoint, recipe, state, mesh, on_node=root == tiers.local)
+            except CheckpointError as error:
+                skipped.append(f"passed over the checkpoint of step {step}: {error}")
+            else:
+                return checkpoint
     if skipped:
         raise CheckpointError(f"no checkpoint of {tiers.shared.parent} can be read; {'; '.join(skipped)}")
     return None
 
 
-def _candidates(tiers: Tiers, mesh: Mesh) -> list[tuple[int, Path]]:
-    """Newest first, of one step the local tier first: those that every rank sees."""
-    seen = _objects(tiers.steps(), mesh)
-    return [(step, root) for step in sorted({step for by_root in seen for steps in by_root for step in steps}, reverse=True)
-            for index, root in enumerate(tiers.roots) if all(step in by_root[index] for by_root in seen)]
-
-
 def _agreed(action: Callable[[], T], mesh: Mesh) -> T:
-    """What it returns; CheckpointError, on every rank, where any rank's action raised one."""
-    result, error = None, ""
+    """What it returns; on every rank the ValueError (or CheckpointError) that it raised on any."""
+    result, error = None, None
     try:
         result = action()
-    except CheckpointError as problem:
-        error = str(problem)
-    errors = [problem for problem in _objects(error, mesh) if problem]
-    if errors:
-        raise CheckpointError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
+    except ValueError as problem:
+        error = problem
+    raise_on_all(_objects("" if error is None else str(error), mesh),
+                 CheckpointError if error is None or isinstance(error, CheckpointError) else ValueError)
     return cast(T, result)
 
 
@@ -140,14 +137,18 @@ def _objects(value: T, mesh: Mesh) -> list[T]:
 
 
 def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh, on_node: bool = False) -> None:
-    """Load it; verify it whole first, where the recipe says so or it is small: the files spread over the ranks, or over those of a node
-    that has files of its own."""
+    """Load it; verify it whole first, where the recipe says so or it is small: the files dealt out over all ranks, but those that lie on
+    nodes over the ranks of each. CheckpointError, on every rank: not all of them have the same, or any of it is damaged."""
+    if len(set(_objects(_agreed(lambda: identity(checkpoint.path), mesh), mesh))) > 1:
+        raise CheckpointError(f"{checkpoint.path}: the nodes hold checkpoints of different saves")
     files = checkpoint.manifest.files
-    readers = ranks_per_node() if on_node else mesh.world_size
+    here = [name for name in sorted(files) if on_node and (checkpoint.path / name).is_file()]
+    on_any_node = {name for names in _objects(here, mesh) for name in names}
+    mine = here[mesh.rank % ranks_per_node() :: ranks_per_node()] + sorted(files.keys() - on_any_node)[mesh.rank :: mesh.world_size]
 
     def verify() -> None:
         if recipe.checkpoint.verify == "all" or sum(file.size for file in files.values()) <= SMALL_BYTES:
-            for damage in checkpoint.damages(files=checkpoint.visible()[mesh.rank % readers :: readers]):
+            for damage in checkpoint.damages(files=mine):
                 raise damage
 
     _agreed(verify, mesh)
@@ -180,17 +181,19 @@ def _named(key: str, value: str, otherwise: str) -> Path:
 
 def open_saver(recipe: Recipe, mesh: Mesh, step: int) -> Saver:
     """What a run that stands at `step` saves with (collective): to the local tier and from there to the shared one, or to the shared
-    one at once."""
+    one at once. Later checkpoints of the local tier are set aside. ValueError: the local directory cannot be written."""
     config, tiers = recipe.checkpoint, Tiers.of(recipe)
-    mirror, leads = None, mesh.rank == 0
+    mirror, place = None, mesh.rank
     if tiers.local is not None:
-        leads = _leads(tiers.local, mesh)
-        mirror = Mirror(tiers.local, tiers.shared, gather=_gather(mesh, "mirror"), rank=mesh.rank, ranks_per_node=ranks_per_node(),
+        local = tiers.local
+        place, places = _place(local, mesh)
+        if place == 0:
+            set_aside(local, step)
+        mirror = Mirror(local, tiers.shared, gather=_gather(mesh, "mirror"), rank=mesh.rank, place=place, places=places,
                         bytes_per_s=config.mirror_mb_per_s * 1e6 / mesh.world_size, keep=config.keep, keep_every=config.keep_every)
-        local, shared = tiers.steps()
-        if all(_objects(step in local and step not in shared, mesh)):  # the last process did not come to it
-            mirror.offer(step_path(tiers.local, step))
-    return Saver(tiers.roots[0], gather=_gather(mesh, "saver"), rank=mesh.rank, world_size=mesh.world_size, leads=leads,
+        if all(_objects(step in complete_steps(local) and step not in complete_steps(tiers.shared), mesh)):
+            mirror.offer(step_path(local, step))  # the last process did not come to it
+    return Saver(tiers.roots[0], gather=_gather(mesh, "saver"), rank=mesh.rank, world_size=mesh.world_size, leads=place == 0,
                  asynchronous=config.asynchronous, staging_bytes=int(config.staging_gib * 2**30), ranks_per_node=ranks_per_node(),
                  keep=config.keep, keep_every=0 if mirror else config.keep_every, mirror=mirror)
 
@@ -201,20 +204,21 @@ def _gather(mesh: Mesh, name: str) -> Callable[[object], list[object]]:
     return lambda value: gather_objects(value, group)
 
 
-def _leads(root: Path, mesh: Mesh) -> bool:
-    """Whether this rank is the first of those that see its `root` (ranks of one node, or of all where it is one directory after all)."""
+def _place(root: Path, mesh: Mesh) -> tuple[int, int]:
+    """This rank's place among those that see its `root`, and how many: the ranks of a node, or all where it is one directory after all."""
     mark = root.parent / f".seen-{mesh.rank}-{secrets.token_hex(8)}"
 
     def leave() -> None:
-        with disk_errors("write checkpoint.local_dir", root):
+        try:
             root.mkdir(parents=True, exist_ok=True)
             mark.touch()
+        except OSError as error:
+            raise ValueError(f"cannot write checkpoint.local_dir: {error.filename}: {error.strerror}") from None
 
     try:
         _agreed(leave, mesh)
-        names = _objects(mark.name, mesh)
-        first = next(rank for rank, name in enumerate(names) if (root.parent / name).exists())
+        seen = [rank for rank, name in enumerate(_objects(mark.name, mesh)) if (root.parent / name).exists()]
         _objects(None, mesh)  # all have looked
     finally:
         mark.unlink(missing_ok=True)
-    return first == mesh.rank
+    return seen.index(mesh.rank), len(seen)

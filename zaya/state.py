@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from zaya.checkpoint.manifest import DTYPES, CheckpointError
+from zaya.checkpoint.manifest import DTYPES, CheckpointError, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.write import Share
 from zaya.parallel.collectives import gather_objects
@@ -67,9 +67,7 @@ class TrainState:
         except CheckpointError as damage:
             error = str(damage)
         told = cast(list[tuple[str, dict[str, Tensor]]], gather_objects((error, small), self.mesh.world))
-        errors = [problem for problem, _ in told if problem]
-        if errors:
-            raise CheckpointError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
+        raise_on_all([error for error, _ in told])
         for name, tensor in told[0][1].items():
             self.replicated[name].copy_(tensor)
         self.optimizer.publish()

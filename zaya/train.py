@@ -24,19 +24,12 @@ SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
 import torch
 from tqdm import tqdm
 
-from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.directory import complete_steps, set_aside
 from zaya.checkpoint.manifest import CheckpointError
 from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
-from zaya.parallel.mesh import (
-    Mesh,
-    close_mesh,
-    open_mesh,
-    rank_from_environment,
-    ranks_per_node_from_environment,
-    world_size_from_environment,
-)
+from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
 from zaya.resume import Tiers, newest_recipe
 from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
@@ -85,41 +78,29 @@ def recipe_of_run(run_dir: Path, tiers: Tiers) -> Recipe | None:
 def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter | None:
     """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good.
 
-    A run that starts at `step` does not go on from later checkpoints of the directory: they and the record are set aside, never mixed
-    with it, never deleted. ValueError: something there cannot be written, or is not this run's.
+    A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside with a copy of the record, never
+    mixed with it, never deleted. ValueError: something there cannot be written, or is not this run's.
     """
-    run_dir, local = Path(recipe.run.dir), Tiers.of(recipe).local
+    run_dir, (shared, local) = Path(recipe.run.dir), Tiers.of(recipe)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        metrics = None
-        if local is not None and mesh.rank % ranks_per_node_from_environment() == 0:
-            local.mkdir(parents=True, exist_ok=True)
-            set_aside(local, step)
+        metrics, record = None, run_dir / "metrics.jsonl"
         if mesh.rank == 0:
-            set_aside(run_dir / "checkpoints", step, run_dir / "metrics.jsonl")
-            metrics = MetricsWriter(run_dir / "metrics.jsonl", resume_step=step)
+            aside = set_aside(shared, step)
+            if aside is None and local is not None and any(later > step for later in complete_steps(local)):
+                aside = next(path for path in (run_dir / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
+                aside.mkdir()
+            if aside is not None and record.is_file():
+                shutil.copy2(record, aside)
+            metrics = MetricsWriter(record, resume_step=step)
         start_logging(recipe, mesh)
         if mesh.rank == 0:
             temporary = run_dir / "recipe.toml.tmp"
             temporary.write_text(recipe.to_toml(), encoding="utf-8")
             os.replace(temporary, run_dir / "recipe.toml")
     except OSError as error:
-        key = "checkpoint.local_dir" if local is not None and str(error.filename).startswith(recipe.checkpoint.local_dir) else "run.dir"
-        raise ValueError(f"cannot write {key}: {error.filename}: {error.strerror}") from None
+        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
     return metrics
-
-
-def set_aside(root: Path, step: int, record: Path | None = None) -> None:
-    """Move complete checkpoints of `root` beyond `step`, with a copy of the record, to set-aside-K beside it."""
-    later = [number for number in complete_steps(root) if number > step]
-    if not later:
-        return
-    target = next(path for path in (root.parent / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
-    (target / "checkpoints").mkdir(parents=True)
-    if record is not None and record.is_file():
-        shutil.copy2(record, target)
-    for number in later:
-        step_path(root, number).rename(step_path(target / "checkpoints", number))
 
 
 def start_logging(recipe: Recipe, mesh: Mesh) -> None:
@@ -142,9 +123,9 @@ class _ConsoleHandler(logging.Handler):
 
 
 def refuse(error: ValueError, mesh: Mesh | None) -> int:
-    """One line and the exit code. Before the mesh opens every rank finds the same fault: rank 0 says it."""
+    """One line and the exit code. Before the mesh opens every rank finds the same fault, and of some all are told: rank 0 says it."""
     rank = rank_from_environment()
-    if rank == 0 or mesh is not None:
+    if rank == 0 or (mesh is not None and not (isinstance(error, CheckpointError) and error.on_all_ranks)):
         print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
     return 2
 
@@ -172,6 +153,7 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
         metrics = open_run_directory(recipe, mesh, trainer.step)
+        trainer.open_saver()
     except CheckpointError as error:
         refuse(error, mesh)
         return UNREADABLE

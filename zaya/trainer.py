@@ -98,7 +98,9 @@ class Trainer:
         self.origin = f"new weights from seed {train.seed}"
         self.skipped: list[str] = []
         """Checkpoints that the start passed over, and why."""
+        self.saver: Saver | None = None
         self._warned_of_grace = False
+        self._evaluation_s = 0.0
 
     # ------------------------------------------------------------------------------------------------------------ one step
 
@@ -194,6 +196,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------------ the run
 
+    def open_saver(self) -> None:
+        """Be ready to save, where the recipe says so (collective; `fit` does it if nobody has). ValueError: see open_saver."""
+        recipe = self.recipe
+        if self.saver is None and recipe.checkpoint.interval and (self.step < recipe.train.steps or recipe.checkpoint.local_dir):
+            self.saver = open_saver(recipe, self.mesh, self.step)
+
     def fit(self, metrics: MetricsWriter | None) -> str:
         """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it.
 
@@ -203,12 +211,13 @@ class Trainer:
         recipe = self.recipe
         for line in (*self.skipped, f"{self.mesh} | kernels: {self.kernels} | {self.origin}", *describe(recipe, self.mesh)):
             log.info(line)
+        self.open_saver()
+        saver = self.saver
         if self.step >= recipe.train.steps:
             log.info("run %s is finished at step %d; nothing to do", recipe.run.dir, self.step)
-            if recipe.checkpoint.local_dir:
-                open_saver(recipe, self.mesh, self.step).close()  # what was killed before its last checkpoint was mirrored
+            if saver is not None:
+                saver.close()  # what ended before its last checkpoint was mirrored
             return ""
-        saver = open_saver(recipe, self.mesh, self.step) if recipe.checkpoint.interval else None
         if saver is not None:
             saver.prepare(self.state.owned())
         with self._bar() as bar, GarbageCollection() as garbage, Preemption(active=saver is not None) as preemption:
@@ -221,7 +230,7 @@ class Trainer:
                     self._record(metrics, self._row(result, started, saver))
                 # Read on every rank: rank 0 has waited for the step anyway, and all wait for rank 0.
                 stopping, retrying = result.votes.tolist()
-                stop = saver is not None and stopping > 0
+                stop = saver is not None and stopping > 0 and self.step < recipe.train.steps
                 if not stop:
                     self._evaluate_when_due(metrics)
                 due = _due(self.step, recipe.checkpoint.interval, recipe.train.steps)
@@ -232,11 +241,15 @@ class Trainer:
             self.optimizer.wait()
             if saver is not None:
                 self._finish_saves(saver, metrics)
-                if not stop:  # a preempted job has no time for its mirror: the next one goes on with it
+                # A job that must go has no time for its mirror: the next one on these nodes goes on with it.
+                if not any(gather_objects(bool(preemption.signal), self.mesh.world)):
                     saver.close()
         if metrics is not None:
-            metrics.close()
-        return preemption.signal or "a signal to another rank" if stop and self.step < recipe.train.steps else ""
+            try:
+                metrics.close()
+            except OSError as error:
+                raise CheckpointError(f"the last rows of metrics.jsonl could not be written: {error.strerror}") from None
+        return preemption.signal or "a signal to another rank" if stop else ""
 
     def _bar(self) -> tqdm[NoReturn]:
         return tqdm(total=self.recipe.train.steps, initial=self.step, unit="step", disable=None if self.mesh.rank == 0 else True,
@@ -244,26 +257,27 @@ class Trainer:
 
     def _record(self, metrics: MetricsWriter, row: Mapping[str, Any]) -> None:
         metrics.append(dict(row))
+        if metrics.problem:
+            log.error("step %d | metrics.jsonl cannot be written (%s): its rows wait in memory", self.step, metrics.problem)
         if self.step % self.recipe.train.log_interval == 0 or self.step == self.recipe.train.steps:
             log.info(format_line(dict(row), self.recipe.train.steps))
-        # Say once, if so, that a preempted job would be killed before its state is saved.
-        needed_s = 2 * row["step_time_s"] + (row.get("save_time_s") or 0)
+        # At worst a signal comes in an evaluation; then a step is done, the save under way and one more.
+        needed_s = self._evaluation_s + 2 * row["step_time_s"] + 2 * (row.get("save_time_s") or 0)
         if needed_s > GRACE_S and not self._warned_of_grace:
             self._warned_of_grace = True
-            log.warning("two steps and a save take %.0f s: a preempted job has %.0f s, and would lose what follows its last checkpoint; "
-                        "lower checkpoint.interval", needed_s, GRACE_S)
+            log.warning("an evaluation, two steps and two saves take %.0f s, a preempted job has %.0f s: it may lose what follows its "
+                        "last checkpoint; lower checkpoint.interval or train.eval_rows", needed_s, GRACE_S)
 
     def _start_save(self, saver: Saver, metrics: MetricsWriter | None) -> None:
-        if metrics is not None:
-            metrics.sync()  # a checkpoint never reaches the disk before the rows it follows
-        saver.start(self.state.owned(), **self.counters())
+        # A checkpoint never reaches the disk before the rows that it follows.
+        saver.start(self.state.owned(), first=metrics.sync if metrics is not None else lambda: None, **self.counters())
 
     def _finish_saves(self, saver: Saver, metrics: MetricsWriter | None) -> None:
         """The last state is saved; where that fails, as often as any save is tried."""
         saver.wait(hurry=True)
         while saver.wants_retry:
             self._start_save(saver, metrics)
-            saver.wait()
+            saver.wait(hurry=True)
         if saver.failed:
             raise CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once the disk is well, start the "
                                   "run again: it goes on from the newest checkpoint before it")
@@ -271,7 +285,9 @@ class Trainer:
     def _evaluate_when_due(self, metrics: MetricsWriter | None) -> None:
         recipe = self.recipe
         if _due(self.step, recipe.train.eval_interval, recipe.train.steps):
+            began = time.perf_counter()
             eval_row = {"step": self.step, "eval_loss": self.evaluate()}
+            self._evaluation_s = time.perf_counter() - began
             if metrics is not None:
                 metrics.append(eval_row)
                 log.info(format_line(eval_row, recipe.train.steps))

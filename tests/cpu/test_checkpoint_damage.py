@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.cpu.test_checkpoint import STEP, on_ranks, same, save_alone, save_threads, state
+from tools import inspect_checkpoint
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, hash_bytes
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.write import Share
@@ -45,20 +46,27 @@ def body_of(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------- damage
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """500 of them, over manifest and shards: by who opens and verifies it, and by tools.inspect_checkpoint."""
     path = save_threads(tmp_path, state(), 2)
     rng = random.Random(1)
-    for file in sorted(path.iterdir()):
-        clean = file.read_bytes()
-        header = 8 + int.from_bytes(clean[:8], "little")
-        for i in range(80):
-            # For shards: the length, the JSON and its padding, and the boxes, in turn.
-            low, high = [(0, len(clean)), (0, 8), (header - 16, header), (header, len(clean))][0 if file.name == MANIFEST else i % 4]
-            place, bit = rng.randrange(low, high), rng.randrange(8)
-            file.write_bytes(clean[:place] + bytes([clean[place] ^ 1 << bit]) + clean[place + 1:])
-            assert file.name in refused(path), (file.name, place, bit)
-        file.write_bytes(clean)
+    clean = {file: file.read_bytes() for file in sorted(path.iterdir())}
+    for i in range(500):
+        file = rng.choice(list(clean))
+        data = bytearray(clean[file])
+        header = 8 + int.from_bytes(data[:8], "little")
+        # For shards: anywhere, the length and what the JSON says of no tensor, its end and padding, and the boxes, in turn.
+        low, high = [(0, len(data)), (0, 48), (header - 16, header), (header, len(data))][0 if file.name == MANIFEST else i % 4]
+        place, bit = rng.randrange(low, high), rng.randrange(8)
+        data[place] ^= 1 << bit
+        file.write_bytes(data)
+        assert file.name in refused(path), (file.name, place, bit)
+        assert inspect_checkpoint.main([str(path), "--verify", "--workers", "1"]) == 7, (file.name, place, bit)
+        err = capsys.readouterr().err
+        assert file.name in err and err.count("\n") == 1, err
+        file.write_bytes(clean[file])
     Checkpoint.open(path).verify()
+    assert inspect_checkpoint.main([str(path), "--verify"]) == 0
 
 
 def test_cut_longer_missing_and_swapped_files(tmp_path: Path) -> None:

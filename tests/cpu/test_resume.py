@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from tests import tiny
 from zaya.checkpoint.directory import complete_steps, step_path
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
-from zaya.metrics import read_rows
+from zaya.metrics import MetricsWriter, read_rows
 from zaya.resume import Tiers
 from zaya.train import main
+from zaya.trainer import StepResult, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -98,31 +99,27 @@ def test_if_none_verifies_the_run_ends_and_nothing_changes(folder: Path, whole: 
     assert (run_dir / "metrics.jsonl").read_bytes() == record and complete_steps(run_dir / "checkpoints") == [2, 4, 6]
 
 
-def test_large_checkpoints_are_hashed_as_they_are_read_or_whole(folder: Path, whole: Path, capsys: Capture,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large one only what this job reads is hashed: damage elsewhere (here: in a tensor no recipe needs) shows with verify = all."""
-    run_dir = folder / "large"
-    shutil.copytree(whole, run_dir)
-    base = tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir), train__dtype="fp32")
-    shutil.copy(written(base, "large"), run_dir / "recipe.toml")
+def test_large_checkpoints_are_hashed_as_they_are_read_or_whole(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage in what this job does not read (here: the rounded weights, of which a wide run takes the masters) shows with verify = all."""
     monkeypatch.setattr("zaya.resume.SMALL_BYTES", 0)
-    monkeypatch.setattr(Checkpoint, "damages", called := _Counter(Checkpoint.damages))
-    assert main([str(folder / "large.toml")]) == 0 and called.count == 0
-    assert main([str(folder / "large.toml"), "--checkpoint.verify=all"]) == 0 and called.count == 1
-    damage(step_path(run_dir / "checkpoints", 6))
-    assert main([str(folder / "large.toml")]) == 0  # damage in what is read is found in any case
-    assert "passed over the checkpoint of step 6" in capsys.readouterr().out
-
-
-class _Counter:
-    def __init__(self, function: Any) -> None:
-        self.function, self.count = function, 0
-
-    def __get__(self, instance: object, owner: object) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            return self.function(instance, *args, **kwargs)
-        return run
+    run_dir = folder / "large"
+    narrow = tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir), train__dtype="bf16", train__steps=4)
+    assert main([str(written(narrow, "large"))]) == 0
+    path = step_path(run_dir / "checkpoints", 4)
+    name, entry = next((name, entry) for name, entry in Checkpoint.open(path).manifest.tensors.items() if name.startswith("model.blocks"))
+    file, content = path / entry.boxes[0].file, bytearray((path / entry.boxes[0].file).read_bytes())
+    begin, _ = Checkpoint.open(path)._range(entry.boxes[0])
+    content[begin] ^= 1
+    file.write_bytes(content)
+    recipe = str(written(tiny.variant(narrow, train__dtype="fp32", train__steps=5), "wide"))
+    shutil.copytree(run_dir, folder / "large-copy")
+    capsys.readouterr()
+    assert main([recipe]) == 0
+    assert "at step 4" in capsys.readouterr().out
+    shutil.rmtree(run_dir)
+    (folder / "large-copy").rename(run_dir)
+    assert main([recipe, "--checkpoint.verify=all"]) == 0
+    assert f"passed over the checkpoint of step 4: {file}: tensor '{name}'" in capsys.readouterr().out
 
 
 def test_two_tiers(folder: Path, capsys: Capture) -> None:
@@ -160,6 +157,55 @@ def test_a_mirror_cut_short_is_made_up_for(folder: Path) -> None:
     assert main([str(recipe)]) == 0  # a finished run, but for this
     assert complete_steps(run_dir / "checkpoints")[-1] == 4 and (run_dir / "metrics.jsonl").read_bytes() == record
     assert same_state(step_path(run_dir / "checkpoints", 4), step_path(Tiers.of(base).local or Path(), 4))
+
+
+def test_going_back_keeps_the_record_of_both_tiers(folder: Path) -> None:
+    run_dir = folder / "back"
+    base = tiny.recipe(folder, checkpoint__interval=2, checkpoint__local_dir=str(folder / "fast3"), run__dir=str(run_dir))
+    recipe, local = written(base, "back"), Tiers.of(base).local
+    assert local is not None and main([str(recipe)]) == 0
+    kept = complete_steps(run_dir / "checkpoints")
+    for step in kept[:-1]:
+        shutil.rmtree(step_path(run_dir / "checkpoints", step))
+    shutil.copytree(step_path(local, 2), folder / "step-00000002")
+    shutil.rmtree(step_path(run_dir / "checkpoints", 6))  # later ones are on the local tier only
+    assert main([str(recipe), f"--checkpoint.resume={folder / 'step-00000002'}", "--train.steps=3"]) == 0
+    assert len(losses(run_dir)) == 3 and len(read_rows(run_dir / "set-aside-1/metrics.jsonl")[0]) == 6
+    assert complete_steps(local.parent / "set-aside-1/checkpoints") == [4, 6] and complete_steps(local) == [2, 3]
+
+
+def test_a_signal_in_the_last_step_finishes_the_run(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer.train_step
+
+    def last(self: Trainer, votes: Sequence[float] = (0, 0)) -> StepResult:
+        result = step(self, votes)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", last)
+    recipe = written(tiny.recipe(folder, checkpoint__interval=4, run__dir=str(folder / "last")), "last")
+    assert main([str(recipe)]) == 0
+    assert losses(folder / "last") == losses(whole) and complete_steps(folder / "last/checkpoints") == [4, 6]
+
+
+def test_a_record_that_cannot_be_written_waits_in_memory(folder: Path, whole: Path, capsys: Capture,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does the checkpoint that follows its rows: it is tried again once they are on the disk."""
+    write, calls = MetricsWriter._write, iter(range(1000))
+
+    def full(self: MetricsWriter) -> None:
+        if 1 <= next(calls) <= 3:  # the rows of steps 2 and 3, and the sync of the save between them
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self)
+
+    monkeypatch.setattr(MetricsWriter, "_write", full)
+    monkeypatch.setattr("zaya.checkpoint.saver.PAUSE_S", 0.01)
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(folder / "unwritten")), "unwritten")
+    assert main([str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "metrics.jsonl cannot be written (No space left on device): its rows wait in memory" in out
+    assert losses(folder / "unwritten") == losses(whole) and complete_steps(folder / "unwritten/checkpoints")[-1] == 6
 
 
 def test_a_full_disk_does_not_stop_training(folder: Path, whole: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.dist.pool import Pools
+from tests.dist.pool import Pools, WorkerError
 from zaya.checkpoint.directory import complete_steps
+from zaya.checkpoint.manifest import load
 from zaya.checkpoint.read import Checkpoint
 from zaya.resume import Tiers
 
 
-def train(rank: int, world_size: int, tables: dict[str, Any], folder: str) -> tuple[list[float], str, list[str], list[str]]:
+def train(rank: int, world_size: int, tables: dict[str, Any], folder: str, own_disks: bool = True) -> tuple[list[float], str, list[str], list[str]]:
     """Two ranks a node, which has a disk of its own: losses, where it began, what it passed over, files on the node's disk."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     try:
-        tables["checkpoint"]["local_dir"] = f"{folder}/node{rank // 2}"
+        tables["checkpoint"]["local_dir"] = f"{folder}/node{rank // 2 if own_disks else 0}"
         trainer = tiny.trainer(tables, world_size)
         trainer.restore()
         losses = []
@@ -115,5 +117,66 @@ def test_another_layout_reads_what_its_node_lacks_from_the_shared_tier(pools: Po
     folder, tables, local, shared = copied(start)
     tables = {**tables, "parallel": {**tables["parallel"], "ep": 4, "tp": 2}}
     results = again(pools, folder, tables)
-    assert "at step 4" in results[0][1]
+    assert f"resumed from {local[0]}/step-00000004" in results[0][1] and not results[0][2]
     assert max(abs(a - b) for a, b in zip(results[0][0], whole[0][0], strict=True)) < 1e-5
+
+
+def test_nodes_with_different_saves_of_a_step_do_not_mix_them(pools: Pools, start: tuple[Path, dict[str, Any], list[Any]]) -> None:
+    folder, tables, local, shared = copied(start)
+    manifest = local[1] / "step-00000004/manifest.json"
+    manifest.write_text(dataclasses.replace(load(manifest.parent), tokens=1).to_json())
+    results = again(pools, folder, tables)
+    assert "hold checkpoints of different saves" in results[0][2][0] and f"resumed from {shared}/step-00000004" in results[0][1]
+
+
+def test_a_checkpoint_that_only_some_ranks_see_is_no_fresh_start(pools: Pools, start: tuple[Path, dict[str, Any], list[Any]]) -> None:
+    folder, tables, _, shared = copied(start)
+    shutil.rmtree(shared)
+    shutil.rmtree(folder / "node1")
+    with pytest.raises(WorkerError, match=r"step 4: ranks \[2, 3\] see it nowhere"):
+        again(pools, folder, tables)
+    assert complete_steps(next((folder / "node0").iterdir()) / "checkpoints") == [2, 4], "nothing is set aside"
+
+
+def test_a_local_directory_that_all_nodes_share(pools: Pools, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, train__steps=4, checkpoint__interval=2, parallel__ep=2)
+    results = pools[4].run(train, dataclasses.asdict(recipe), str(tmp_path), False)
+    assert len(results[0][3]) >= 4
+    Checkpoint.open(tmp_path / "run/checkpoints/step-00000004").verify()
+
+
+def fails_once(rank: int, world_size: int, tables: dict[str, Any]) -> tuple[int, int | None, list[float]]:
+    """Rank 1's disk is full for one file: failures and newest checkpoint as this rank counts them, and the losses."""
+    from zaya.checkpoint import saver
+
+    trainer = tiny.trainer(tables, world_size)
+    trainer.restore()
+    sync, step, losses, full = os.fsync, trainer.train_step, [], [rank == 1]
+
+    def fsync(fd: int) -> None:
+        if full[0] and "safetensors" in os.readlink(f"/proc/self/fd/{fd}"):
+            full[0] = False
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(fd)
+
+    def noted(votes: Any = (0, 0)) -> Any:
+        result = step(votes)
+        losses.append(result.loss.item())
+        return result
+
+    pause_s, trainer.train_step = saver.PAUSE_S, noted  # type: ignore[method-assign]
+    os.fsync, saver.PAUSE_S = fsync, 0.01  # type: ignore[assignment]
+    try:
+        trainer.fit(None)
+    finally:
+        os.fsync, saver.PAUSE_S = sync, pause_s
+    assert trainer.saver is not None
+    return trainer.saver.failures, trainer.saver.step, losses
+
+
+def test_a_save_that_fails_on_one_rank_is_tried_again_by_all(pools: Pools, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, train__steps=8, checkpoint__interval=3)
+    results = pools[2].run(fails_once, dataclasses.asdict(recipe))
+    assert [one[:2] for one in results] == [(1, 8)] * 2 and results[0][2] == results[1][2]
+    steps = complete_steps(tmp_path / "run/checkpoints")
+    assert 3 not in steps and steps[0] in (4, 5, 6) and steps[-1] == 8, "that of step 3 failed; the next attempt is later"

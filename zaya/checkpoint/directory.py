@@ -6,6 +6,7 @@ without a manifest does not exist; `remove` therefore begins with the manifest.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -42,31 +43,49 @@ def step_directories(root: Path) -> list[tuple[int, Path, bool]]:
     """(step, path, complete) of every checkpoint directory, by step."""
     found: list[tuple[int, Path, bool]] = []
     with disk_errors("read", root):
-        entries = list(root.iterdir()) if root.exists() else []
-    for path in entries:
-        match = _STEP.fullmatch(path.name)
-        if match and path == step_path(root, int(match[1])) and path.is_dir():
-            found.append((int(match[1]), path, (path / MANIFEST).is_file()))
+        for path in root.iterdir() if root.exists() else ():
+            match = _STEP.fullmatch(path.name)
+            if match and path == step_path(root, int(match[1])) and path.is_dir():
+                found.append((int(match[1]), path, (path / MANIFEST).is_file()))
     return sorted(found)
 
 
 def prune(root: str | Path, keep: int, keep_every: int = 0, spare: Container[int] = ()) -> list[Path]:
-    """Keep the newest `keep` complete checkpoints (0: all), every multiple of `keep_every` steps, and those of `spare`; what went.
+    """Keep the newest `keep` complete checkpoints, every multiple of `keep_every` steps, and those of `spare`; what went. 0 keeps all.
 
-    The remains of killed saves older than the newest go too. Call it when the newest complete checkpoint is known to be sound: then one
-    that verifies is always left.
+    The remains of killed saves older than the newest go too, whatever `keep` is. Call it when the newest complete checkpoint is known to be
+    sound: then one that verifies is always left.
     """
     if keep < 0 or keep_every < 0:
         raise ValueError(f"keep = {keep} and keep_every = {keep_every} must be at least 0")
     steps = step_directories(Path(root))
     complete = [step for step, _, whole in steps if whole]
-    if not keep or not complete:
+    if not complete:
         return []
     kept = {*complete[-keep:], *(step for step in complete if keep_every and step % keep_every == 0)}
     gone = [path for step, path, whole in steps if step < complete[-1] and not (whole and step in kept) and step not in spare]
     for path in gone:
         remove(path)
     return gone
+
+
+def set_aside(root: Path, step: int) -> Path | None:
+    """Move complete checkpoints beyond `step` to set-aside-K beside `root`, never over anything; None: there are none."""
+    later = [number for number in complete_steps(root) if number > step]
+    if not later:
+        return None
+    target = next(path for path in (root.parent / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
+    with disk_errors("write", target):
+        (target / root.name).mkdir(parents=True)
+        for number in later:
+            step_path(root, number).rename(step_path(target / root.name, number))
+    return target
+
+
+def identity(path: Path) -> str:
+    """What tells a checkpoint from another of its step: its manifest's hash of itself. CheckpointError: it has none."""
+    with disk_errors("read", path / MANIFEST), open(path / MANIFEST, "rb") as file:
+        return file.readline(80).decode("latin-1").strip()
 
 
 def remove(path: Path) -> None:

@@ -1,26 +1,29 @@
 """Copy a run's checkpoints from the fast tier, a directory of the node, to the shared one, while the training goes on.
 
 Two tiers: every node saves to a disk of its own, which is fast and dies with the node; this thread copies what is complete to storage that
-all nodes share. It may be slower than the saves: it always takes the newest checkpoint that every rank has, and passes over older ones.
-The copy is read back before its manifest is written, so it exists only as a whole. Knows no model, no layout and no process group.
+all nodes share. It may be slower than the saves: it takes the newest checkpoint that every node has, and passes over older ones. The copy
+is read back before its manifest is written, so it exists only as a whole. Knows no model, no layout and no process group.
 
-Calls on every rank: Mirror(...), then `offer` with every checkpoint that is complete, in the same order; last `close`.
+Calls on every rank: Mirror(...), then `offer` with every checkpoint that is complete, in the same order; last `close`. Each round of the
+thread is collective: all ranks come, agree on a step, copy, and agree on how it went.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
-from zaya.checkpoint.directory import prune, remove, step_path, sync_directory
-from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, disk_errors, load
+from zaya.checkpoint.directory import complete_steps, identity, prune, remove, step_path, sync_directory
+from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, load, raise_on_all
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.write import write_manifest
 
 RETRIES = 3
 log = logging.getLogger("zaya")
@@ -30,19 +33,21 @@ class Mirror:
     """The thread and what it has done, as one rank sees it.
 
     `source`, `target`: the roots of the step directories. `gather`: an all-gather of objects that nothing but this mirror uses. The files
-    of a node are copied by its ranks, each its share. `bytes_per_s` limits what this rank writes; 0 does not.
+    of a source are copied by the ranks that see it, each its share: this one is the `place`-th of `places`. `bytes_per_s` limits what this
+    rank writes; 0 does not.
     """
 
-    def __init__(self, source: Path, target: Path, *, gather: Callable[[object], list[object] | None], rank: int = 0,
-                 ranks_per_node: int = 1, bytes_per_s: float = 0, keep: int = 0, keep_every: int = 0) -> None:
+    def __init__(self, source: Path, target: Path, *, gather: Callable[[object], list[object] | None], rank: int = 0, place: int = 0,
+                 places: int = 1, bytes_per_s: float = 0, keep: int = 0, keep_every: int = 0) -> None:
         self.source, self.target = source, target
         self.step: int | None = None
-        """Of the newest checkpoint that is on both tiers."""
+        """Of the newest checkpoint that this process saw on both tiers."""
         self.failures = 0
-        self._gather, self._rank, self._ranks_per_node = gather, rank, ranks_per_node
+        self._gather, self._rank, self._place, self._places = gather, rank, place, places
         self._bytes_per_s, self._keep = bytes_per_s, (keep, keep_every)
         self._newest = self._done = -1
-        self._at_work: frozenset[int] = frozenset()
+        """Steps: offered here, and dealt with (the same on all ranks)."""
+        self._spared: frozenset[int] = frozenset()
         self._closing = False
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -55,17 +60,23 @@ class Mirror:
             self._newest = int(path.name.removeprefix("step-"))
             self._changed.notify()
 
-    def spare(self) -> set[int]:
-        """Steps of `source` that are still needed: the one being copied, and the newest."""
-        return {self._newest, *self._at_work}
+    @contextlib.contextmanager
+    def sparing(self) -> Iterator[frozenset[int]]:
+        """Steps of `source` that must stay while others are pruned; none is chosen meanwhile."""
+        with self._changed:
+            yield self._spared | {self._newest}
 
     def close(self) -> None:
-        """Wait until the last checkpoint offered is on both tiers, or cannot be."""
+        """Wait until the last checkpoint offered is on both tiers. CheckpointError: it could not be brought there."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
         self.check()
+        if self._newest >= 0 and self.step != self._newest:
+            where = step_path(self.source, self._newest)
+            raise CheckpointError(f"the checkpoint of step {self._newest} is on the local tier only, {where}: mirroring it failed, as the "
+                                  "log says; once the shared storage is well, start the run again on the same nodes")
 
     def check(self) -> None:
         """Raise what ended the thread: a bug, a rank that is gone."""
@@ -75,11 +86,13 @@ class Mirror:
     def _run(self) -> None:
         try:
             while self._await_work():
-                steps = self._gather(self._newest)
-                assert steps is not None
-                # Every rank is offered the same steps: each has one that all have, and comes again for those that only some had.
-                self._bring(min(step for step in steps if isinstance(step, int)))
-        except BaseException as error:  # noqa: BLE001 - raised again by close
+                self._gather(None)  # all ranks are here: what follows happens on all of them at about the same time
+                step = self._choose()
+                if step is not None:
+                    self._bring(step)
+                with self._changed:
+                    self._spared = frozenset()
+        except BaseException as error:  # noqa: BLE001 - raised again by check
             self._error = error
 
     def _await_work(self) -> bool:
@@ -87,9 +100,23 @@ class Mirror:
             self._changed.wait_for(lambda: self._closing or self._newest > self._done)
             return self._newest > self._done
 
+    def _choose(self) -> int | None:
+        """The newest step that every source has, not to be pruned from now on; None: there is none that is new."""
+        with self._changed:
+            here, offered = set(complete_steps(self.source)), self._newest
+            self._spared = frozenset(here)
+        everyone = cast(list[tuple[set[int], int]], self._gather((here, offered)))
+        fresh = {step for step in set.intersection(*(steps for steps, _ in everyone)) if step > self._done}
+        if not fresh:
+            self._done = min(offered for _, offered in everyone)
+            return None
+        step = max(fresh)
+        with self._changed:
+            self._spared = frozenset({step})
+        return step
+
     def _bring(self, step: int) -> None:
         """Copy a step, several times if need be; all ranks together."""
-        self._at_work = frozenset({step})
         for attempt in itertools.count(1):
             began = time.perf_counter()
             try:
@@ -108,52 +135,40 @@ class Mirror:
                 self._prune()
                 self._say(logging.INFO, f"step {step} | mirrored to {step_path(self.target, step)} in {time.perf_counter() - began:.1f} s")
                 break
-        self._done, self._at_work = step, frozenset()
+        self._done = step
 
     def _attempt(self, source: Path, target: Path) -> None:
         """CheckpointError, on every rank, where it failed on any."""
         leader = self._rank == 0
-        self._together(target, lambda: self._prepare(target) if leader else None)
-        self._together(target, lambda: self._copy(source, target))
-        self._together(target, lambda: self._commit(source, target) if leader else None)
+        manifests = self._together(lambda: identity(source))
+        if len(set(manifests)) > 1:
+            raise CheckpointError(f"the nodes' directories {source} hold checkpoints of different saves")
+        self._together(lambda: _make_way(target) if leader else None)
+        self._together(lambda: self._copy(source, target))
+        self._together(lambda: _commit(source, target) if leader else None)
 
-    def _together(self, target: Path, action: Callable[[], None]) -> None:
-        error = ""
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """What it returns on every rank."""
+        result, error = None, ""
         try:
-            with disk_errors("mirror to", target):
-                action()
+            result = action()
         except CheckpointError as problem:
             error = str(problem)
-        errors = [str(error) for error in self._gather(error) or () if error]
-        if errors:
-            raise CheckpointError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
-
-    def _prepare(self, target: Path) -> None:
-        """An older copy of this step, or half of one, makes way."""
-        if target.exists():
-            remove(target)
-        target.mkdir(parents=True)
+        except OSError as problem:
+            error = f"cannot mirror {problem.filename or self.source}: {problem.strerror or problem}"
+        everyone = cast(list[tuple[Any, str]], self._gather((result, error)))
+        raise_on_all([problem for _, problem in everyone])
+        return [value for value, _ in everyone]
 
     def _copy(self, source: Path, target: Path) -> None:
-        """This rank's share of the files that this node has, each compared with the manifest's hashes once it is there."""
+        """This rank's share of the files that its source has, each compared with the manifest's hashes once it is there."""
         checkpoint = Checkpoint.open(source, partial=True)
-        mine = checkpoint.visible()[self._rank % self._ranks_per_node :: self._ranks_per_node]
+        mine = checkpoint.visible()[self._place :: self._places]
         budget = _Budget(self._bytes_per_s)
         for name in mine:
             _copy_file(source / name, target / name, budget)
         for damage in Checkpoint(target, checkpoint.manifest).damages(files=mine):
             raise damage
-
-    def _commit(self, source: Path, target: Path) -> None:
-        shutil.copyfile(source / MANIFEST, target / f"{MANIFEST}.tmp")
-        with open(target / f"{MANIFEST}.tmp", "rb+") as file:
-            os.fsync(file.fileno())
-        sync_directory(target)
-        for damage in Checkpoint(target, load(source)).missized():  # a node that lacked a file has not copied it
-            raise damage
-        os.replace(target / f"{MANIFEST}.tmp", target / MANIFEST)
-        sync_directory(target)
-        sync_directory(target.parent)
 
     def _prune(self) -> None:
         if self._rank == 0:
@@ -165,6 +180,20 @@ class Mirror:
     def _say(self, level: int, line: str) -> None:
         if self._rank == 0:
             log.log(level, line)
+
+
+def _make_way(target: Path) -> None:
+    """An older copy of this step, or half of one, goes."""
+    if target.exists():
+        remove(target)
+    target.mkdir(parents=True)
+
+
+def _commit(source: Path, target: Path) -> None:
+    for damage in Checkpoint(target, load(source)).missized():  # no source had it
+        raise damage
+    write_manifest(target, (source / MANIFEST).read_text("ascii"))
+    sync_directory(target.parent)
 
 
 class _Budget:
@@ -188,4 +217,3 @@ def _copy_file(source: Path, target: Path, budget: _Budget) -> None:
             budget.spend(len(chunk))
         os.fsync(to.fileno())
         os.posix_fadvise(to.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read back from the storage
-

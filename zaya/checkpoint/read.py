@@ -130,7 +130,8 @@ class Checkpoint:
 
     def visible(self) -> list[str]:
         """The files that are here or in one of the other places, sorted: all of them unless it was opened as partial."""
-        return [name for name in sorted(self.manifest.files) if self._file(name).exists()]
+        with disk_errors("read", self.path):
+            return [name for name in sorted(self.manifest.files) if self._file(name).exists()]
 
     def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Elements [offsets, offsets + sizes) of a tensor, on the CPU; all of it by default."""
@@ -233,16 +234,18 @@ class Checkpoint:
             raise CheckpointError(f"{self._file(box.file)}: tensor {name!r} (stored as {box.key!r}) does not match its hash; it is corrupt")
 
     def _file(self, name: str) -> Path:
-        return next((place / name for place in self._places if (place / name).exists()), self.path / name)
+        with disk_errors("read", self.path / name):
+            return next((place / name for place in self._places if (place / name).exists()), self.path / name)
 
     def _missized(self, file: str) -> CheckpointError | None:
         expected = self.manifest.files[file].size
         try:
-            with disk_errors("read", self._file(file)):
-                size = os.stat(self._file(file)).st_size
+            path = self._file(file)
+            with disk_errors("read", path):
+                size = os.stat(path).st_size
         except CheckpointError as error:
             return error
-        return CheckpointError(f"{self._file(file)} has {size} bytes, its manifest says {expected}") if size != expected else None
+        return CheckpointError(f"{path} has {size} bytes, its manifest says {expected}") if size != expected else None
 
     def _file_damages(self, file: str) -> tuple[list[CheckpointError], list[_Run]]:
         """What is wrong with a file's size and header, and its boxes in order, cut into runs."""
@@ -266,18 +269,17 @@ class Checkpoint:
     def _run_damages(self, run: _Run, progress: Callable[[int], None]) -> Iterator[CheckpointError]:
         file, boxes = run
         try:
-            stream = open(self._file(file), "rb", buffering=0)
-        except OSError as error:
-            yield CheckpointError(f"cannot read {self._file(file)}: {error.strerror}")
-            return
-        with stream:
-            for name, box, begin, end in boxes:
-                try:
-                    self._check(name, box, hash_range(stream.fileno(), begin, end, progress))
-                except CheckpointError as damage:
-                    yield damage
-                except OSError as error:
-                    yield CheckpointError(f"cannot read {self._file(file)}: tensor {name!r} (stored as {box.key!r}): {error.strerror}")
+            path = self._file(file)
+            with disk_errors("read", path), open(path, "rb", buffering=0) as stream:
+                for name, box, begin, end in boxes:
+                    try:
+                        self._check(name, box, hash_range(stream.fileno(), begin, end, progress))
+                    except CheckpointError as damage:
+                        yield damage
+                    except OSError as error:
+                        yield CheckpointError(f"cannot read {path}: tensor {name!r} (stored as {box.key!r}): {error.strerror}")
+        except CheckpointError as damage:  # of the file itself
+            yield damage
 
     def _map_file(self, file: str) -> mmap.mmap:
         with disk_errors("read", self._file(file)), open(self._file(file), "rb") as stream:
@@ -296,8 +298,11 @@ class Checkpoint:
         path, tensors = self._file(file), self.manifest.tensors
         expected = {box.key: (tensors[name].dtype, list(box.sizes)) for name, box in self._held(file)}
         start = self.manifest.files[file].size - sum(num_bytes(dtype, sizes) for dtype, sizes in expected.values())
-        with disk_errors("read", path), open(path, "rb", buffering=0) as stream:
-            header = b"".join(_chunks(stream.fileno(), start))
+        with disk_errors("read", path):
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path} is not a file")  # who opens a pipe waits for its other end
+            with open(path, "rb", buffering=0) as stream:
+                header = b"".join(_chunks(stream.fileno(), start))
         if hash_bytes(header) != self.manifest.files[file].xxh3_header:
             raise CheckpointError(f"{path}: the header does not match its hash; it is corrupt")
         try:

@@ -43,7 +43,7 @@ from zaya import shard
 from zaya.checkpoint.directory import sync_directory
 from zaya.checkpoint.manifest import BITS, DTYPES, MAX_HEADER_BYTES, Box, CheckpointError, FileEntry, Manifest, TensorEntry, hash_bytes
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import _file_name, _manifest_text, _Piece, _write_manifest
+from zaya.checkpoint.write import _file_name, _manifest_text, _Piece, write_manifest
 from zaya.shard import flat_boxes, intersect, shifted
 
 CHUNK_BYTES = 8 << 20  # hashed and written while it is in the cache
@@ -378,7 +378,7 @@ def _fill_directory(job: Job, hidden: Path, crew: _Crew, total: int) -> None:
                 _finish(parts[filled.file], hidden / names[filled.file])
                 _note(hidden, key, {filled.file: done[filled.file]})
 
-    _write_manifest(hidden, _manifest_text(_full_manifest(job, names, entries, done)))
+    write_manifest(hidden, _manifest_text(_full_manifest(job, names, entries, done)))
     checks = _checks(Checkpoint.open(hidden), job.tensors.keys())
     with _bar("verify", total) as bar:
         try:

@@ -21,7 +21,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Saver:
                  keep: int = 0, keep_every: int = 0, mirror: Mirror | None = None) -> None:
         self.root = root
         self.step: int | None = None
-        """Of the newest checkpoint that is complete."""
+        """Of the newest checkpoint that this process made complete."""
         self.failures = 0
         self.problem = ""
         """Of the last save that failed."""
@@ -69,45 +69,49 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         self._attempts = 0
+        self._released = threading.Event()
+        """The training may go on."""
         self._error: BaseException | None = None
 
     def prepare(self, shares: Mapping[str, Share]) -> None:
         """Allocate the staging memory before the first save needs it: fresh pages cost several times a copy into old ones."""
         if self._staging is not None:
-            self._staging.reserve(sum(tensor.nbytes for tensor in in_file_order(shares)))
+            self._staging.reserve(in_file_order(shares))
 
-    def start(self, shares: Mapping[str, Share], *, step: int, **counters: Any) -> None:
-        """Begin to save `shares` as checkpoint `step`; the caller may change their tensors when this returns. `counters`: as write.save."""
+    def start(self, shares: Mapping[str, Share], *, step: int, first: Callable[[], None] = lambda: None, **counters: Any) -> None:
+        """Begin to save `shares` as checkpoint `step`; the caller may change their tensors when this returns. `first`, `counters`: as
+        write.save."""
         began = time.perf_counter()
-        self.wait()
+        self.wait(hurry=True)
         self._attempts = self._attempts + 1 if self.failed else 1
         self.failed = False
         live = 0
         if self._staging is not None:
             shares, live = self._staging.take(shares)
-        released, written = threading.Event(), 0
-        if not live:
-            released.set()
+        written = 0
+        self._released.clear()
+        if not live and self._staging is not None:
+            self._released.set()
 
         def tell(count: int) -> None:
             nonlocal written
             written += count
             if written >= live:
-                released.set()  # all that was not copied is on its way to the disk
+                self._released.set()  # all that was not copied is on its way to the disk
 
         def work() -> None:
             try:
-                self._write(shares, tell, began, step=step, **counters)
+                self._write(shares, tell, began, step=step, first=first, **counters)
             except BaseException as error:  # noqa: BLE001 - raised again in the training's thread
                 self._error = error
             finally:
-                released.set()
+                self._released.set()
 
         self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
         self._thread.start()
-        released.wait()
+        self._released.wait()
         if self._staging is None:
-            self.wait()
+            self.wait(hurry=True)
         self._stall_s += time.perf_counter() - began
 
     def wait(self, hurry: bool = False) -> None:
@@ -122,10 +126,11 @@ class Saver:
         self.check()
 
     def close(self) -> None:
-        """Every checkpoint is where it belongs, on both tiers."""
+        """Every checkpoint is where it belongs, on both tiers. CheckpointError: the last one is not."""
         self.wait()
         if self._mirror is not None:
             self._mirror.close()
+            self._prune()  # of what the mirror needed until now
 
     def check(self) -> None:
         """Raise what ended a thread."""
@@ -137,7 +142,8 @@ class Saver:
     def report(self) -> dict[str, object]:
         """For a row of metrics: the newest complete checkpoint, failures so far, how long saves held up training since last asked."""
         stall_s, self._stall_s = self._stall_s, 0.0
-        return {"saved_step": self.step, "failed_saves": self.failures, "save_stall_s": stall_s, "save_time_s": self.seconds}
+        return {"saved_step": self.step, "failed_saves": self.failures, "save_stall_s": stall_s, "save_time_s": self.seconds,
+                "failed_mirrors": self._mirror.failures if self._mirror is not None else 0}
 
     @property
     def wants_retry(self) -> bool:
@@ -166,6 +172,7 @@ class Saver:
             again = f"another attempt after {pause_s:g} s ({self._attempts} of {RETRIES})"
             then = "the next save that is due tries again" if last else again
             log.error("step %d | SAVE FAILED: %s | training goes on; %s", step, error, then)
+        self._released.set()  # the training does not wait for this
         self._hurry.wait(pause_s)
         self.failed = True
 
@@ -173,35 +180,38 @@ class Saver:
         """The checkpoint just saved was read back, so one that verifies stays whatever goes."""
         if self._leads:
             try:
-                prune(self.root, *self._keep, spare=self._mirror.spare() if self._mirror is not None else ())
+                with self._mirror.sparing() if self._mirror is not None else contextlib.nullcontext(()) as spare:
+                    prune(self.root, *self._keep, spare=spare)
             except CheckpointError as error:
                 log.error("%s; free the room by hand", error)
 
 
 class Staging:
-    """Memory of the host that holds a rank's state while it is written; pinned where the state is on a GPU. Made once."""
+    """Memory of the host that holds a rank's state while it is written; pinned where some of the state is on a GPU. Made once."""
 
     def __init__(self, limit_bytes: int, ranks_per_node: int) -> None:
         self.limit_bytes, self.ranks_per_node = limit_bytes, ranks_per_node
         self._memory, self._wanted = torch.empty(0, dtype=torch.uint8), 0
 
-    def reserve(self, wanted: int) -> None:
-        """Once for a state of `wanted` bytes: a state does not grow."""
+    def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Once: a state does not grow."""
+        wanted = sum(tensor.nbytes for tensor in tensors)
         if wanted <= self._wanted:
             return
-        assert not self._wanted or not torch.cuda.is_available(), "pinned memory is not given back"
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        assert not self._wanted or not on_gpu, "pinned memory is not given back"
         self._wanted = wanted
         free = self._memory.numel() + available_bytes() // 2 // self.ranks_per_node
-        room = min(wanted + wanted // 64 + (1 << 16), self.limit_bytes, free)
+        room = min(wanted + ALIGNMENT * len(tensors), self.limit_bytes, free)
         self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first
         self._memory = torch.empty(room, dtype=torch.uint8).zero_()  # touched, so that it is there
-        if torch.cuda.is_available() and not _pin(self._memory):
+        if on_gpu and room and not _pin(self._memory):
             log.warning("the memory for saves could not be pinned: the copies that saves wait for are slower")
 
     def take(self, shares: Mapping[str, Share]) -> tuple[dict[str, Share], int]:
         """The same shares with copies in place of their tensors, and how many bytes did not fit: those are the ones written first."""
         order = in_file_order(shares)
-        self.reserve(sum(tensor.nbytes for tensor in order))
+        self.reserve(order)
         places: dict[int, int] = {}
         room = self._memory.numel() // ALIGNMENT * ALIGNMENT
         for tensor in reversed(order):  # the last written are copied
@@ -212,7 +222,7 @@ class Staging:
             places[id(tensor)] = room
         staged = {name: replace(share, parts=[(box, self._copy(tensor, places[id(tensor)]) if id(tensor) in places else tensor)
                                               for box, tensor in share.parts]) for name, share in shares.items()}
-        if torch.cuda.is_available():
+        if any(tensor.is_cuda for tensor in order):
             torch.cuda.synchronize()
         return staged, sum(tensor.nbytes for tensor in order if id(tensor) not in places)
 
@@ -223,16 +233,28 @@ class Staging:
 
 def _pin(memory: torch.Tensor) -> bool:
     """Lock its pages, so that a GPU copies straight into it. (`pin_memory` would round its size up to a power of two.)"""
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 1)) == 0
+    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 1)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")  # the driver tells the failure once more, to whoever asks next: not to a kernel of the model
+    return False
 
 
-def available_bytes() -> int:
-    """Memory that this process could still take: of the machine or, if that is less, of its control group."""
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process could still take: of the machine or, if that is less, of a control group that it is in.
+
+    `root`: where /proc and /sys are. Pages of files that a group could drop count as free.
+    """
     found = [1 << 62]
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()  # version 2: "0::/system.slice/job_1/step_0"
+        group = Path(next(line for line in lines if line.startswith("0::"))[4:])
+        for path in (root / "sys/fs/cgroup" / folder for folder in (group, *group.parents)):
+            with contextlib.suppress(OSError, ValueError, StopIteration):  # "max" where there is no limit
+                limit, used = int((path / "memory.max").read_text()), int((path / "memory.current").read_text())
+                stat = (path / "memory.stat").read_text().splitlines()
+                found.append(limit - used + int(next(line for line in stat if line.startswith("inactive_file ")).split()[1]))
     return max(0, min(found))

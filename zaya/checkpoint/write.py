@@ -1,6 +1,6 @@
 """Write a checkpoint: every rank its boxes, the manifest last.
 
-End of a step that saves: the trainer hands each rank's boxes of logical tensors and the run's counters to `save`; tools that make
+End of a step that saves: the saver hands each rank's boxes of logical tensors and the run's counters to `save`; tools that make
 checkpoints out of other formats stream through `CheckpointWriter`. Knows no model, no layout (a box is a box, whatever cut it) and no
 process group (the caller passes a gather).
 
@@ -10,12 +10,16 @@ A directory without a manifest does not exist, so nothing written before the man
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -43,12 +47,13 @@ from zaya.checkpoint.manifest import (
     hash_range,
     load,
     num_bytes,
+    raise_on_all,
 )
 
 MAX_FILE_BYTES = 4 << 30
 """A file that holds more than one box is no longer than this."""
 HEADER_ROOM = 1 << 16  # kept free for the header of a streamed file, about 400 tensors; then a new file begins
-CHUNK_BYTES = 8 << 20  # hashed and written while it is in the cache
+CHUNK_BYTES = 1 << 20  # hashed and written while it is in the cache of a core
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -72,7 +77,7 @@ class _Piece:
     sizes: tuple[int, ...]
     whole: bool
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         if self.whole:
             return self.name
@@ -89,7 +94,8 @@ class _Piece:
 
 
 class _File:
-    """One safetensors file, filled front to back in one pass: boxes are hashed as they are written, the header is filled in at the end.
+    """One safetensors file: boxes have their places in the order they come, are filled in any order, by several threads if need be, and
+    hashed as they are written; the header is filled in at the end.
 
     The library wants boxes without holes between them and each at a multiple of its element's size; the caller sees to the latter.
     """
@@ -100,22 +106,43 @@ class _File:
         self.header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self.length = 0
         self._file = open(path, "xb", buffering=0)  # x: never over an existing file
-        self._file.seek(8 + self.room)
+        self._writing = threading.Lock()  # one thread at a time: the kernel's own lock would have the others spin
 
     def add(self, piece: _Piece, tensor: torch.Tensor) -> Box:
         """`tensor` holds the piece's elements, on any device."""
-        key = piece.key
-        assert self.length % DTYPES[piece.dtype].itemsize == 0 and key not in self.header, piece
-        flat = tensor.detach().to("cpu").contiguous()
-        data = flat.view(BITS[flat.element_size()]).numpy().reshape(-1).view(np.uint8).data
-        digest = xxhash.xxh3_128()
-        for start in range(0, len(data), CHUNK_BYTES):
-            chunk = data[start:start + CHUNK_BYTES]
-            digest.update(chunk)
-            _write_all(self._file.fileno(), chunk)
-        self.header[key] = {"dtype": piece.dtype, "shape": piece.sizes, "data_offsets": [self.length, self.length + len(data)]}
-        self.length += len(data)
-        return Box(self.path.name, key, piece.offsets, piece.sizes, digest.hexdigest())
+        return self._fill(piece, self.reserve(piece), [tensor], self._file)
+
+    def reserve(self, piece: _Piece) -> int:
+        """The place of the piece's bytes."""
+        assert self.length % DTYPES[piece.dtype].itemsize == 0 and piece.key not in self.header, piece
+        begin, end = self.length, self.length + piece.num_bytes
+        self.header[piece.key] = {"dtype": piece.dtype, "shape": piece.sizes, "data_offsets": [begin, end]}
+        self.length = end
+        return begin
+
+    def fill(self, piece: _Piece, begin: int, tensors: Iterable[torch.Tensor]) -> Box:
+        """Write the piece's elements, which the tensors hold one after the other, to its place; others may fill theirs meanwhile."""
+        with open(self.path, "r+b", buffering=0) as file:  # a position of its own
+            return self._fill(piece, begin, tensors, file)
+
+    def _fill(self, piece: _Piece, begin: int, tensors: Iterable[torch.Tensor], file: io.FileIO) -> Box:
+        digest, length = xxhash.xxh3_128(), 0
+        file.seek(8 + self.room + begin)
+        for tensor in tensors:
+            flat = tensor.detach().to("cpu").contiguous()
+            data = flat.view(BITS[flat.element_size()]).numpy().reshape(-1).view(np.uint8).data
+            for start in range(0, len(data), CHUNK_BYTES):
+                chunk = data[start:start + CHUNK_BYTES]
+                digest.update(chunk)
+                with self._writing:
+                    _write_all(file.fileno(), chunk)
+            length += len(data)
+        assert length == piece.num_bytes, "the tensors are not the piece"
+        return Box(self.path.name, piece.key, piece.offsets, piece.sizes, digest.hexdigest())
+
+    def extend(self) -> None:
+        """To the length that it will have: writes that each move the end cost a tenth more."""
+        self._file.truncate(8 + self.room + self.length)
 
     def finish(self) -> FileEntry:
         """Header, fsync, close."""
@@ -138,22 +165,28 @@ class CheckpointWriter:
         with CheckpointWriter(directory, recipe=recipe, hf_config=config) as writer:
             writer.add("model.embedding.weight", tensor)
 
-    Everything goes to a hidden sibling of `directory`, which `close` renames; an exception inside the `with` removes it.
-    `directory` must not exist, or be empty. CheckpointError if it cannot be written.
+    `stream` plans a tensor that comes in pieces; `close` has `workers` threads read, hash and write what was planned. One thread writes a
+    file at a time, so they work on as many files; the bytes of the checkpoint are the same whatever their number. Everything goes to a
+    hidden sibling of `directory`, which `close` renames; an exception inside the `with` removes it. `directory` must not exist, or be
+    empty. CheckpointError if it cannot be written.
     """
 
     def __init__(self, directory: str | Path, *, recipe: dict[str, Any], step: int = 0, tokens: int = 0,
                  tokens_by_corpus: dict[str, int] | None = None, position: int = 0, layout: dict[str, int] | None = None,
-                 hf_config: dict[str, Any] | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+                 hf_config: dict[str, Any] | None = None, max_file_bytes: int = MAX_FILE_BYTES, workers: int = 1) -> None:
         self.directory = Path(os.path.abspath(directory))
         self.max_file_bytes = max_file_bytes
         self._manifest = _checked(Manifest(step, tokens, tokens_by_corpus or {}, position, recipe, layout or {"world_size": 1},
                                            hf_config=hf_config or {}))
         self._hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         self._tensors: dict[str, TensorEntry] = {}
-        self._files: list[FileEntry] = []
+        self._files: list[FileEntry | None] = []
         self._file: _File | None = None
         self._room_left = 0
+        self._workers = workers
+        self._planned: dict[int, tuple[_File, dict[str, Callable[[], Box]]]] = {}
+        """By place in `_files`, which has None there: the file, and what fills its streamed tensors."""
+        self._stopped, self._telling = False, threading.Lock()
         with disk_errors("write checkpoint", self.directory):
             if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
                 raise CheckpointError(f"{self.directory} exists and is not empty; remove it or choose another name")
@@ -161,32 +194,50 @@ class CheckpointWriter:
             self._hidden.mkdir(parents=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        if name in self._tensors:
-            raise CheckpointError(f"tensor {name!r} is added twice")
-        piece = _whole(name, tensor)
+        piece = _whole(name, tensor.dtype, tuple(tensor.shape))
         with disk_errors("write checkpoint", self.directory):
             box = self._file_for(piece).add(piece, tensor)
-        self._room_left -= piece.header_bytes
         self._tensors[name] = TensorEntry(piece.dtype, piece.sizes, (box,))
+
+    def stream(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Callable[[], Iterator[torch.Tensor]],
+               written: Callable[[int], object] = lambda count: None) -> None:
+        """A tensor whose elements `pieces()` yields in order, in tensors of `dtype`, on a thread of `close`. Each is written before the
+        next is asked for, and `written` told of its bytes, one at a time. What either of them raises, `close` raises."""
+        def until_stopped() -> Iterator[torch.Tensor]:
+            for tensor in pieces():
+                if self._stopped:
+                    raise CancelledError
+                yield tensor
+                with self._telling:
+                    written(tensor.nbytes)
+
+        piece = _whole(name, dtype, shape)
+        with disk_errors("write checkpoint", self.directory):
+            file = self._file_for(piece)
+            begin = file.reserve(piece)
+        self._planned.setdefault(len(self._files), (file, {}))[1][name] = lambda: file.fill(piece, begin, until_stopped())
+        self._tensors[name] = TensorEntry(piece.dtype, piece.sizes, ())
 
     def close(self) -> None:
         """Give files their final names, write the manifest, rename the directory into place."""
         with disk_errors("write checkpoint", self.directory):
             self._finish_file()
+            self._fill_planned()
             names = {_streamed_name(i): _file_name(i, len(self._files)) for i in range(len(self._files))}
             for streamed, final in names.items():
                 os.replace(self._hidden / streamed, self._hidden / final)
             tensors = {name: replace(entry, boxes=tuple(replace(box, file=names[box.file]) for box in entry.boxes))
                        for name, entry in self._tensors.items()}
-            files = dict(zip(names.values(), self._files, strict=True))
-            _write_manifest(self._hidden, _manifest_text(replace(self._manifest, tensors=tensors, files=files)))
+            files = {name: entry for name, entry in zip(names.values(), self._files, strict=True) if entry is not None}
+            write_manifest(self._hidden, _manifest_text(replace(self._manifest, tensors=tensors, files=files)))
             os.replace(self._hidden, self.directory)
             sync_directory(self.directory.parent)
 
     def abort(self) -> None:
         """Remove what was written."""
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, *(file for file, _ in self._planned.values())):
+            if file is not None:
+                file.close()
         shutil.rmtree(self._hidden, ignore_errors=True)
 
     def __enter__(self) -> CheckpointWriter:
@@ -200,6 +251,9 @@ class CheckpointWriter:
             self.abort()  # nothing is left to remove after a close that came through
 
     def _file_for(self, piece: _Piece) -> _File:
+        """The file that the piece comes next in."""
+        if piece.name in self._tensors:
+            raise CheckpointError(f"tensor {piece.name!r} is added twice")
         if self._file is not None:
             misaligned = self._file.length % DTYPES[piece.dtype].itemsize
             if misaligned or self._file.length + piece.num_bytes > self.max_file_bytes or piece.header_bytes > self._room_left:
@@ -207,12 +261,32 @@ class CheckpointWriter:
         if self._file is None:
             self._file = _File(self._hidden / _streamed_name(len(self._files)), HEADER_ROOM)
             self._room_left = HEADER_ROOM - len(json.dumps(self._file.header))
+        self._room_left -= piece.header_bytes
         return self._file
 
     def _finish_file(self) -> None:
         if self._file is not None:
-            self._files.append(self._file.finish())
+            self._files.append(None if len(self._files) in self._planned else self._file.finish())
             self._file = None
+
+    def _fill_planned(self) -> None:
+        """As many files at a time as there are threads, a tensor of each in turn."""
+        planned = list(self._planned.values())
+        for file, _ in planned:
+            file.extend()
+        pool = ThreadPoolExecutor(min(self._workers, len(planned) + 1))  # one of a file reads while another writes; more would only wait
+        try:
+            boxes: dict[str, Future[Box]] = {}
+            for first in range(0, len(planned), self._workers):
+                for row in itertools.zip_longest(*(fills.items() for _, fills in planned[first : first + self._workers])):
+                    boxes |= {name: pool.submit(fill) for name, fill in filter(None, row)}
+            for index, (file, fills) in self._planned.items():
+                for name in fills:
+                    self._tensors[name] = replace(self._tensors[name], boxes=(boxes[name].result(),))
+                self._files[index] = file.finish()
+        finally:
+            self._stopped = True  # threads that still write, after one of them failed
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -233,7 +307,8 @@ class _Report:
 def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: int, tokens_by_corpus: dict[str, int],
          position: int, recipe: dict[str, Any], layout: dict[str, int], gather: Callable[[object], list[object] | None],
          rank: int = 0, world_size: int = 1, leads: bool | None = None, hf_config: dict[str, Any] | None = None,
-         max_file_bytes: int = MAX_FILE_BYTES, read_back: bool = False, written: Callable[[int], None] = lambda count: None) -> Path:
+         max_file_bytes: int = MAX_FILE_BYTES, read_back: bool = False, first: Callable[[], None] = lambda: None,
+         written: Callable[[int], None] = lambda count: None) -> Path:
     """Write `root`/step-XXXXXXXX and return it.
 
     Every rank calls it with the same arguments but for the parts in its shares: it names every tensor, with dtype and shape, and writes
@@ -242,7 +317,8 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
     torch.distributed.all_gather_object: it returns what every rank passed, in rank order, on every rank, and not before every rank
     has called it. Where `root` names a directory of its own on every node, one rank of each node `leads`: it clears the node's directory
     and writes a manifest there; by default all ranks see one directory, and rank 0 leads. `read_back`: what was written is read
-    again and compared before the checkpoint exists. `written` is told the bytes of boxes that this rank has written, box by box.
+    again and compared before the checkpoint exists. `first` is called before anything is written, and fails the save by an OSError: for
+    what must be on the disk before the checkpoint. `written` is told the bytes of boxes that this rank has written, box by box.
 
     1. All ranks: plan files; leaders clear the remains of a killed save, but leave a complete checkpoint of this step in place. Gather.
     2. Rank 0 checks that the boxes cover the tensors and chooses file names that no directory has. Gather.
@@ -252,8 +328,8 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
        or replaces the older one) and remove the files of the older one. Gather: now the checkpoint exists for every rank.
 
     An OSError or a wrong share on any rank becomes one CheckpointError on every rank at the next gather, without further collectives;
-    the leaders have then removed what was written, and an older checkpoint of the same step is untouched. Anything else raises on its
-    rank alone.
+    the leaders have then removed what was written, and an older checkpoint of the same step is untouched. (If the disk fails after the
+    rename, the new one stays: it is sound, and only said to have failed.) Anything else raises on its rank alone.
     """
     leads = rank == 0 if leads is None else leads
     blank = _checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
@@ -270,15 +346,14 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
         gathered = gather(report)
         assert gathered is not None and len(gathered) == world_size, "gather must return every rank's object on every rank"
         reports = [report for report in gathered if isinstance(report, _Report)]
-        errors = [f"rank {r}: {report.error}" if world_size > 1 else report.error for r, report in enumerate(reports) if report.error]
-        if errors:
-            if leads:
-                with contextlib.suppress(OSError):  # what is left has no manifest, or lies beside the older one's files
-                    _sweep(directory)
-            raise CheckpointError(errors[0] + (f" (and {len(errors) - 1} more ranks)" if errors[1:] else ""))
+        if leads and any(report.error for report in reports):
+            with contextlib.suppress(OSError):  # what is left has no manifest, or lies beside the older one's files
+                _sweep(directory)
+        raise_on_all([report.error for report in reports])
         return reports
 
     def announce() -> _Report:
+        first()
         my_files.extend(_plan_files(shares, rank, max_file_bytes))
         taken = _clear(directory) if leads else frozenset()
         return _Report(leads=leads, taken=taken, table=_table(shares), plan=tuple(tuple(piece for piece, _ in file) for file in my_files))
@@ -304,7 +379,7 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
         return _Report(manifest=_manifest_text(replace(blank, tensors=entries, files=files)))
 
     def finish(manifest: str) -> _Report:
-        _write_manifest(directory, manifest)
+        write_manifest(directory, manifest)
         sync_directory(directory.parent)
         _sweep(directory)
         return _Report()
@@ -443,13 +518,17 @@ def _manifest_text(manifest: Manifest) -> str:
     return text
 
 
-def _write_manifest(directory: Path, text: str) -> None:
+def write_manifest(directory: Path, text: str) -> None:
     sync_directory(directory)  # the files' names are on disk before a manifest that names them
-    temporary = directory / f"{MANIFEST}.tmp"
+    temporary, data = directory / f"{MANIFEST}.tmp", text.encode("ascii")
     with open(temporary, "wb") as file:
-        file.write(text.encode("ascii"))
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    with open(temporary, "rb", buffering=0) as file:  # it is what tells a reader that the rest is sound
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hash_range(file.fileno(), 0, len(data)) != hash_bytes(data):
+            raise CheckpointError(f"{temporary} reads back otherwise than it was written; the disk or its driver is faulty")
     os.replace(temporary, directory / MANIFEST)
     sync_directory(directory)
 
@@ -459,8 +538,8 @@ def _checked(manifest: Manifest) -> Manifest:
     return Manifest.from_json(manifest.to_json())
 
 
-def _whole(name: str, tensor: torch.Tensor) -> _Piece:
-    return _Piece(check_name(name), _dtype_name(name, tensor.dtype), (0,) * tensor.dim(), tuple(tensor.shape), whole=True)
+def _whole(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> _Piece:
+    return _Piece(check_name(name), _dtype_name(name, dtype), (0,) * len(shape), shape, whole=True)
 
 
 def _dtype_name(name: str, dtype: torch.dtype) -> str:
