@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tools.export_hf import stored_name
+from tools.reshape_checkpoint import size_of
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.torch_dist import TorchDistWriter
+from zaya.checkpoint.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from zaya.cli import Parser
 from zaya.config import ModelConfig, model_from_tables
 from zaya.model import megatron
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 CHECKPOINT_VERSION = 3.0  # of Megatron-LM's layouts; linear_qkv is interleaved by group since 2.0
 
 
@@ -65,13 +66,6 @@ def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype |
     return items
 
 
-def stored_name(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> str:
-    """A bf16 run keeps fp32 masters beside its weights: they are what a wider export means."""
-    model, master = f"model.{name}", f"optim.master.{name}"
-    tensors = checkpoint.manifest.tensors
-    return master if master in tensors and dtype.itemsize > STORED_DTYPES[tensors[model].dtype].itemsize else model
-
-
 def common_state(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """common.pt: what Megatron-LM's loader asks of it, and under "zaya" what only we know, so that an import gives the checkpoint back."""
     manifest = checkpoint.manifest
@@ -89,6 +83,8 @@ def common_state(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype
 def export_megatron(source: Path, target: Path, dtype: torch.dtype | None, max_file_bytes: int, overwrite: bool) -> None:
     """ValueError, with nothing new at `target`, if it cannot be done."""
     checkpoint = Checkpoint.find(source)
+    if overwrite and (target / METADATA).is_file() and "zaya" not in TorchDistReader(target).common():
+        raise ValueError(f"{target} was not made by this tool, so --overwrite does not replace it; remove it, or choose another name")
     config = model_from_tables(checkpoint.manifest.recipe)
     items = plan_items(checkpoint, config, dtype)
     with TorchDistWriter(target, max_file_bytes=max_file_bytes, overwrite=overwrite) as writer:
@@ -97,13 +93,6 @@ def export_megatron(source: Path, target: Path, dtype: torch.dtype | None, max_f
             checkpoint.unmap()  # its pages count as this process' memory
             writer.add(item.link.theirs.name, item.link.to_theirs(ours))
         writer.common = common_state(checkpoint, config, items[0].dtype)
-
-
-def size_of(text: str) -> int:
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in UNITS or not (number.isascii() and number.isdigit()) or not 0 < int(number[:12]) * UNITS[unit] < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB or 500MB")
-    return int(number[:12]) * UNITS[unit]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -639,8 +639,13 @@ def test_an_older_export_is_replaced_only_when_asked(tmp_path: Path, capsys: pyt
     assert export_megatron.main([str(tmp_path / "ours"), str(target)]) == 2
     assert len(list(target.glob("*.distcp"))) == many
     assert export_megatron.main([str(tmp_path / "ours"), str(target), "--overwrite"]) == 0
-    assert len(list(target.glob("*.distcp"))) == 1
+    assert len(list(target.glob("*.distcp"))) == 1 and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert import_megatron.main([str(target), str(tmp_path / "back")]) == 0
+    with TorchDistWriter(tmp_path / "a training's", max_file_bytes=10**9) as writer:
+        writer.add("x", torch.ones(1))
+        writer.common = {"iteration": 1}
+    assert export_megatron.main([str(tmp_path / "ours"), str(tmp_path / "a training's"), "--overwrite"]) == 2
+    assert "was not made by this tool" in capsys.readouterr().err
     capsys.readouterr()
     assert import_megatron.main([str(target), str(tmp_path / "back")]) == 2  # over a checkpoint: never
     assert "exists and is not empty" in capsys.readouterr().err

@@ -395,10 +395,13 @@ class TorchDistWriter:
                     write(file)
                     _sync(file)
             sync_directory(self._hidden)
+            old = self.directory.with_name(f".{self.directory.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
             if self.directory.exists():
-                shutil.rmtree(self.directory)
+                os.replace(self.directory, old)
             os.replace(self._hidden, self.directory)
             sync_directory(self.directory.parent)
+            shutil.rmtree(old, ignore_errors=True)
 
     def __enter__(self) -> TorchDistWriter:
         return self
