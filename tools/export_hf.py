@@ -1,22 +1,23 @@
 """Checkpoint in, transformers' Zaya directory out: AutoModelForCausalLM.from_pretrained loads it, and so do the servers built on it.
 
-Off the batch's path. Streams: one tensor is in memory at a time, whatever the size of the shards. The target appears complete or not
-at all.
+Off the batch's path. Streams: each of `--workers` threads copies a chunk of a stored box at a time, whatever the size of tensors and
+shards (zaya/checkpoint/stream.py). The target appears complete or not at all.
 
-    python -m tools.export_hf RUN HF_DIR --dtype bf16
+    python -m tools.export_hf RUN HF_DIR --dtype bf16 [--workers N]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from zaya.checkpoint import stream
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
-from zaya.cli import Parser
+from zaya.cli import Parser, worker_count
 from zaya.config import ModelConfig, model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model import hf
@@ -90,8 +92,8 @@ def cut_into_shards(items: list[Item], max_bytes: int) -> list[list[Item]]:
     return [sorted(shard, key=lambda item: -item.dtype.itemsize) for shard in shards]
 
 
-def write_shard(path: Path, shard: list[Item], checkpoint: Checkpoint, bar: tqdm) -> None:
-    """One safetensors file, front to back: the header is known before any tensor is read."""
+def write_header(path: Path, shard: list[Item]) -> int:
+    """One safetensors file at its full length, without its tensors; where these begin. Each item's lie one after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for item in shard:
@@ -102,23 +104,41 @@ def write_shard(path: Path, shard: list[Item], checkpoint: Checkpoint, bar: tqdm
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for item in shard:
-            ours = [checkpoint.read(stored_name(checkpoint, named.name, item.dtype)) for named in item.link.ours]
-            for tensor in item.link.to_theirs(ours):
-                file.write(tensor.to(item.dtype).view(torch.uint8).reshape(-1).numpy().data)
-            bar.update(item.num_bytes)
-        file.flush()
-        os.fsync(file.fileno())
+        file.truncate(8 + len(text) + end)
+    return 8 + len(text)
 
 
-def write_weights(directory: Path, shards: list[list[Item]], checkpoint: Checkpoint) -> None:
+def plan_copies(target: stream.Target, begin: int, shard: list[Item], checkpoint: Checkpoint) -> Iterator[stream.Copy]:
+    """Both sides of a link are joined along their rows, so its tensors' bytes here are those of our tensors, one after the other."""
+    for item in shard:
+        for named in item.link.ours:
+            yield from stream.cut(checkpoint, stored_name(checkpoint, named.name, item.dtype), target, begin, item.dtype)
+            begin += math.prod(named.shape) * item.dtype.itemsize
+
+
+def write_weights(directory: Path, shards: list[list[Item]], checkpoint: Checkpoint, workers: int) -> None:
     total = sum(item.num_bytes for shard in shards for item in shard)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True, desc="export") as bar:
-        for name, shard in zip(names, shards, strict=True):
-            write_shard(directory / name, shard, Checkpoint(checkpoint.path, checkpoint.manifest), bar)
-            gc.collect()  # the shard's reader, a cycle, with the files it mapped: their pages count as this process' memory
+    pool = ThreadPoolExecutor(min(workers, len(shards) + 1))  # one of a file reads while another writes; more would only wait
+    try:
+        targets = [stream.Target(directory / name) for name in names]
+        planned = [plan_copies(target, write_header(target.path, shard), shard, checkpoint)
+                   for target, shard in zip(targets, shards, strict=True)]
+        copies: dict[stream.Target, list[Future[int]]] = {target: [] for target in targets}
+        # One thread writes a file at a time: as many files are under way as there are threads, each in turn.
+        for first in range(0, len(planned), workers):
+            for copy in itertools.chain.from_iterable(itertools.zip_longest(*planned[first : first + workers])):
+                if copy is not None:
+                    copies[copy.target].append(pool.submit(stream.copy_boxes, checkpoint, copy))
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True, desc="export") as bar:
+            for target, futures in copies.items():
+                for future in futures:
+                    bar.update(future.result())
+                with open(target.path, "rb") as file:
+                    os.fsync(file.fileno())
+    finally:
+        pool.shutdown(cancel_futures=True)
     if len(shards) > 1:
         weight_map = {named.name: name for name, shard in zip(names, shards, strict=True) for item in shard for named in item.link.theirs}
         _write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -175,18 +195,18 @@ def complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool) -> None:
+def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool, workers: int = 1) -> None:
     """ValueError or OSError, with nothing left at `target`, if it cannot be done."""
     checkpoint = Checkpoint.find(source)
     config = model_from_tables(checkpoint.manifest.recipe)
     items = plan_items(checkpoint, config, dtype)
-    named = Path(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or "")
+    named = Path(str(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or ""))
     tokenizer = named if named.is_file() else None
     with complete_or_nothing(Path(os.path.abspath(target)), overwrite) as directory:
         _write_json(directory / "config.json", hf_config(checkpoint, config, items[0].dtype, tokenizer))
         if tokenizer is not None:
             write_tokenizer(directory, tokenizer)
-        write_weights(directory, cut_into_shards(items, max_shard_bytes), checkpoint)
+        write_weights(directory, cut_into_shards(items, max_shard_bytes), checkpoint, workers)
 
 
 def shard_size(text: str) -> int:
@@ -203,9 +223,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")
     parser.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an older export at HF_DIR")
+    parser.add_argument("--workers", type=worker_count, default=stream.WORKERS, metavar="N", help="threads (one per core, at most 32)")
     options = parser.parse_args(argv)
     try:
-        export_hf(options.checkpoint, options.hf_dir, DTYPES.get(options.dtype), options.max_shard_size, options.overwrite)
+        export_hf(options.checkpoint, options.hf_dir, DTYPES.get(options.dtype), options.max_shard_size, options.overwrite,
+                  options.workers)
     except ValueError as error:
         print(f"tools.export_hf: {error}", file=sys.stderr)
         return 2

@@ -1,18 +1,22 @@
 """transformers' Zaya directory in, checkpoint out: usable as init.checkpoint of a recipe, and by every tool that reads checkpoints.
 
-Off the batch's path. Streams: one tensor is in memory at a time. The config's keys that our model does not decide (token ids, lengths)
-travel in the manifest, so that tools.export_hf gives back the same config.json.
+Off the batch's path. Streams: each of `--workers` threads reads, hashes and writes a chunk at a time. The config's keys that our model
+does not decide (token ids, lengths) travel in the manifest, so that tools.export_hf gives back the same config.json.
+Weights in the layout before transformers 5.13 are told by their config.json and come in by the table of zaya/model/zyphra.py.
 
-    python -m tools.import_hf HF_DIR CHECKPOINT
+    python -m tools.import_hf HF_DIR CHECKPOINT [--workers N]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,15 +25,52 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from zaya.checkpoint import stream
 from zaya.checkpoint.write import CheckpointWriter
-from zaya.cli import Parser
-from zaya.model import hf
+from zaya.cli import Parser, worker_count
+from zaya.model import hf, zyphra
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"  # tied to the embedding: some files store it all the same
 ARCHITECTURE = "ZayaForCausalLM"
 CONFIG_DTYPES = ("float32", "bfloat16", "float16", "float64")
-DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By safetensors' names."""
+CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in a core's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor's bytes lie."""
+
+    file: Path
+    begin: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Elements [start, stop) in row-major order, a chunk at a time, valid until the next one is asked for. ValueError: damage."""
+        width = self.dtype.itemsize
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, (stop - start) * width)))
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.begin + start * width)
+                while start < stop:
+                    chunk = buffer[: min(len(buffer), (stop - start) * width)]
+                    filled = 0
+                    while filled < len(chunk):
+                        count = file.readinto(chunk[filled:])
+                        if not count:
+                            raise ValueError(f"{self.file} is truncated or damaged; get it again")
+                        filled += count
+                    yield torch.frombuffer(chunk, dtype=self.dtype)
+                    start += len(chunk) // width
+        except OSError as error:
+            raise ValueError(f"cannot read {self.file}: {error.strerror}") from None
 
 
 class HFDirectory:
@@ -43,8 +84,7 @@ class HFDirectory:
         if not path.is_dir():
             raise ValueError(f"{path} is not a directory; name one with config.json and {WEIGHTS}")
         self.config = _read_json(path / "config.json")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.file_of: dict[str, Path] = {}
+        self.tensors: dict[str, Stored] = {}
 
     def open_shards(self) -> None:
         """Read every header."""
@@ -52,7 +92,7 @@ class HFDirectory:
         for file in files:
             self._read_header(file)
         for name, file_name in weight_map.items():
-            if name not in self.shapes:
+            if name not in self.tensors:
                 raise ValueError(f"{INDEX} places tensor {name} in {file_name}, which does not hold it; get the shard again")
 
     def _shards(self) -> tuple[list[Path], dict[str, str]]:
@@ -73,38 +113,65 @@ class HFDirectory:
 
     def _read_header(self, file: Path) -> None:
         try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
-                    view = shard.get_slice(name)
-                    if name in self.shapes:
-                        raise ValueError(f"tensor {name} is in {self.file_of[name].name} and in {file.name}")
-                    if view.get_dtype() not in DTYPES:
-                        raise ValueError(f"tensor {name} has dtype {view.get_dtype()}; only {', '.join(DTYPES)} are supported")
-                    self.shapes[name], self.file_of[name] = tuple(view.get_shape()), file
+            with safe_open(file, framework="pt"):  # the library has checked that the header and the file agree
+                pass
+            with open(file, "rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or damaged ({error}); get it again") from None
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in self.tensors:
+                raise ValueError(f"tensor {name} is in {self.tensors[name].file.name} and in {file.name}")
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"tensor {name} has dtype {entry['dtype']}; only {', '.join(DTYPES)} are supported")
+            self.tensors[name] = Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
     def check(self, table: Sequence[hf.Link]) -> None:
         """Exactly the table's tensors, in the table's shapes; a stored head must equal the embedding it is tied to."""
         wanted = {named.name: named.shape for link in table for named in link.theirs}
-        if HEAD in self.shapes:
+        if HEAD in self.tensors:
             embedding = "model.embed_tokens.weight"
-            if embedding in self.shapes and not torch.equal(self.read(HEAD), self.read(embedding)):
+            if embedding in self.tensors and not self._equal(HEAD, embedding):
                 raise ValueError(f"tensor {HEAD} differs from {embedding}; our head is tied to it, so this model is not supported")
-            del self.shapes[HEAD]
-        for names, word in ((wanted.keys() - self.shapes.keys(), "lacks"), (self.shapes.keys() - wanted.keys(), "has the unexpected")):
+            del self.tensors[HEAD]
+        for names, word in ((wanted.keys() - self.tensors.keys(), "lacks"), (self.tensors.keys() - wanted.keys(), "has the unexpected")):
             if names:
                 more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
                 raise ValueError(f"{self.path} {word} tensor {min(names)}{more}; its weights are not those of its config.json")
         for name, shape in wanted.items():
-            if self.shapes[name] != shape:
-                raise ValueError(f"tensor {name} has shape {list(self.shapes[name])}, config.json asks for {list(shape)}")
+            if self.tensors[name].shape != shape:
+                raise ValueError(f"tensor {name} has shape {list(self.tensors[name].shape)}, config.json asks for {list(shape)}")
 
-    def read(self, name: str) -> Tensor:
-        """Opens the shard for one tensor, so that no more of it stays mapped than the tensor."""
-        with safe_open(self.file_of[name], framework="pt") as shard:
-            tensor: Tensor = shard.get_tensor(name)
-        return tensor.float() if tensor.dtype == torch.float16 else tensor  # exact; no run of ours is in fp16
+    def _equal(self, one: str, other: str) -> bool:
+        a, b = self.tensors[one], self.tensors[other]
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and all(map(torch.equal, a.read(0, a.numel), b.read(0, b.numel)))
+
+    def parts(self, link: hf.Link) -> list[list[tuple[Stored, int, int]]]:
+        """For each of `link.ours` the ranges of stored elements that it is, in order: both sides are joined along their rows."""
+        borders = list(itertools.accumulate((math.prod(named.shape) for named in link.ours), initial=0))
+        parts: list[list[tuple[Stored, int, int]]] = [[] for _ in link.ours]
+        start = 0
+        for stored in (self.tensors[named.name] for named in link.theirs):
+            stop = start + stored.numel
+            for index, (low, high) in enumerate(itertools.pairwise(borders)):
+                if max(low, start) < min(high, stop):
+                    parts[index].append((stored, max(low, start) - start, min(high, stop) - start))
+            start = stop
+        return parts
+
+
+def target_dtype(link: hf.Link, parts: Sequence[tuple[Stored, int, int]]) -> torch.dtype:
+    """As stored, the wider of two; fp16 becomes fp32, which is exact: no run of ours is in fp16."""
+    dtypes = [torch.float32 if stored.dtype == torch.float16 else stored.dtype for stored, _, _ in parts]
+    return torch.float32 if link.always_fp32 else functools.reduce(torch.promote_types, dtypes)
+
+
+def read_parts(parts: Sequence[tuple[Stored, int, int]], dtype: torch.dtype) -> Iterator[Tensor]:
+    for stored, start, stop in parts:
+        for chunk in stored.read(start, stop):
+            yield chunk.to(dtype)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -155,32 +222,36 @@ def _is_finite(value: Any, depth: int = 0) -> bool:
     return not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max
 
 
-def import_hf(source: Path, target: Path) -> None:
+def import_hf(source: Path, target: Path, workers: int = 1) -> None:
     """ValueError, with nothing left at `target`, for a directory that is not a Zaya model of transformers or is not complete."""
     directory = HFDirectory(source)
     if directory.config.get("model_type") == hf.MODEL_TYPE:  # another architecture may have other types; from_hf_config names it
         check_config(directory.config)
-    model, rest = hf.from_hf_config(directory.config)
-    table = hf.links(model)
+    layout = zyphra if zyphra.recognises(directory.config) else hf
+    model, rest = layout.from_hf_config(directory.config)
+    table = layout.links(model)
     directory.open_shards()
     directory.check(table)
     recipe: dict[str, Any] = {"model": dataclasses.asdict(model)}
     if (source / "tokenizer.json").is_file():
         recipe["data"] = {"tokenizer": str((source / "tokenizer.json").resolve())}
-    with CheckpointWriter(target, recipe=recipe, hf_config=rest) as writer:
-        for link in tqdm(table, unit="tensor", disable=None, dynamic_ncols=True, desc="import"):
-            tensors = link.to_ours([directory.read(named.name) for named in link.theirs])
-            for named, tensor in zip(link.ours, tensors, strict=True):
-                writer.add(f"model.{named.name}", tensor.float() if link.always_fp32 else tensor)
+    planned = [(named, parts, target_dtype(link, parts))
+               for link in table for named, parts in zip(link.ours, directory.parts(link), strict=True)]
+    total = sum(math.prod(named.shape) * dtype.itemsize for named, _, dtype in planned)
+    with (tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True, desc="import") as bar,
+          CheckpointWriter(target, recipe=recipe, hf_config=rest, workers=workers) as writer):
+        for named, parts, dtype in planned:
+            writer.stream(f"model.{named.name}", dtype, named.shape, functools.partial(read_parts, parts, dtype), bar.update)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="tools.import_hf", description="Turn a transformers Zaya directory into a checkpoint.")
     parser.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors weights")
     parser.add_argument("checkpoint", type=Path, help="checkpoint directory to make; must not exist, or be empty")
+    parser.add_argument("--workers", type=worker_count, default=stream.WORKERS, metavar="N", help="threads (one per core, at most 32)")
     options = parser.parse_args(argv)
     try:
-        import_hf(options.hf_dir, options.checkpoint)
+        import_hf(options.hf_dir, options.checkpoint, options.workers)
     except ValueError as error:
         print(f"tools.import_hf: {error}", file=sys.stderr)
         return 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ZayaConfig, ZayaForCausalLM
@@ -21,13 +26,15 @@ from transformers.utils import logging
 
 from tests.cpu.test_fidelity import draw, our_model, reference_model
 from tools import export_hf, import_hf
+from zaya.checkpoint import manifest, stream
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import CheckpointWriter
+from zaya.checkpoint.write import CheckpointWriter, Share, save
 from zaya.config import ModelConfig
 from zaya.data.tokenizer import END_OF_TEXT, train_bpe
 from zaya.model import hf
 from zaya.model.init import init_weights
 from zaya.model.transformer import Zaya
+from zaya.shard import Box
 
 SMALL = ModelConfig(vocab_size=300, hidden_size=32, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, num_experts=4,
                     moe_intermediate_size=16, router_hidden_size=8, attention_pattern=("sliding", "full"), sliding_window=5)
@@ -456,3 +463,135 @@ def test_export_refuses_a_wrong_size(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         export_hf.main([str(tmp_path), str(tmp_path / "hf"), "--max-shard-size", "5 apples"])
     assert stopped.value.code == 2 and "'5 apples' is not a size such as 5GB" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- many boxes, many threads
+
+
+def save_in_boxes(root: Path, tensors: dict[str, Tensor], recipe: dict[str, Any], cuts: int) -> Path:
+    """A checkpoint whose tensors are cut across every dim that is long enough, as no whole tensor lies together in a file."""
+    shares = {}
+    for name, tensor in tensors.items():
+        parts: list[tuple[Box, Tensor]] = []
+        borders = [sorted({0, length, *(length * i // cuts for i in range(1, cuts))}) for length in tensor.shape]
+        for ranges in itertools.product(*(itertools.pairwise(border) for border in borders)):
+            box = tuple(low for low, _ in ranges), tuple(high - low for low, high in ranges)
+            parts.append((box, tensor[tuple(slice(low, high) for low, high in ranges)]))
+        shares[name] = Share(tensor.dtype, tuple(tensor.shape), parts)
+    return save(root, shares, step=1, tokens=0, tokens_by_corpus={}, position=0, recipe=recipe, layout={}, gather=lambda value: [value])
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype=bf16"], ["--max-shard-size=50KB"]], ids=str)
+def test_however_a_run_cut_its_tensors_the_export_is_the_same(options: list[str], tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "whole", SMALL)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for cuts in (2, 3):
+        cut = save_in_boxes(tmp_path / f"cut{cuts}", tensors, {"model": dataclasses.asdict(SMALL)}, cuts)
+        assert len(Checkpoint.open(cut).manifest.tensors["model.blocks.0.moe.experts.down"].boxes) == cuts**3
+        for source, target in ((tmp_path / "whole", "a"), (cut, "b")):
+            assert export_hf.main([str(source), str(tmp_path / target), "--overwrite", "--workers=3", *options]) == 0
+        files = [sorted((tmp_path / target).iterdir()) for target in ("a", "b")]
+        assert [file.name for file in files[0]] == [file.name for file in files[1]]
+        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
+@hypothesis.given(st.data())
+def test_runs_of_a_box_are_its_elements(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 5), max_size=4))
+    offsets = [data.draw(st.integers(0, n - 1)) for n in shape]
+    sizes = [data.draw(st.integers(1, n - o)) for n, o in zip(shape, offsets, strict=True)]
+    length, starts = stream.runs(manifest.Box("f.safetensors", "k", tuple(offsets), tuple(sizes), ""), shape)
+    elements = np.arange(math.prod(shape)).reshape(shape)[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].ravel()
+    assert (starts[:, None] + np.arange(length)).ravel().tolist() == elements.tolist()
+    borders = np.flatnonzero(np.diff(elements) != 1) + 1
+    assert len(starts) <= math.prod(sizes[:-1]) and {*borders.tolist()} <= {length * i for i in range(1, len(starts))}
+
+
+def test_threads_write_what_one_thread_writes(good_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, byte for byte, in chunks that end inside tensors, with files that end early."""
+    monkeypatch.setattr(import_hf, "CHUNK_BYTES", 56)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 56)
+    monkeypatch.setattr(stream, "UNIT_BYTES", 1000)
+    for workers in ("1", "5"):
+        assert import_hf.main([str(good_directory), str(tmp_path / f"import{workers}"), "--workers", workers]) == 0
+        assert export_hf.main([str(tmp_path / "import1"), str(tmp_path / f"export{workers}"), "--workers", workers]) == 0
+    for way in ("import", "export"):
+        one, many = ({file.name: file.read_bytes() for file in (tmp_path / f"{way}{n}").iterdir()} for n in (1, 5))
+        assert one == many
+    assert_same_tensors(hf_tensors(tmp_path / "export5"), hf_tensors(good_directory))
+
+
+def test_a_damaged_tensor_leaves_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is found while it is copied: the last of the file's bytes, of which no hash is known before."""
+    write_checkpoint(tmp_path / "checkpoint", SMALL)
+    checkpoint = Checkpoint.open(tmp_path / "checkpoint")
+    box = checkpoint.manifest.tensors["model.blocks.2.moe.experts.down"].boxes[0]
+    file = tmp_path / "checkpoint" / box.file
+    data = bytearray(file.read_bytes())
+    data[checkpoint._range(box)[1] - 1] ^= 1
+    file.write_bytes(data)
+    code = export_hf.main([str(tmp_path / "checkpoint"), str(tmp_path / "hf"), "--workers=3"])
+    assert_refused(code, capsys, f"{file}: tensor 'model.blocks.2.moe.experts.down'", "export_hf", tmp_path / "hf")
+
+
+def test_a_file_that_shrinks_leaves_no_import(good_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is read, by a thread."""
+    shutil.copytree(good_directory, tmp_path / "hf")
+
+    def shrink(self: import_hf.HFDirectory, table: Any) -> None:
+        os.truncate(tmp_path / "hf/model.safetensors", 20_000)
+
+    monkeypatch.setattr(import_hf.HFDirectory, "check", shrink)
+    code = import_hf.main([str(tmp_path / "hf"), str(tmp_path / "new"), "--workers=3"])
+    assert_refused(code, capsys, "model.safetensors is truncated or damaged; get it again", "import_hf", tmp_path / "new")
+
+
+@pytest.mark.parametrize("tool", [import_hf, export_hf])
+@pytest.mark.parametrize("workers", ["0", "-1", "many", "257"])
+def test_a_wrong_number_of_threads_is_one_line(tool: Any, workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tool.main([str(tmp_path), str(tmp_path / "new"), f"--workers={workers}"])
+    assert stopped.value.code == 2 and f"'{workers}' is not a number of threads from 1 to 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kill", ["import", "export"])
+def test_a_killed_conversion_leaves_no_target_and_does_not_hinder_the_next(kill: str, good_directory: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    if kill == "export":
+        write_checkpoint(source, SMALL)
+    else:
+        shutil.copytree(good_directory, source)
+    program = """
+import os, sys
+from tools import export_hf, import_hf
+from zaya.checkpoint import stream, write
+def die(*arguments):
+    os._exit(9)
+write._File.finish = die
+stream.Checkpoint._check = die
+sys.exit({"import": import_hf, "export": export_hf}[sys.argv[1]].main(sys.argv[2:]))
+"""
+    done = subprocess.run([sys.executable, "-c", program, kill, str(source), str(tmp_path / "new")], timeout=120)
+    assert done.returncode == 9 and not (tmp_path / "new").exists() and (tmp_path / ".new.tmp").exists()
+    assert {"import": import_hf, "export": export_hf}[kill].main([str(source), str(tmp_path / "new")]) == 0
+    assert not (tmp_path / ".new.tmp").exists()
+
+
+def test_fp16_and_mixed_dtypes_become_what_holds_them(good_directory: Path, tmp_path: Path) -> None:
+    """fp16 is fp32 here; of two halves of a tensor the wider dtype counts."""
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].half() if "mlp" in name else tensors[name]
+            tensors[name] = tensors[name].bfloat16() if name.endswith("v_proj_current.weight") else tensors[name]
+
+    shutil.copytree(good_directory, tmp_path / "hf")
+    before = hf_tensors(tmp_path / "hf")
+    edit_tensors(change)(tmp_path / "hf")
+    assert import_hf.main([str(tmp_path / "hf"), str(tmp_path / "checkpoint")]) == 0
+    change(before)
+    after = Checkpoint.open(tmp_path / "checkpoint")
+    for link in hf.links(SMALL):
+        for named, tensor in zip(link.ours, link.to_ours([before[named.name] for named in link.theirs]), strict=True):
+            stored = after.read(f"model.{named.name}")
+            assert stored.dtype == torch.float32 and torch.equal(stored, tensor.float()), named.name

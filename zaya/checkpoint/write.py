@@ -30,17 +30,16 @@ import torch
 import xxhash
 
 from zaya import shard
+from zaya.checkpoint.boxes import Box
 from zaya.checkpoint.directory import step_path, sync_directory
 from zaya.checkpoint.manifest import (
     BITS,
     DTYPES,
     MANIFEST,
-    Box,
     CheckpointError,
     FileEntry,
     Manifest,
     TensorEntry,
-    check_cover,
     check_name,
     disk_errors,
     hash_bytes,
@@ -49,6 +48,7 @@ from zaya.checkpoint.manifest import (
     num_bytes,
     raise_on_all,
 )
+from zaya.checkpoint.planning import SavePlan, Table, pack
 
 MAX_FILE_BYTES = 4 << 30
 """A file that holds more than one box is no longer than this."""
@@ -297,9 +297,10 @@ class _Report:
     leads: bool = False
     taken: frozenset[str] = frozenset()  # names that a leader's directory has already
     table: str = ""  # hash of names, dtypes and shapes
-    plan: tuple[tuple[_Piece, ...], ...] = ()  # by file
+    plan: bytes = b""  # see planning.pack
+    num_files: int = 0
     suffix: str = ""
-    boxes: tuple[tuple[str, Box], ...] = ()
+    hashes: bytes = b""  # 16 for each box of the plan
     files: dict[str, FileEntry] = field(default_factory=dict)
     manifest: str = ""
 
@@ -335,6 +336,7 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
     blank = _checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
                               hf_config=hf_config or {}))
     directory = step_path(root, step)
+    table = {name: (_dtype_name(name, share.dtype), tuple(map(int, share.shape))) for name, share in shares.items()}
     my_files: list[list[tuple[_Piece, torch.Tensor]]] = []
 
     def phase(action: Callable[[], _Report]) -> list[_Report]:
@@ -356,27 +358,32 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
         first()
         my_files.extend(_plan_files(shares, rank, max_file_bytes))
         taken = _clear(directory) if leads else frozenset()
-        return _Report(leads=leads, taken=taken, table=_table(shares), plan=tuple(tuple(piece for piece, _ in file) for file in my_files))
+        packed = pack(table, (((piece.name, (piece.offsets, piece.sizes)) for piece, _ in file) for file in my_files))
+        return _Report(leads=leads, taken=taken, table=_table(table), plan=packed, num_files=len(my_files))
+
+    @functools.cache
+    def plan() -> SavePlan:
+        return SavePlan(table, [report.plan for report in plans])
 
     def prepare() -> _Report:
-        _check_plans(shares, plans)
+        for other, report in enumerate(plans):
+            if report.table != plans[0].table:
+                raise CheckpointError(f"rank {other} has tensors of other names, dtypes or shapes than rank 0")
+        plan().check()
         taken = frozenset().union(*(report.taken for report in plans))
         suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(1)))
         return _Report(suffix=next(s for s in suffixes if taken.isdisjoint(_file_name(i, num_files, s) for i in range(num_files))))
 
     def write() -> _Report:
-        first = sum(len(report.plan) for report in plans[:rank])
+        first = sum(report.num_files for report in plans[:rank])
         directory.mkdir(parents=True, exist_ok=True)
         return _write_files({directory / _file_name(first + i, num_files, suffix): file for i, file in enumerate(my_files)},
                             read_back, written)
 
     def describe() -> _Report:
-        boxes: dict[str, list[Box]] = {name: [] for name in shares}
-        for name, box in itertools.chain.from_iterable(report.boxes for report in wrote):
-            boxes[name].append(box)
-        entries = {name: _entry(name, share, boxes[name]) for name, share in shares.items()}
         files = {file: entry for report in wrote for file, entry in report.files.items()}
-        return _Report(manifest=_manifest_text(replace(blank, tensors=entries, files=files)))
+        tensors = plan().tensors([report.hashes for report in wrote], list(files))
+        return _Report(manifest=_manifest_text(replace(blank, tensors=tensors, files=files)))
 
     def finish(manifest: str) -> _Report:
         write_manifest(directory, manifest)
@@ -385,7 +392,7 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
         return _Report()
 
     plans = phase(announce)
-    num_files = sum(len(report.plan) for report in plans)
+    num_files = sum(report.num_files for report in plans)
     suffix = phase(prepare if rank == 0 else _Report)[0].suffix
     wrote = phase(write)
     if sum(report.leads for report in plans) > 1:
@@ -436,24 +443,8 @@ def _parts(name: str, share: Share, rank: int) -> Iterator[tuple[_Piece, torch.T
             yield _Piece(name, dtype, offsets, sizes, whole=sizes == shape), tensor
 
 
-def _table(shares: Mapping[str, Share]) -> str:
-    return hash_bytes(json.dumps(sorted((name, str(share.dtype), tuple(share.shape)) for name, share in shares.items())).encode())
-
-
-def _check_plans(shares: Mapping[str, Share], plans: Sequence[_Report]) -> None:
-    """CheckpointError unless all ranks mean the same tensors and their boxes cover each exactly once."""
-    for rank, report in enumerate(plans):
-        if report.table != plans[0].table:
-            raise CheckpointError(f"rank {rank} has tensors of other names, dtypes or shapes than rank 0")
-    boxes: dict[str, list[Box]] = {name: [] for name in shares}
-    for piece in itertools.chain.from_iterable(file for report in plans for file in report.plan):
-        boxes[piece.name].append(Box("", "", piece.offsets, piece.sizes, ""))
-    for name, share in shares.items():
-        check_cover(f"tensor {name!r} on all ranks", _entry(name, share, boxes[name]))
-
-
-def _entry(name: str, share: Share, boxes: Sequence[Box]) -> TensorEntry:
-    return TensorEntry(_dtype_name(name, share.dtype), tuple(map(int, share.shape)), tuple(boxes))
+def _table(table: Table) -> str:
+    return hash_bytes(json.dumps(sorted(table.items())).encode())
 
 
 def _clear(directory: Path) -> frozenset[str]:
@@ -466,19 +457,19 @@ def _clear(directory: Path) -> frozenset[str]:
 
 def _write_files(contents: Mapping[Path, Sequence[tuple[_Piece, torch.Tensor]]], read_back: bool,
                  written: Callable[[int], None]) -> _Report:
-    boxes: list[tuple[str, Box]] = []
+    hashes: list[str] = []
     files: dict[str, FileEntry] = {}
     for path, parts in contents.items():
         mine: list[Box] = []
         with contextlib.closing(_File(path, 64 + sum(piece.header_bytes for piece, _ in parts))) as file:
             for piece, tensor in parts:
                 mine.append(file.add(piece, tensor))
-                boxes.append((piece.name, mine[-1]))
+                hashes.append(mine[-1].xxh3)
                 written(piece.num_bytes)
             files[path.name] = file.finish()
         if read_back:
             _read_back(path, files[path.name], [(box, piece.num_bytes) for box, (piece, _) in zip(mine, parts, strict=True)])
-    return _Report(boxes=tuple(boxes), files=files)
+    return _Report(hashes=bytes.fromhex("".join(hashes)), files=files)
 
 
 def _read_back(path: Path, entry: FileEntry, boxes: Sequence[tuple[Box, int]]) -> None:
