@@ -44,7 +44,6 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from tools.bench_checkpoint_ranks import STEP, WrongBytesError, drop_page_cache, run_rank, state_bytes, take_turns, tensors_of, zaya_of
-from tools.reshape_checkpoint import owned
 from zaya.checkpoint.manifest import DTYPES, FileEntry, Manifest, num_bytes
 from zaya.checkpoint.planning import SavePlan, Table, pack
 from zaya.checkpoint.read import Checkpoint
@@ -52,6 +51,7 @@ from zaya.checkpoint.saver import available_bytes
 from zaya.checkpoint.write import _file_name
 from zaya.cli import Parser
 from zaya.config import ModelConfig, load_recipe
+from zaya.parallel.partition import saved_by_rank
 from zaya.plan import plan
 from zaya.shard import Layout
 
@@ -141,7 +141,7 @@ def manifest_figures(recipe: Path, ranks: int) -> dict[str, Any]:
     table = plan(load_recipe(recipe).model)
     tensors: Table = {name: (NAMES[dtype], row.shape) for row in table.values() for name, dtype in tensors_of(row)}
     packed, sizes, hashes = [], [], []
-    for rank, mine in enumerate(tqdm(owned(table, Layout(ranks), True), desc="boxes", unit="rank", disable=None)):
+    for rank, mine in enumerate(tqdm(saved_by_rank(table, Layout(ranks), True), desc="boxes", unit="rank", disable=None)):
         boxes = [(name, box) for parameter, parts in mine.items() for name, _ in tensors_of(table[parameter]) for box in parts]
         packed.append(pack(tensors, [boxes]))
         sizes.append((len(boxes), sum(num_bytes(tensors[name][0], box[1]) for name, box in boxes)))

@@ -8,7 +8,6 @@ shards (zaya/checkpoint/stream.py). The target appears complete or not at all.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -28,14 +27,13 @@ from tqdm import tqdm
 from zaya.checkpoint import stream
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
-from zaya.cli import Parser, worker_count
+from zaya.cli import Parser, size_of, worker_count
 from zaya.config import ModelConfig, model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model import hf
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Copied where they lie beside the tokenizer: what a directory that was imported brought along.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -69,13 +67,6 @@ def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype |
     if unexpected:
         raise ValueError(f"{checkpoint.path} has the unexpected tensor model.{min(unexpected)}; its recipe does not ask for it")
     return items
-
-
-def stored_name(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> str:
-    """A bf16 run keeps fp32 masters beside its weights: they are what a wider export means."""
-    model, master = f"model.{name}", f"optim.master.{name}"
-    tensors = checkpoint.manifest.tensors
-    return master if master in tensors and dtype.itemsize > STORED_DTYPES[tensors[model].dtype].itemsize else model
 
 
 def cut_into_shards(items: list[Item], max_bytes: int) -> list[list[Item]]:
@@ -112,7 +103,7 @@ def plan_copies(target: stream.Target, begin: int, shard: list[Item], checkpoint
     """Both sides of a link are joined along their rows, so its tensors' bytes here are those of our tensors, one after the other."""
     for item in shard:
         for named in item.link.ours:
-            yield from stream.cut(checkpoint, stored_name(checkpoint, named.name, item.dtype), target, begin, item.dtype)
+            yield from stream.cut(checkpoint, checkpoint.weight(named.name, item.dtype), target, begin, item.dtype)
             begin += math.prod(named.shape) * item.dtype.itemsize
 
 
@@ -209,19 +200,12 @@ def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_b
         write_weights(directory, cut_into_shards(items, max_shard_bytes), checkpoint, workers)
 
 
-def shard_size(text: str) -> int:
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in UNITS or not number.isdigit() or not int(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(number) * UNITS[unit]
-
-
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="tools.export_hf", description="Turn a checkpoint into a directory that transformers loads.")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
     parser.add_argument("hf_dir", type=Path, help="directory to make; must not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")
-    parser.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument("--max-shard-size", type=size_of, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an older export at HF_DIR")
     parser.add_argument("--workers", type=worker_count, default=stream.WORKERS, metavar="N", help="threads (one per core, at most 32)")
     options = parser.parse_args(argv)

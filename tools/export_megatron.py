@@ -18,12 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tools.export_hf import stored_name
-from tools.reshape_checkpoint import size_of
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.torch_dist import METADATA, TorchDistReader, TorchDistWriter
-from zaya.cli import Parser
+from zaya.cli import Parser, size_of
 from zaya.config import ModelConfig, model_from_tables
 from zaya.model import megatron
 
@@ -59,7 +57,7 @@ def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype |
         if keep and any(STORED_DTYPES[stored[named.name].dtype] != target for named in link.ours):
             raise ValueError(f"{checkpoint.path}: {' and '.join(named.name for named in link.ours)} become one tensor but are of different "
                              "dtypes; choose one with --dtype")
-        items.append(Item(link, tuple(stored_name(checkpoint, named.name, target) for named in link.ours), target))
+        items.append(Item(link, tuple(checkpoint.weight(named.name, target) for named in link.ours), target))
     unexpected = stored.keys() - {named.name for item in items for named in item.link.ours}
     if unexpected:
         raise ValueError(f"{checkpoint.path} has the unexpected tensor model.{min(unexpected)}; its recipe does not ask for it")

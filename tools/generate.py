@@ -79,7 +79,7 @@ def sampler(temperature: float, top_k: int, seed: int) -> Callable[[Tensor], int
 
 
 def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> Tokenizer:
-    named = given or Path(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or "")
+    named = given or Path(str(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or ""))
     if named == Path(""):
         raise ValueError(f"the recipe of {checkpoint.path} names no tokenizer; give one with --tokenizer")
     return load_tokenizer(named)

@@ -11,7 +11,6 @@ a kill and verification are zaya/checkpoint/rewrite.py. Exit code 0: DST is ther
 from __future__ import annotations
 
 import argparse
-import bisect
 import dataclasses
 import os
 import sys
@@ -24,14 +23,13 @@ from typing import Any
 from zaya.checkpoint.manifest import DTYPES, Manifest, TensorEntry
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.rewrite import Job, Target, cut_into_files, rewrite
-from zaya.cli import Parser, layout_sizes
+from zaya.cli import Parser, layout_sizes, size_of
 from zaya.config import ModelConfig, ParallelConfig, model_from_tables
-from zaya.parallel.partition import make_buckets
+from zaya.parallel.partition import saved_by_rank
 from zaya.plan import ParameterPlan, plan
 from zaya.shard import Box, Layout
 
 STORED = {"bf16": "BF16", "fp32": "F32"}
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 FLOATS = ("F64", "F32", "BF16", "F16")
 EMBEDDING = "embedding.weight"
 LEAST_MEMORY = 10**6
@@ -55,23 +53,6 @@ def parameter_of(name: str) -> tuple[str, str]:
     first, _, rest = name.partition(".")
     kind, _, parameter = rest.partition(".")
     return (kind, parameter) if first == "optim" else ("", name)
-
-
-def owned(table: Mapping[str, ParameterPlan], layout: Layout, muon: bool) -> list[dict[str, list[Box]]]:
-    """By rank: the boxes of each parameter that it writes, as `Zero1.own_parts` gives them to a save."""
-    by_rank: list[dict[str, list[Box]]] = [{} for _ in range(layout.world_size)]
-    for bucket in make_buckets(table.values(), layout, muon=muon):
-        placement = bucket.rows[0].placement
-        stops = [bucket.spans[row.name][1] for row in bucket.rows]
-        for rank in range(layout.world_size):
-            shard = layout.shard(placement, rank)
-            for row in bucket.rows[bisect.bisect_right(stops, shard * bucket.shard_length) :]:
-                if bucket.spans[row.name][0] >= (shard + 1) * bucket.shard_length:
-                    break
-                _, boxes = bucket.saved(row, layout, rank)
-                if boxes:
-                    by_rank[rank][row.name] = boxes
-    return by_rank
 
 
 def plan_tensors(stored: Mapping[str, TensorEntry], table: Mapping[str, ParameterPlan], options: Options) -> Iterator[tuple[str, Target]]:
@@ -145,7 +126,7 @@ def plan_job(checkpoints: Sequence[Checkpoint], options: Options, max_file_bytes
     blank = dataclasses.replace(manifest, recipe=recipe, layout={**layout.as_dict(), "world_size": layout.world_size}, tensors={}, files={})
     job = Job(tuple(checkpoints), tensors, (), Manifest.from_json(blank.to_json()))
     muon = recipe.get("optim", {}).get("name") != "adamw"  # without a recipe of a run (an import) there is no state to cut either way
-    return cut_into_files(job, boxes_by_rank(tensors, table, owned(table, layout, muon)), max_file_bytes)
+    return cut_into_files(job, boxes_by_rank(tensors, table, saved_by_rank(table, layout, muon)), max_file_bytes)
 
 
 def boxes_by_rank(tensors: Mapping[str, Target], table: Mapping[str, ParameterPlan],
@@ -183,13 +164,6 @@ def layout_of(text: str) -> Layout:
     if any(value < (key != "zero_size") for key, value in values.items()):
         raise argparse.ArgumentTypeError(f"{text!r}: sizes are at least 1")
     return Layout(values.pop("ranks"), **values)
-
-
-def size_of(text: str) -> int:
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in UNITS or not (number.isascii() and number.isdigit()) or not 0 < int(number[:12]) * UNITS[unit] < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB or 500MB")
-    return int(number[:12]) * UNITS[unit]
 
 
 def summary(job: Job) -> str:

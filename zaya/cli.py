@@ -31,3 +31,13 @@ def layout_sizes(text: str) -> dict[str, int]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"layout {text!r} names a key twice; name each once")
     return dict(pairs)
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def size_of(text: str) -> int:
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in UNITS or not (number.isascii() and number.isdigit()) or not 0 < int(number[:12]) * UNITS[unit] < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB or 500MB")
+    return int(number[:12]) * UNITS[unit]

@@ -37,7 +37,13 @@ CALLS: dict[str, list[list[str]]] = {
     "tools.emulate_kernels": [["--emulator", "missing"], ["--emulator", "directory"], ["--emulator", "empty"], []],
     "tools.export_hf": [["{bad}", "{new}"], ["{bad}", "{new}", "--dtype", "int4"], ["one"]],
     "tools.generate": [["{bad}", "--prompt", "x"], ["{bad}", "--prompt", "x", "--device", "abacus"], []],
-    "tools.import_hf": [["{bad}", "{new}"], ["one"]],
+    "tools.import_hf": [["{bad}", "{new}"], ["{bad}", "{new}", "--workers", "0"], ["one"]],
+    "tools.import_megatron": [["{bad}", "{new}"], ["one"]],
+    "tools.export_megatron": [["{bad}", "{new}"], ["{bad}", "{new}", "--max-file-size", "much"], ["one"]],
+    "tools.import_deepspeed": [["{bad}", "{new}", "--recipe", "{bad}"], ["one"]],
+    "tools.export_deepspeed": [["{bad}", "{new}"], ["one"]],
+    "tools.bench_checkpoint": [["--bytes", "many"], ["--dir", "empty"], ["--only", "nonsense"], ["--pairs", "0"]],
+    "tools.bench_conversion": [["--bytes", "many"], ["--pairs", "0"]],
     "tools.kernel_report": [["--op", "nonsense"], ["--arch", "nonsense"]],
     "tools.bisect_layouts": [["{bad}"], ["{bad}", "--b", "ranks=2"], []],
     "tools.plan_layout": [["{bad}", "--ranks", "8"], ["recipe.toml"], ["{bad}", "--ranks", "many"]],
@@ -52,7 +58,7 @@ CALLS: dict[str, list[list[str]]] = {
     "zaya.config": [["{bad}"], ["{bad}", "--train.steps=1"], []],
     "zaya.train": [["{bad}"], ["{bad}", "--train.steps=1"], []],
 }
-COMMANDS = sorted(CALLS.keys() | {f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"})
+COMMANDS = sorted(CALLS.keys() | {f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "def main(" in path.read_text()})
 
 
 @dataclass(frozen=True)

@@ -462,7 +462,7 @@ def test_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_export_refuses_a_wrong_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         export_hf.main([str(tmp_path), str(tmp_path / "hf"), "--max-shard-size", "5 apples"])
-    assert stopped.value.code == 2 and "'5 apples' is not a size such as 5GB" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "'5 apples' is not a size such as 2GB" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- many boxes, many threads

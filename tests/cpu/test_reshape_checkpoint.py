@@ -30,6 +30,7 @@ from zaya.checkpoint import rewrite
 from zaya.checkpoint.manifest import Manifest
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import load_recipe, recipe_from_tables
+from zaya.parallel.partition import saved_by_rank
 from zaya.plan import plan
 from zaya.shard import Layout
 
@@ -97,7 +98,7 @@ def tree(path: Path) -> dict[str, tuple[bytes, int]]:
 def test_all_ranks_write_alike(layout: Layout) -> None:
     """Where blocks of zero_size hold the same state, they share it out: no rank writes more than the mean and 2 %."""
     config = dataclasses.replace(load_recipe("recipes/zaya1_8b_pretrain1.toml").model, num_layers=4, attention_pattern=("full",))
-    by_rank = tool.owned(plan(config), layout, muon=True)
+    by_rank = saved_by_rank(plan(config), layout, muon=True)
     written = [sum(math.prod(sizes) for boxes in mine.values() for _, sizes in boxes) for mine in by_rank]
     assert sum(written) == sum(math.prod(row.shape) for row in plan(config).values())
     assert max(written) <= 1.02 * sum(written) / layout.world_size

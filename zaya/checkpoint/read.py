@@ -128,6 +128,13 @@ class Checkpoint:
         names, tensors = self._names, self.manifest.tensors
         return [(names[tensor], tensors[names[tensor]].boxes[box]) for tensor, box in self._by_file[file].tolist()]
 
+    def weight(self, name: str, dtype: torch.dtype) -> str:
+        """The stored tensor that is parameter `name` in `dtype`: a narrow run keeps wide masters beside its weights, and they are what a
+        wider copy means."""
+        model, master = f"model.{name}", f"optim.master.{name}"
+        tensors = self.manifest.tensors
+        return master if master in tensors and dtype.itemsize > DTYPES[tensors[model].dtype].itemsize else model
+
     def visible(self) -> list[str]:
         """The files that are here or in one of the other places, sorted: all of them unless it was opened as partial."""
         with disk_errors("read", self.path):

@@ -13,9 +13,10 @@ for a parameter cut along its last dim, a range of columns. Within the piece a s
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from zaya.plan import Muon, ParameterPlan
@@ -85,6 +86,23 @@ def make_buckets(rows: Iterable[ParameterPlan], layout: Layout, *, muon: bool, b
         sizes[key] = numel if len(open_rows[key]) == 1 else sizes[key] + numel
     closed = sorted([*closed, *open_rows.values()], key=lambda bucket: place[bucket[-1].name])
     return [_bucket(bucket, layout, muon) for bucket in closed]
+
+
+def saved_by_rank(table: Mapping[str, ParameterPlan], layout: Layout, muon: bool) -> list[dict[str, list[Box]]]:
+    """By rank: the boxes of each parameter that it writes, as Zero1.own_parts gives them to a save."""
+    by_rank: list[dict[str, list[Box]]] = [{} for _ in range(layout.world_size)]
+    for bucket in make_buckets(table.values(), layout, muon=muon):
+        placement = bucket.rows[0].placement
+        stops = [bucket.spans[row.name][1] for row in bucket.rows]
+        for rank in range(layout.world_size):
+            shard = layout.shard(placement, rank)
+            for row in bucket.rows[bisect.bisect_right(stops, shard * bucket.shard_length) :]:
+                if bucket.spans[row.name][0] >= (shard + 1) * bucket.shard_length:
+                    break
+                _, boxes = bucket.saved(row, layout, rank)
+                if boxes:
+                    by_rank[rank][row.name] = boxes
+    return by_rank
 
 
 def _bucket(rows: Sequence[ParameterPlan], layout: Layout, muon: bool) -> BucketPlan:
