@@ -44,11 +44,11 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from tools.bench_checkpoint_ranks import STEP, WrongBytesError, drop_page_cache, run_rank, state_bytes, take_turns, tensors_of, zaya_of
+from zaya.checkpoint.files import file_name
 from zaya.checkpoint.manifest import DTYPES, FileEntry, Manifest, num_bytes
 from zaya.checkpoint.planning import SavePlan, Table, pack
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.saver import available_bytes
-from zaya.checkpoint.write import _file_name
 from zaya.cli import Parser
 from zaya.config import ModelConfig, load_recipe
 from zaya.parallel.partition import saved_by_rank
@@ -146,7 +146,7 @@ def manifest_figures(recipe: Path, ranks: int) -> dict[str, Any]:
         packed.append(pack(tensors, [boxes]))
         sizes.append((len(boxes), sum(num_bytes(tensors[name][0], box[1]) for name, box in boxes)))
         hashes.append(np.random.default_rng(rank).bytes(16 * len(boxes)))
-    names = [_file_name(rank, ranks) for rank in range(ranks)]
+    names = [file_name(rank, ranks) for rank in range(ranks)]
     files = {name: FileEntry(16 + 128 * count + held, "0" * 32) for name, (count, held) in zip(names, sizes, strict=True)}
     results: list[Any] = [None] * 4
 

@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from zaya.checkpoint.manifest import BITS, CheckpointError, hash_bytes
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.save import Share, save
 from zaya.checkpoint.saver import Saver
-from zaya.checkpoint.write import Share, save
 from zaya.config import ModelConfig
 from zaya.parallel.partition import make_buckets
 from zaya.plan import Muon, ParameterPlan, plan

@@ -211,6 +211,8 @@ def _place(root: Path, mesh: Mesh) -> tuple[int, int]:
     def leave() -> None:
         try:
             root.mkdir(parents=True, exist_ok=True)
+            for old in root.parent.glob(f".seen-{mesh.rank}-*"):  # of a process killed here
+                old.unlink(missing_ok=True)
             mark.touch()
         except OSError as error:
             raise ValueError(f"cannot write checkpoint.local_dir: {error.filename}: {error.strerror}") from None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zaya.checkpoint.manifest import DTYPES, CheckpointError, raise_on_all
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import Share
+from zaya.checkpoint.save import Share
 from zaya.parallel.collectives import gather_objects
 from zaya.parallel.deepspeed_engine import DeepSpeedEngine
 from zaya.parallel.mesh import Mesh

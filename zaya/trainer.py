@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.save import save
 from zaya.checkpoint.saver import Saver
-from zaya.checkpoint.write import save
 from zaya.config import Recipe
 from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
 from zaya.data.tokenizer import load_tokenizer, vocabulary_size

@@ -25,12 +25,15 @@ from safetensors.torch import load_file
 
 from tests.cpu.test_shard import layouts, owned, placements
 from zaya import shard
-from zaya.checkpoint import read, write
+from zaya.checkpoint import read
+from zaya.checkpoint import save as save_module
 from zaya.checkpoint.directory import newest, prune
-from zaya.checkpoint.manifest import BITS, DTYPES, MANIFEST, Box, CheckpointError
+from zaya.checkpoint.files import File, Piece
+from zaya.checkpoint.manifest import BITS, DTYPES, MANIFEST, Box, CheckpointError, hash_bytes
 from zaya.checkpoint.planning import SavePlan, pack
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import CheckpointWriter, Share, save
+from zaya.checkpoint.save import Share, save
+from zaya.checkpoint.write import CheckpointWriter
 from zaya.shard import Layout, Replicate, Shard
 
 RECIPE: dict[str, Any] = {"train": {"steps": 10, "dtype": "fp32"}, "optim": {"lr": 6e-4, "name": "muon"}, "data": {"train": ["a", "b"]}}
@@ -186,7 +189,7 @@ def test_a_touched_box_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monke
     data[-8] ^= 1  # the last element of b
     file.write_bytes(data)
     hashed: list[int] = []
-    monkeypatch.setattr(read, "hash_bytes", lambda data: hashed.append(len(data)) or write.hash_bytes(data))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(read, "hash_bytes", lambda data: hashed.append(len(data)) or hash_bytes(data))  # type: ignore[func-returns-value]
     checkpoint = Checkpoint.open(path)
     for start in (0, 500, 999):
         assert same(checkpoint.read("a", [start], [1]), tensors["a"][start:start + 1])
@@ -331,7 +334,7 @@ def test_shares_that_are_not_the_tensor_are_refused(tmp_path: Path, case: str, m
     """On every rank, before a byte is written; the older checkpoint of the step is untouched."""
     older = {"x": X + 1}
     save_threads(tmp_path, older, 2)
-    monkeypatch.setattr(write, "_File", None)
+    monkeypatch.setattr(save_module, "File", None)
     share, words = WRONG_SHARES[case]
     results = on_ranks(tmp_path, [{"x": Share(X.dtype, (4, 6), parts(TOP))}, {"x": share}])
     assert all(isinstance(r, CheckpointError) and words in str(r) for r in results), results
@@ -361,12 +364,12 @@ def test_shares_of_a_thousand_ranks_are_checked_in_a_second() -> None:
     layout = Layout(8 * 5, tp=8)
     boxes = [list(owned(layout, wide["t0"], shape, rank)) for rank in range(40)]
     shares = {name: Share(torch.float32, shape) for name in wide} | {name: Share(torch.float32, (2048,)) for name in small}
-    files: list[list[write._Piece]] = [[] for _ in range(1024)]
+    files: list[list[Piece]] = [[] for _ in range(1024)]
     for i, name in enumerate(wide):
         for rank in range(40):
-            files[(i * 40 + rank) % 1024] += [write._Piece(name, "F32", *box, False) for box in boxes[rank]]
+            files[(i * 40 + rank) % 1024] += [Piece(name, "F32", *box, False) for box in boxes[rank]]
     for i, name in enumerate(small):
-        files[i % 1024].append(write._Piece(name, "F32", (0,), (2048,), True))
+        files[i % 1024].append(Piece(name, "F32", (0,), (2048,), True))
     table = {name: ("F32", share.shape) for name, share in shares.items()}
 
     def plan() -> SavePlan:
@@ -376,7 +379,7 @@ def test_shares_of_a_thousand_ranks_are_checked_in_a_second() -> None:
     plan().check()
     assert sum(map(len, files)) > 50_000 and time.process_time() - started < 5  # 0.1 s
     last = files[500][0]
-    files[500][0] = write._Piece(last.name, "F32", (last.offsets[0], 1), last.sizes, False)
+    files[500][0] = Piece(last.name, "F32", (last.offsets[0], 1), last.sizes, False)
     with pytest.raises(CheckpointError, match=f"'{last.name}'"):
         plan().check()
 
@@ -495,14 +498,14 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 def test_one_failing_rank_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"t{i}": torch.zeros(1 << 19) for i in range(3)}
-    make_file = write._File
+    make_file = save_module.File
 
-    def no_space(path: Path, room: int) -> write._File:
+    def no_space(path: Path, room: int) -> File:
         if "00001-of" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return make_file(path, room)
 
-    monkeypatch.setattr(write, "_File", no_space)
+    monkeypatch.setattr(save_module, "File", no_space)
     results = on_ranks(tmp_path, [cut(tensors, Layout(3), rank) for rank in range(3)])
     assert all(isinstance(r, CheckpointError) and "rank 1" in str(r) and "No space left" in str(r) for r in results), results
     assert newest(tmp_path) is None and not list(tmp_path.iterdir())
@@ -636,7 +639,8 @@ def test_writer_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 MEMORY = """
 import sys, torch
-from zaya.checkpoint.write import CheckpointWriter, Share, save
+from zaya.checkpoint.save import Share, save
+from zaya.checkpoint.write import CheckpointWriter
 out, how = sys.argv[1:]
 def peak():  # of this program; getrusage would begin with that of the process that started it
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -18,7 +18,7 @@ from tests.cpu.test_checkpoint import STEP, on_ranks, same, save_alone, save_thr
 from tools import inspect_checkpoint
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, hash_bytes
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import Share
+from zaya.checkpoint.save import Share
 
 
 def refused(path: Path) -> str:

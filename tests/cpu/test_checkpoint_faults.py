@@ -23,8 +23,8 @@ from zaya.checkpoint.directory import complete_steps, step_path
 from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.save import save
 from zaya.checkpoint.saver import RETRIES, Saver
-from zaya.checkpoint.write import save
 from zaya.shard import Layout
 
 OLD = {"x": torch.arange(300.0), "y": random_tensor(torch.bfloat16, (5, 7), 1), "scalar": torch.tensor(4.0)}
@@ -250,7 +250,7 @@ def test_the_mirror_survives_every_fault_of_every_call(memory: Path, caplog: pyt
         assert caplog.text.count("MIRROR FAILED") == mirror.failures and (fault != "short" or not mirror.failures), what
         assert fault == "short" or disk.struck not in NEVER_FORGIVEN or mirror.failures, what
         assert mirror.failures in ((0, 1, RETRIES + 1) if fault == "full" else (0, 1)), what
-        assert mirror.step == 3 or mirror.failures != 1, what  # the second attempt comes through
+        assert mirror.step == 3 or fault == "full", what  # the second attempt comes through
         if error:
             mirror, error = mirror_once(root)  # the disk is mended
             assert mirror.step == 3 and not error, what

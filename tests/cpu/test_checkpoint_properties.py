@@ -31,8 +31,9 @@ from zaya.checkpoint.directory import step_path
 from zaya.checkpoint.manifest import DTYPES
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.save import Share, save
 from zaya.checkpoint.saver import Saver
-from zaya.checkpoint.write import CheckpointWriter, Share, save
+from zaya.checkpoint.write import CheckpointWriter
 from zaya.config import model_from_tables
 from zaya.shard import Layout, Replicate, Shard
 from zaya.train import main as train_main

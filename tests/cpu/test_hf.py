@@ -28,7 +28,8 @@ from tests.cpu.test_fidelity import draw, our_model, reference_model
 from tools import export_hf, import_hf
 from zaya.checkpoint import manifest, stream
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import CheckpointWriter, Share, save
+from zaya.checkpoint.save import Share, save
+from zaya.checkpoint.write import CheckpointWriter
 from zaya.config import ModelConfig
 from zaya.data.tokenizer import END_OF_TEXT, train_bpe
 from zaya.model import hf
@@ -565,10 +566,10 @@ def test_a_killed_conversion_leaves_no_target_and_does_not_hinder_the_next(kill:
     program = """
 import os, sys
 from tools import export_hf, import_hf
-from zaya.checkpoint import stream, write
+from zaya.checkpoint import files, stream
 def die(*arguments):
     os._exit(9)
-write._File.finish = die
+files.File.finish = die
 stream.Checkpoint._check = die
 sys.exit({"import": import_hf, "export": export_hf}[sys.argv[1]].main(sys.argv[2:]))
 """

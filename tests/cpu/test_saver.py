@@ -15,14 +15,15 @@ import pytest
 import torch
 
 from zaya.checkpoint import mirror as mirror_module
+from zaya.checkpoint import save as save_module
 from zaya.checkpoint import saver as saver_module
-from zaya.checkpoint import write
 from zaya.checkpoint.directory import complete_steps, newest, step_path
+from zaya.checkpoint.files import File
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.save import Share
 from zaya.checkpoint.saver import RETRIES, Saver
-from zaya.checkpoint.write import Share
 
 COUNTERS: dict[str, Any] = dict(tokens=0, tokens_by_corpus={}, position=0, recipe={}, layout={})
 
@@ -112,15 +113,15 @@ def test_memory_is_bounded_and_what_does_not_fit_holds_the_training_up(tmp_path:
     tensors = state(1)
     total = sum(tensor.nbytes for tensor in tensors.values())
     on_disk: list[int] = []
-    make = write._File.add
+    make = File.add
 
-    def add(self: write._File, piece: Any, tensor: torch.Tensor) -> Any:
+    def add(self: File, piece: Any, tensor: torch.Tensor) -> Any:
         time.sleep(0.05)
         box = make(self, piece, tensor)
         on_disk.append(tensor.nbytes)
         return box
 
-    monkeypatch.setattr(write._File, "add", add)
+    monkeypatch.setattr(File, "add", add)
     saver = Saver(tmp_path, gather=alone, staging_bytes=limit)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     saver.prepare(shares(tensors))
@@ -199,16 +200,16 @@ def test_a_failed_save_is_said_and_tried_again(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_reads_back_otherwise_never_becomes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = write._File.finish
+    original = File.finish
 
-    def finish(self: write._File) -> Any:
+    def finish(self: File) -> Any:
         entry = original(self)
         with open(self.path, "r+b") as file:  # a disk that lies
             file.seek(-3, os.SEEK_END)
             file.write(b"\x55")
         return entry
 
-    monkeypatch.setattr(write._File, "finish", finish)
+    monkeypatch.setattr(File, "finish", finish)
     saver = Saver(tmp_path, gather=alone)
     saver.start(shares(state(0)), step=1, **COUNTERS)
     saver.wait(hurry=True)
@@ -239,17 +240,17 @@ def test_the_last_sound_checkpoint_outlives_the_failures_after_it(tmp_path: Path
     saver = Saver(tmp_path, gather=alone, keep=1)
     saver.start(shares(state(1)), step=1, **COUNTERS)
     saver.wait()
-    original = write._read_back
+    original = save_module.read_back
 
     def lies(*_: Any) -> None:
-        raise write.CheckpointError("reads back otherwise")
+        raise CheckpointError("reads back otherwise")
 
-    monkeypatch.setattr(write, "_read_back", lies)
+    monkeypatch.setattr(save_module, "read_back", lies)
     for step in (2, 3):
         saver.start(shares(state(step)), step=step, **COUNTERS)
         saver.wait(hurry=True)
     assert complete_steps(tmp_path) == [1]
-    monkeypatch.setattr(write, "_read_back", original)
+    monkeypatch.setattr(save_module, "read_back", original)
     saver.start(shares(state(4)), step=4, **COUNTERS)
     saver.wait()
     assert complete_steps(tmp_path) == [4]

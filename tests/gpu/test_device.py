@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from zaya.checkpoint.read import Checkpoint
+from zaya.checkpoint.save import Share
 from zaya.checkpoint.saver import Saver
-from zaya.checkpoint.write import Share
 
 
 def test_bf16_matmul_agrees_with_the_cpu() -> None:

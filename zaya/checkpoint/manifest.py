@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: what is in it, where each box lies, and a hash over every byte.
 
-Both ends of a checkpoint meet here: write.py fills a Manifest, read.py trusts nothing but one that `Manifest.from_json` accepted.
+Both ends of a checkpoint meet here: save.py and write.py fill a Manifest, read.py trusts only one that `Manifest.from_json` accepted.
 Knows no model, no rank and no layout: a tensor is a name, a shape and boxes. docs/checkpoints.md describes the format for other readers.
 """
 

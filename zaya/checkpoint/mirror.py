@@ -11,6 +11,7 @@ thread is collective: all ranks come, agree on a step, copy, and agree on how it
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import logging
 import os
@@ -18,14 +19,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from zaya.checkpoint.directory import complete_steps, identity, prune, remove, step_path, sync_directory
-from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, load, raise_on_all
+from zaya.checkpoint.files import write_manifest
+from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, disk_errors, load, raise_on_all
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import write_manifest
 
 RETRIES = 3
+T = TypeVar("T")
 log = logging.getLogger("zaya")
 
 
@@ -102,10 +104,10 @@ class Mirror:
 
     def _choose(self) -> int | None:
         """The newest step that every source has, not to be pruned from now on; None: there is none that is new."""
-        with self._changed:
-            here, offered = set(complete_steps(self.source)), self._newest
-            self._spared = frozenset(here)
-        everyone = cast(list[tuple[set[int], int]], self._gather((here, offered)))
+        everyone = self._tried(lambda: self._together(self._look), f"step {self._newest}")
+        if everyone is None:
+            self._done = min(cast(list[int], self._gather(self._newest)))
+            return None
         fresh = {step for step in set.intersection(*(steps for steps, _ in everyone)) if step > self._done}
         if not fresh:
             self._done = min(offered for _, offered in everyone)
@@ -115,30 +117,40 @@ class Mirror:
             self._spared = frozenset({step})
         return step
 
+    def _look(self) -> tuple[set[int], int]:
+        with self._changed:
+            here = set(complete_steps(self.source))
+            self._spared = frozenset(here)
+            return here, self._newest
+
     def _bring(self, step: int) -> None:
-        """Copy a step, several times if need be; all ranks together."""
+        """Copy a step; all ranks together."""
+        began = time.perf_counter()
+        if self._tried(lambda: self._attempt(step_path(self.source, step), step_path(self.target, step)), f"step {step}") is not None:
+            self.step = step
+            self._prune()
+            self._say(logging.INFO, f"step {step} | mirrored to {step_path(self.target, step)} in {time.perf_counter() - began:.1f} s")
+        self._done = step
+
+    def _tried(self, action: Callable[[], T], what: str) -> T | None:
+        """What it returns, if need be at a later attempt; None if all have failed (on every rank alike: its CheckpointErrors are those of
+        all)."""
         for attempt in itertools.count(1):
-            began = time.perf_counter()
             try:
-                self._attempt(step_path(self.source, step), step_path(self.target, step))
+                return action()
             except CheckpointError as error:
                 self.failures += 1
                 if attempt > RETRIES:
-                    self._say(logging.ERROR, f"step {step} | MIRROR FAILED: {error} | it stays on the local tier; the next one is tried")
-                    break
+                    self._say(logging.ERROR, f"{what} | MIRROR FAILED: {error} | it stays on the local tier; the next one is tried")
+                    return None
                 pause_s = 2 ** (attempt - 1)
-                self._say(logging.ERROR, f"step {step} | MIRROR FAILED: {error} | another attempt after {pause_s} s")
+                self._say(logging.ERROR, f"{what} | MIRROR FAILED: {error} | another attempt after {pause_s} s")
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, pause_s)
-            else:
-                self.step = step
-                self._prune()
-                self._say(logging.INFO, f"step {step} | mirrored to {step_path(self.target, step)} in {time.perf_counter() - began:.1f} s")
-                break
-        self._done = step
+        return None
 
-    def _attempt(self, source: Path, target: Path) -> None:
-        """CheckpointError, on every rank, where it failed on any."""
+    def _attempt(self, source: Path, target: Path) -> bool:
+        """True; CheckpointError, on every rank, where it failed on any."""
         leader = self._rank == 0
         manifests = self._together(lambda: identity(source))
         if len(set(manifests)) > 1:
@@ -146,6 +158,7 @@ class Mirror:
         self._together(lambda: _make_way(target) if leader else None)
         self._together(lambda: self._copy(source, target))
         self._together(lambda: _commit(source, target) if leader else None)
+        return True
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """What it returns on every rank."""
@@ -155,7 +168,7 @@ class Mirror:
         except CheckpointError as problem:
             error = str(problem)
         except OSError as problem:
-            error = f"cannot mirror {problem.filename or self.source}: {problem.strerror or problem}"
+            error = f"cannot mirror {problem.filename or f'to {self.target}'}: {problem.strerror or problem}"
         everyone = cast(list[tuple[Any, str]], self._gather((result, error)))
         raise_on_all([problem for _, problem in everyone])
         return [value for value, _ in everyone]
@@ -208,9 +221,14 @@ class _Budget:
             time.sleep(max(0.0, self.began + self.spent / self.bytes_per_s - time.monotonic()))
 
 
+def _read(file: io.FileIO, path: Path) -> bytes:
+    with disk_errors("read", path):
+        return file.read(CHUNK_BYTES)
+
+
 def _copy_file(source: Path, target: Path, budget: _Budget) -> None:
     with open(source, "rb", buffering=0) as from_, open(target, "xb", buffering=0) as to:
-        while chunk := from_.read(CHUNK_BYTES):
+        while chunk := _read(from_, source):
             rest = memoryview(chunk)
             while rest:
                 rest = rest[to.write(rest) :]

@@ -1,6 +1,6 @@
 """Who writes which boxes in a save: what every rank tells, what rank 0 makes of it.
 
-write.save gathers `pack` from all ranks, rank 0 checks the whole (`SavePlan`) before a byte is written, and afterwards joins it with the
+save gathers `pack` from all ranks, rank 0 checks the whole (`SavePlan`) before a byte is written, and afterwards joins it with the
 hashes into the manifest's tensors. By column, because the 8B on 1,024 ranks is 641,444 boxes: as objects a gather of 39 MB that every rank
 takes seconds to unpickle, packed 2 MB. Knows no layout, no files but their numbers, and no process group.
 """

@@ -41,9 +41,9 @@ from tqdm import tqdm
 
 from zaya import shard
 from zaya.checkpoint.directory import sync_directory
+from zaya.checkpoint.files import Piece, file_name, manifest_text, write_manifest
 from zaya.checkpoint.manifest import BITS, DTYPES, MAX_HEADER_BYTES, Box, CheckpointError, FileEntry, Manifest, TensorEntry, hash_bytes
 from zaya.checkpoint.read import Checkpoint
-from zaya.checkpoint.write import _file_name, _manifest_text, _Piece, write_manifest
 from zaya.shard import flat_boxes, intersect, shifted
 
 CHUNK_BYTES = 8 << 20  # hashed and written while it is in the cache
@@ -76,9 +76,9 @@ class Job:
     manifest: Manifest
     """Without tensors and files."""
 
-    def piece(self, name: str, box: shard.Box) -> _Piece:
+    def piece(self, name: str, box: shard.Box) -> Piece:
         target = self.tensors[name]
-        return _Piece(name, target.dtype, *box, whole=box[1] == target.shape)
+        return Piece(name, target.dtype, *box, whole=box[1] == target.shape)
 
     def key(self) -> str:
         """Two jobs with one key write the same bytes."""
@@ -89,7 +89,7 @@ class Job:
 
 
 def cut_into_files(job: Job, by_writer: Iterable[Sequence[tuple[str, shard.Box]]], max_file_bytes: int) -> Job:
-    """The job with files as `write.save` cuts them: each writer its own, in order, a box that alone is larger in a file of its own."""
+    """The job with files as `save.save` cuts them: each writer its own, in order, a box that alone is larger in a file of its own."""
     files: list[list[tuple[str, shard.Box]]] = []
     for boxes in by_writer:
         room = -1
@@ -343,7 +343,7 @@ def rewrite(job: Job, target: Path, *, workers: int, max_memory: int) -> int:
 
 
 def _fill_directory(job: Job, hidden: Path, crew: _Crew, total: int) -> None:
-    names = [_file_name(index, len(job.files)) for index in range(len(job.files))]
+    names = [file_name(index, len(job.files)) for index in range(len(job.files))]
     headers = [_header(job, file) for file in job.files]
     entries = [FileEntry(len(header) + sum(job.piece(*item).num_bytes for item in file), hash_bytes(header))
                for header, file in zip(headers, job.files, strict=True)]
@@ -378,7 +378,7 @@ def _fill_directory(job: Job, hidden: Path, crew: _Crew, total: int) -> None:
                 _finish(parts[filled.file], hidden / names[filled.file])
                 _note(hidden, key, {filled.file: done[filled.file]})
 
-    write_manifest(hidden, _manifest_text(_full_manifest(job, names, entries, done)))
+    write_manifest(hidden, manifest_text(_full_manifest(job, names, entries, done)))
     checks = _checks(Checkpoint.open(hidden), job.tensors.keys())
     with _bar("verify", total) as bar:
         try:
@@ -402,7 +402,7 @@ def _full_manifest(job: Job, names: Sequence[str], entries: Sequence[FileEntry],
 
 
 def _header(job: Job, file: Sequence[tuple[str, shard.Box]]) -> bytes:
-    """Length and JSON, as long as `write.save` would make it for these boxes."""
+    """Length and JSON, as long as `save.save` would make it for these boxes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     room, end = 64, 0
     for item in file:

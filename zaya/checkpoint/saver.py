@@ -1,7 +1,7 @@
 """Save while the training goes on: a copy of the state into memory that is kept for it, then a thread that writes.
 
 End of a step that saves: the trainer hands its shares to `Saver.start`, which blocks it for the copy alone. The thread runs
-write.save, collectives included, over a gather of its own, so that nothing of it meets the training's. Knows no model, no layout and no
+save.save, collectives included, over a gather of its own, so that nothing of it meets the training's. Knows no model, no layout and no
 process group.
 
 Calls on every rank, at the same steps:
@@ -31,7 +31,7 @@ import torch
 from zaya.checkpoint.directory import prune
 from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.mirror import Mirror
-from zaya.checkpoint.write import Share, in_file_order, save
+from zaya.checkpoint.save import Share, in_file_order, save
 
 RETRIES = 3
 """Saves started anew after one that failed, before the next one that is due."""
@@ -44,7 +44,7 @@ log = logging.getLogger("zaya")
 class Saver:
     """The checkpoints of one run, as one rank sees them.
 
-    `gather`: an all-gather of objects that nothing but this saver uses. `leads`: see write.save. `keep`, `keep_every`: see prune.
+    `gather`: an all-gather of objects that nothing but this saver uses. `leads`: see save.save. `keep`, `keep_every`: see prune.
     `mirror` is offered every checkpoint that is complete.
     """
 
@@ -80,7 +80,7 @@ class Saver:
 
     def start(self, shares: Mapping[str, Share], *, step: int, first: Callable[[], None] = lambda: None, **counters: Any) -> None:
         """Begin to save `shares` as checkpoint `step`; the caller may change their tensors when this returns. `first`, `counters`: as
-        write.save."""
+        save.save."""
         began = time.perf_counter()
         self.wait(hurry=True)
         self._attempts = self._attempts + 1 if self.failed else 1
