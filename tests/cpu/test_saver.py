@@ -138,11 +138,11 @@ def test_memory_is_bounded_and_what_does_not_fit_holds_the_training_up(tmp_path:
 
 
 def test_a_state_larger_than_what_is_free_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver_module, "available_bytes", lambda: 8000)
+    monkeypatch.setattr(saver_module, "available_bytes", lambda: 80_000)
     saver = Saver(tmp_path, gather=alone, ranks_per_node=2)
     saver.start(shares(state(0)), step=1, **COUNTERS)
     saver.wait()
-    assert saver._staging._memory.numel() == 2000  # type: ignore[union-attr]
+    assert saver._staging._memory.numel() == 16_640 + 64, "half of it for two ranks: the two tensors that are written last"  # type: ignore[union-attr]
     assert_holds(step_path(tmp_path, 1), state(0))
 
 

@@ -194,6 +194,13 @@ def in_file_order(shares: Mapping[str, Share]) -> list[torch.Tensor]:
     return [tensor for _, share in _wide_first(shares) for _, tensor in share.parts]
 
 
+def with_tensors(shares: Mapping[str, Share], tensors: Sequence[torch.Tensor]) -> dict[str, Share]:
+    """The same boxes with other tensors, which stand in the order of `in_file_order`."""
+    others = iter(tensors)
+    parts = {name: [(box, next(others)) for box, _ in share.parts] for name, share in _wide_first(shares) if share.parts}
+    return {name: Share(share.dtype, share.shape, parts.get(name, ())) for name, share in shares.items()}
+
+
 def _wide_first(shares: Mapping[str, Share]) -> list[tuple[str, Share]]:
     """Wide elements first: every box then begins at a multiple of its element's size."""
     return sorted(shares.items(), key=lambda item: -item[1].dtype.itemsize)

@@ -18,11 +18,11 @@ rest before it returns. That is the back-pressure: memory is bounded, the stall 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import torch
 from zaya.checkpoint.directory import prune
 from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.mirror import Mirror
-from zaya.checkpoint.save import Share, in_file_order, save
+from zaya.checkpoint.save import Share, in_file_order, save, with_tensors
 
 RETRIES = 3
 """Saves started anew after one that failed, before the next one that is due."""
@@ -191,44 +191,40 @@ class Staging:
 
     def __init__(self, limit_bytes: int, ranks_per_node: int) -> None:
         self.limit_bytes, self.ranks_per_node = limit_bytes, ranks_per_node
-        self._memory, self._wanted = torch.empty(0, dtype=torch.uint8), 0
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._places: list[torch.Tensor] = []
+        """Where the last tensors of the state go, in file order; those before them do not fit."""
+        self._kinds: list[tuple[torch.dtype, torch.Size]] = []
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Once: a state does not grow."""
-        wanted = sum(tensor.nbytes for tensor in tensors)
-        if wanted <= self._wanted:
+        """Once for a state (in file order): it does not change its tensors."""
+        kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        if kinds == self._kinds:
             return
         on_gpu = any(tensor.is_cuda for tensor in tensors)
-        assert not self._wanted or not on_gpu, "pinned memory is not given back"
-        self._wanted = wanted
-        free = self._memory.numel() + available_bytes() // 2 // self.ranks_per_node
-        room = min(wanted + ALIGNMENT * len(tensors), self.limit_bytes, free)
-        self._memory = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-        self._memory = torch.empty(room, dtype=torch.uint8).zero_()  # touched, so that it is there
-        if on_gpu and room and not _pin(self._memory):
+        assert not self._kinds or not on_gpu, "pinned memory is not given back"
+        self._kinds = kinds
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+        self._memory, self._places = torch.empty(0, dtype=torch.uint8), []  # the old one goes first
+        room = min(self.limit_bytes, available_bytes() // 2 // self.ranks_per_node)
+        count = sum(1 for total in itertools.accumulate(reversed(sizes)) if total <= room)  # the last written are copied
+        fitting, sizes = tensors[len(tensors) - count :], sizes[len(tensors) - count :]
+        self._memory = torch.empty(sum(sizes), dtype=torch.uint8).zero_()  # touched, so that it is there
+        for tensor, begin in zip(fitting, itertools.accumulate(sizes, initial=0), strict=False):
+            self._places.append(self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        if on_gpu and self._memory.numel() and not _pin(self._memory):
             log.warning("the memory for saves could not be pinned: the copies that saves wait for are slower")
 
     def take(self, shares: Mapping[str, Share]) -> tuple[dict[str, Share], int]:
         """The same shares with copies in place of their tensors, and how many bytes did not fit: those are the ones written first."""
-        order = in_file_order(shares)
-        self.reserve(order)
-        places: dict[int, int] = {}
-        room = self._memory.numel() // ALIGNMENT * ALIGNMENT
-        for tensor in reversed(order):  # the last written are copied
-            size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            if size > room:
-                break
-            room -= size
-            places[id(tensor)] = room
-        staged = {name: replace(share, parts=[(box, self._copy(tensor, places[id(tensor)]) if id(tensor) in places else tensor)
-                                              for box, tensor in share.parts]) for name, share in shares.items()}
-        if any(tensor.is_cuda for tensor in order):
-            torch.cuda.synchronize()
-        return staged, sum(tensor.nbytes for tensor in order if id(tensor) not in places)
-
-    def _copy(self, tensor: torch.Tensor, begin: int) -> torch.Tensor:
-        target = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return target.copy_(tensor, non_blocking=True)
+        tensors = in_file_order(shares)
+        self.reserve(tensors)
+        live = len(tensors) - len(self._places)
+        if self._places:
+            torch._foreach_copy_(self._places, tensors[live:], non_blocking=True)
+            if any(tensor.is_cuda for tensor in tensors):
+                torch.cuda.synchronize()
+        return with_tensors(shares, [*tensors[:live], *self._places]), sum(tensor.nbytes for tensor in tensors[:live])
 
 
 def _pin(memory: torch.Tensor) -> bool:
