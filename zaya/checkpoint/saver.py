@@ -63,7 +63,7 @@ class Saver:
         self.failed = False
         """The last save did not come through and it is time for another."""
         self._save: dict[str, Any] = {"gather": gather, "rank": rank, "world_size": world_size, "leads": leads, "read_back": True}
-        self._gather, self._leads, self._speaks = gather, rank == 0 if leads is None else leads, rank == 0
+        self._leads, self._speaks = rank == 0 if leads is None else leads, rank == 0
         self._keep, self._mirror = (keep, keep_every), mirror
         self._staging = Staging(staging_bytes, ranks_per_node) if asynchronous else None
         self._thread: threading.Thread | None = None
