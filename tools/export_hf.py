@@ -174,6 +174,8 @@ def complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden sibling to fill; it takes the target's place at the end, or goes."""
     hidden = target.with_name(f".{target.name}.tmp")
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (overwrite and (target / "config.json").is_file()):
+        if overwrite:
+            raise ValueError(f"{target} is not an older export, and --overwrite replaces only those; remove it, or choose another name")
         raise ValueError(f"{target} exists and is not empty; remove it, choose another name, or replace an older export with --overwrite")
     shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
     hidden.mkdir(parents=True)

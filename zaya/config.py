@@ -334,6 +334,9 @@ class CheckpointConfig:
         _at_least("checkpoint.keep", self.keep, 0)
         _at_least("checkpoint.keep_every", self.keep_every, 0)
         _at_least("checkpoint.staging_gib", self.staging_gib, 0)
+        if self.staging_gib > 2**20:
+            raise ValueError(f"checkpoint.staging_gib = {self.staging_gib} is beyond any machine; use 1000, of which no more than half of "
+                             "what is free is taken")
         _at_least("checkpoint.mirror_mb_per_s", self.mirror_mb_per_s, 0)
         _one_of("checkpoint.verify", self.verify, ("read", "all"))
         if not self.resume:

@@ -15,7 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty."""
+    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. After one that came
+    the signals stay ignored."""
 
     def __init__(self, active: bool = True) -> None:
         self.signal = ""
@@ -31,5 +32,6 @@ class Preemption:
         self.signal = self.signal or signal.Signals(number).name
 
     def __exit__(self, *_: object) -> None:
+        # Once it is known that the job must go, whoever says so again (torchrun does) must not end it before it has left in order.
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
+            signal.signal(number, signal.SIG_IGN if self.signal else handler)  # type: ignore[arg-type]  # what signal.signal gave

@@ -6,6 +6,7 @@ During it, `open_saver` has made what the trainer saves with. Joins the recipe a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-from zaya.checkpoint.directory import complete_steps, identity, locate, set_aside, step_path
-from zaya.checkpoint.manifest import CheckpointError, Manifest, raise_on_all
+from zaya.checkpoint.directory import complete_steps, identity, locate, set_aside, step_directories, step_path
+from zaya.checkpoint.manifest import CheckpointError, raise_on_all
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.saver import Saver
@@ -54,9 +55,11 @@ class Tiers(NamedTuple):
 
     def open(self, root: Path, step: int) -> Checkpoint:
         """From the local tier: what this node has not got, its ranks read from the shared one, if that has it."""
-        if root == self.local:
-            return Checkpoint.open(step_path(root, step), partial=True, elsewhere=[step_path(self.shared, step)])
-        return Checkpoint.open(step_path(root, step))
+        elsewhere = [step_path(self.shared, step)] if root == self.local else []
+        checkpoint = Checkpoint.open(step_path(root, step), partial=root == self.local, elsewhere=elsewhere)
+        if checkpoint.manifest.step != step:
+            raise CheckpointError(f"{checkpoint.path} holds a checkpoint of step {checkpoint.manifest.step}")
+        return checkpoint
 
 
 def newest_recipe(tiers: Tiers) -> dict[str, Any] | None:
@@ -72,10 +75,10 @@ def newest_recipe(tiers: Tiers) -> dict[str, Any] | None:
     return None
 
 
-def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> tuple[Manifest | None, str, list[str]]:
+def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> tuple[Checkpoint | None, str, list[str]]:
     """Start from where the recipe says: the run's own newest checkpoint, a given one, other weights, or none of them.
 
-    All ranks together. The manifest whose counters the run goes on from, where it came from in words, and a line for each checkpoint
+    All ranks together. The checkpoint whose counters the run goes on from, where it came from in words, and a line for each checkpoint
     that was passed over. CheckpointError: there are checkpoints to start from, and none can be read.
     """
     resume, allow_missing = recipe.checkpoint.resume, recipe.checkpoint.allow_missing
@@ -83,16 +86,17 @@ def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> tuple[Manifest | N
     if resume == "auto":
         found = _newest_sound(recipe, state, mesh, skipped)
         if found is not None:
-            return found.manifest, f"resumed from {found.path} at step {found.manifest.step}{_changes(recipe, found)}", skipped
+            return found, f"resumed from {found.path} at step {found.manifest.step}{_changes(recipe, found)}{state.left_out}", skipped
     elif resume != "never":
-        own = _agreed(lambda: Checkpoint.open(_named("checkpoint.resume", resume, 'or write "auto" or "never"')), mesh)
+        own = _agreed(lambda: Checkpoint.open(_named("checkpoint.resume", resume, 'name one, or write "auto" or "never"')), mesh)
         _take(own, recipe, state, mesh)
-        return own.manifest, f"resumed from {own.path} at step {own.manifest.step}{_changes(recipe, own)}", skipped
+        return own, f"resumed from {own.path} at step {own.manifest.step}{_changes(recipe, own)}{state.left_out}", skipped
     if recipe.init.checkpoint:
-        given = _agreed(lambda: Checkpoint.open(_named("init.checkpoint", recipe.init.checkpoint, "(tools.import_hf makes one from a "
-                                                       "transformers directory)")), mesh)
+        otherwise = "name one (tools.import_hf makes one from a transformers directory)"
+        given = _agreed(lambda: Checkpoint.open(_named("init.checkpoint", recipe.init.checkpoint, otherwise)), mesh)
+        _check_same(given, mesh)
         state.load(given, weights_only=True, allow_missing=allow_missing)
-        return None, f"weights from {recipe.init.checkpoint}", skipped
+        return None, f"weights from {recipe.init.checkpoint}{state.left_out}", skipped
     return None, f"new weights from seed {recipe.train.seed}", skipped
 
 
@@ -111,11 +115,14 @@ def _newest_sound(recipe: Recipe, state: TrainState, mesh: Mesh, skipped: list[s
                 checkpoint = _agreed(lambda: tiers.open(root, step), mesh)  # noqa: B023 - called at once
                 _take(checkpoint, recipe, state, mesh, on_node=root == tiers.local)
             except CheckpointError as error:
-                skipped.append(f"passed over the checkpoint of step {step}: {error}")
+                tier = " on the local tier" if root == tiers.local else ""
+                skipped.append(f"passed over the checkpoint of step {step}{tier}: {error}")
             else:
                 return checkpoint
+    unfinished = [path for _, path, whole in step_directories(tiers.shared) if not whole and any(path.glob("*.safetensors"))]
     if skipped:
         raise CheckpointError(f"no checkpoint of {tiers.shared.parent} can be read; {'; '.join(skipped)}")
+    skipped += [f"{path} has no manifest.json: a save that did not end, or a checkpoint that was taken apart" for path in unfinished]
     return None
 
 
@@ -139,8 +146,7 @@ def _objects(value: T, mesh: Mesh) -> list[T]:
 def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh, on_node: bool = False) -> None:
     """Load it; verify it whole first, where the recipe says so or it is small: the files dealt out over all ranks, but those that lie on
     nodes over the ranks of each. CheckpointError, on every rank: not all of them have the same, or any of it is damaged."""
-    if len(set(_objects(_agreed(lambda: identity(checkpoint.path), mesh), mesh))) > 1:
-        raise CheckpointError(f"{checkpoint.path}: the nodes hold checkpoints of different saves")
+    _check_same(checkpoint, mesh)
     files = checkpoint.manifest.files
     here = [name for name in sorted(files) if on_node and (checkpoint.path / name).is_file()]
     on_any_node = {name for names in _objects(here, mesh) for name in names}
@@ -153,6 +159,12 @@ def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh,
 
     _agreed(verify, mesh)
     state.load(checkpoint, allow_missing=recipe.checkpoint.allow_missing)
+
+
+def _check_same(checkpoint: Checkpoint, mesh: Mesh) -> None:
+    """CheckpointError, on every rank, unless all have opened the same one."""
+    if len(set(_objects(_agreed(lambda: identity(checkpoint.path), mesh), mesh))) > 1:
+        raise CheckpointError(f"{checkpoint.path}: the nodes hold checkpoints of different saves")
 
 
 def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
@@ -172,23 +184,24 @@ def _named(key: str, value: str, otherwise: str) -> Path:
     """The checkpoint that a recipe key names, or the newest one of the run that it names. ValueError: there is none."""
     found = locate(value)
     if found is None:
-        raise ValueError(f"{key} = {value!r} is neither a checkpoint nor a run that has one; name one, {otherwise}")
+        raise ValueError(f"{key} = {value!r} is neither a checkpoint nor a run that has one; {otherwise}")
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ saving
 
 
-def open_saver(recipe: Recipe, mesh: Mesh, step: int) -> Saver:
-    """What a run that stands at `step` saves with (collective): to the local tier and from there to the shared one, or to the shared
-    one at once. Later checkpoints of the local tier are set aside. ValueError: the local directory cannot be written."""
+def open_saver(recipe: Recipe, mesh: Mesh, step: int, origin: Path | None = None) -> Saver:
+    """What a run that stands at `step`, by the checkpoint `origin`, saves with (collective): to the local tier and from there to the shared
+    one, or to the shared one at once. Later checkpoints of the local tier are set aside, and a copy of that step that was passed over.
+    ValueError: the local directory cannot be written."""
     config, tiers = recipe.checkpoint, Tiers.of(recipe)
     mirror, place = None, mesh.rank
     if tiers.local is not None:
         local = tiers.local
         place, places = _place(local, mesh)
         if place == 0:
-            set_aside(local, step)
+            set_aside(local, step - 1 if origin == step_path(tiers.shared, step) else step)
         mirror = Mirror(local, tiers.shared, gather=_gather(mesh, "mirror"), rank=mesh.rank, place=place, places=places,
                         bytes_per_s=config.mirror_mb_per_s * 1e6 / mesh.world_size, keep=config.keep, keep_every=config.keep_every)
         if all(_objects(step in complete_steps(local) and step not in complete_steps(tiers.shared), mesh)):
@@ -222,5 +235,6 @@ def _place(root: Path, mesh: Mesh) -> tuple[int, int]:
         seen = [rank for rank, name in enumerate(_objects(mark.name, mesh)) if (root.parent / name).exists()]
         _objects(None, mesh)  # all have looked
     finally:
-        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            mark.unlink()
     return seen.index(mesh.rank), len(seen)

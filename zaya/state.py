@@ -32,6 +32,8 @@ class TrainState:
         self.replicated = {**replicated, "optim.step": optimizer.step}
         self.rounded = rounded
         """The model's parameters are in a narrow dtype: master weights are kept beside them."""
+        self.left_out = ""
+        """What the last `load` left out, by leave of its caller, as the end of a sentence."""
 
     def owned(self) -> dict[str, Share]:
         """The state by checkpoint name, and the boxes of it that this rank writes: together the ranks have every element once."""
@@ -49,8 +51,8 @@ class TrainState:
     def load(self, checkpoint: Checkpoint, *, weights_only: bool = False, allow_missing: Sequence[str] = ()) -> None:
         """Take the state, or the weights alone (all ranks together; each reads its own boxes, rank 0 what is replicated).
 
-        Tensors that match one of the patterns of `allow_missing` may be absent (they keep what they hold) or unknown (they are
-        passed over). ValueError: any other tensor is missing, misshapen, of a wrong kind of dtype or one too many: nothing has
+        Tensors that match one of the patterns of `allow_missing` may be absent or misshapen (they keep what they hold) or unknown (they
+        are passed over). ValueError: any other tensor is missing, misshapen, of a wrong kind of dtype or one too many: nothing has
         changed. CheckpointError, on every rank: a part cannot be read; the state is then half loaded, and good for another `load` only.
         """
         wanted = self._match(checkpoint, weights_only, allow_missing)
@@ -82,16 +84,16 @@ class TrainState:
             needed = {name: what for name, what in needed.items() if name.startswith(("model.", "optim.master."))}
         sources = {name: _where(name, stored, rounded=self.rounded) for name in needed}
         # A wide run reads the master weights of a narrow one as its model, and keeps no second copy.
-        extra = sorted(name for name in stored.keys() - needed.keys() - set(sources.values())
-                       if name.startswith("model." if weights_only else ("model.", "optim."))
-                       and not name.startswith("optim.master.") and not _matches(name, allow_missing))
+        unknown = sorted(name for name in stored.keys() - needed.keys() - set(sources.values())
+                         if name.startswith("model." if weights_only else ("model.", "optim.")) and not name.startswith("optim.master."))
+        extra = [name for name in unknown if not _matches(name, allow_missing)]
         if extra:
             raise ValueError(f"checkpoint {path} has tensor {extra[0]}, which this recipe's model or optimizer lacks; it belongs to "
                              "another one, or pass it over by checkpoint.allow_missing")
         wanted: dict[str, str] = {}
         for name, (shape, dtype) in needed.items():
             source = sources[name]
-            if source not in stored and _matches(name, allow_missing):
+            if _matches(name, allow_missing) and (source not in stored or stored[source].shape != shape):
                 continue
             if source not in stored:
                 raise ValueError(f"checkpoint {path} has no tensor {name}; it belongs to another model or optimizer, or allow it in "
@@ -103,6 +105,9 @@ class TrainState:
                 raise ValueError(f"checkpoint {path}: {source} is {DTYPES[stored[source].dtype]}, this recipe needs {dtype}; "
                                  "it was not written by this program")
             wanted[name] = source
+        kept = sorted(needed.keys() - wanted.keys())
+        self.left_out = "".join(f"; {len(names)} tensors {what} ({names[0]}{', ...' if names[1:] else ''})"
+                                for names, what in ((kept, "keep their initial values"), (unknown, "of it are passed over")) if names)
         return wanted
 
 

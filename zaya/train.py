@@ -75,19 +75,20 @@ def recipe_of_run(run_dir: Path, tiers: Tiers) -> Recipe | None:
     return None
 
 
-def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter | None:
+def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, went_back: bool = False) -> MetricsWriter | None:
     """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good.
 
-    A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside with a copy of the record, never
-    mixed with it, never deleted. ValueError: something there cannot be written, or is not this run's.
+    A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside, never mixed with it, never
+    deleted. With them, or where those of another tier were (`went_back`), goes a copy of the record, and so before a run that starts over.
+    ValueError: something there cannot be written, or is not this run's.
     """
-    run_dir, (shared, local) = Path(recipe.run.dir), Tiers.of(recipe)
+    run_dir, shared = Path(recipe.run.dir), Tiers.of(recipe).shared
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         metrics, record = None, run_dir / "metrics.jsonl"
         if mesh.rank == 0:
             aside = set_aside(shared, step)
-            if aside is None and local is not None and any(later > step for later in complete_steps(local)):
+            if aside is None and (went_back or (step == 0 and record.is_file() and record.stat().st_size)):
                 aside = next(path for path in (run_dir / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
                 aside.mkdir()
             if aside is not None and record.is_file():
@@ -96,7 +97,10 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter |
         start_logging(recipe, mesh)
         if mesh.rank == 0:
             temporary = run_dir / "recipe.toml.tmp"
-            temporary.write_text(recipe.to_toml(), encoding="utf-8")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(recipe.to_toml())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, run_dir / "recipe.toml")
     except OSError as error:
         raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
@@ -152,8 +156,11 @@ def main(argv: list[str]) -> int:
         mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, world_size_from_environment()))
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
-        metrics = open_run_directory(recipe, mesh, trainer.step)
+        local = Tiers.of(recipe).local
+        went_back = local is not None and any(later > trainer.step for later in complete_steps(local))
+        # The local tier is set aside first: a kill in between leaves the record with the shared tier's checkpoints.
         trainer.open_saver()
+        metrics = open_run_directory(recipe, mesh, trainer.step, went_back)
     except CheckpointError as error:
         refuse(error, mesh)
         return UNREADABLE

@@ -98,6 +98,7 @@ class Trainer:
         self.origin = f"new weights from seed {train.seed}"
         self.skipped: list[str] = []
         """Checkpoints that the start passed over, and why."""
+        self.resumed_from: Path | None = None
         self.saver: Saver | None = None
         self._warned_of_grace = False
         self._evaluation_s = 0.0
@@ -183,9 +184,9 @@ class Trainer:
 
     def restore(self) -> None:
         """Start from where the recipe says: the run's own newest sound checkpoint, a given one, other weights, or random ones."""
-        manifest, self.origin, self.skipped = restore(self.recipe, self.state, self.mesh)
-        if manifest is not None:
-            self.step, self.position = manifest.step, manifest.position
+        checkpoint, self.origin, self.skipped = restore(self.recipe, self.state, self.mesh)
+        if checkpoint is not None:
+            self.step, self.position, self.resumed_from = checkpoint.manifest.step, checkpoint.manifest.position, checkpoint.path
 
     def load(self, path: Path, *, weights_only: bool = False) -> None:
         """Take the state of a checkpoint, or its weights alone; see TrainState.load."""
@@ -200,7 +201,7 @@ class Trainer:
         """Be ready to save, where the recipe says so (collective; `fit` does it if nobody has). ValueError: see open_saver."""
         recipe = self.recipe
         if self.saver is None and recipe.checkpoint.interval and (self.step < recipe.train.steps or recipe.checkpoint.local_dir):
-            self.saver = open_saver(recipe, self.mesh, self.step)
+            self.saver = open_saver(recipe, self.mesh, self.step, self.resumed_from)
 
     def fit(self, metrics: MetricsWriter | None) -> str:
         """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it.
@@ -240,9 +241,11 @@ class Trainer:
                 bar.update()
             self.optimizer.wait()
             if saver is not None:
-                self._finish_saves(saver, metrics)
+                self._finish_saves(saver, metrics, hurry=stop)
                 # A job that must go has no time for its mirror: the next one on these nodes goes on with it.
-                if not any(gather_objects(bool(preemption.signal), self.mesh.world)):
+                if any(gather_objects(bool(preemption.signal), self.mesh.world)):
+                    stop = stop or saver.mirrors
+                else:
                     saver.close()
         if metrics is not None:
             try:
@@ -272,12 +275,12 @@ class Trainer:
         # A checkpoint never reaches the disk before the rows that it follows.
         saver.start(self.state.owned(), first=metrics.sync if metrics is not None else lambda: None, **self.counters())
 
-    def _finish_saves(self, saver: Saver, metrics: MetricsWriter | None) -> None:
+    def _finish_saves(self, saver: Saver, metrics: MetricsWriter | None, hurry: bool) -> None:
         """The last state is saved; where that fails, as often as any save is tried."""
-        saver.wait(hurry=True)
+        saver.wait(hurry)
         while saver.wants_retry:
             self._start_save(saver, metrics)
-            saver.wait(hurry=True)
+            saver.wait(hurry)
         if saver.failed:
             raise CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once the disk is well, start the "
                                   "run again: it goes on from the newest checkpoint before it")

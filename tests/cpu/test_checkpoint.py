@@ -27,9 +27,9 @@ from tests.cpu.test_shard import layouts, owned, placements
 from zaya import shard
 from zaya.checkpoint import read
 from zaya.checkpoint import save as save_module
-from zaya.checkpoint.directory import newest, prune
+from zaya.checkpoint.directory import complete_steps, newest, prune
 from zaya.checkpoint.files import File, Piece
-from zaya.checkpoint.manifest import BITS, DTYPES, MANIFEST, Box, CheckpointError, hash_bytes
+from zaya.checkpoint.manifest import BITS, DTYPES, MANIFEST, Box, CheckpointError, hash_range
 from zaya.checkpoint.planning import SavePlan, pack
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share, save
@@ -189,7 +189,12 @@ def test_a_touched_box_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monke
     data[-8] ^= 1  # the last element of b
     file.write_bytes(data)
     hashed: list[int] = []
-    monkeypatch.setattr(read, "hash_bytes", lambda data: hashed.append(len(data)) or hash_bytes(data))  # type: ignore[func-returns-value]
+
+    def counted(fd: int, begin: int, end: int, *progress: Any) -> str:
+        hashed.append(end - begin)
+        return hash_range(fd, begin, end, *progress)
+
+    monkeypatch.setattr(read, "hash_range", counted)
     checkpoint = Checkpoint.open(path)
     for start in (0, 500, 999):
         assert same(checkpoint.read("a", [start], [1]), tensors["a"][start:start + 1])
@@ -542,17 +547,37 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
         save_alone(tmp_path, {"x": torch.ones(1)}, step=step)
     for remains in (4, 6):
         (tmp_path / f"step-{remains:08d}").mkdir()
-    prune(tmp_path, 0)
+    prune(tmp_path, 5, 0)
     assert steps() == [1, 2, 3, 5, 6]  # 4 was a killed save; 6 may be one that is being written
-    prune(tmp_path, 3)
+    prune(tmp_path, 5, 3)
     assert steps() == [2, 3, 5, 6]
-    prune(tmp_path, 1)
-    prune(tmp_path, 1)
+    prune(tmp_path, 5, 1)
+    prune(tmp_path, 5, 1)
     assert steps() == [5, 6]
     assert_holds(tmp_path / "step-00000005", {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="keep = -1"):
-        prune(tmp_path, -1)
-    prune(tmp_path / "missing", 1)
+        prune(tmp_path, 5, -1)
+    prune(tmp_path / "missing", 5, 1)
+
+
+def test_pruning_keeps_the_sound_one_whatever_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "archive"
+    for step in (1, 2, 3, 4):
+        save_alone(archive if step == 2 else tmp_path / "root", {"x": torch.ones(1)}, step=step)
+    (tmp_path / "root/step-00000002").symlink_to(archive / "step-00000002")
+    save_alone(tmp_path / "root", {"x": torch.ones(1)}, step=9)  # of somebody else's, perhaps damaged
+    rmtree = shutil.rmtree
+
+    def busy(path: Path, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name == "step-00000001":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with pytest.raises(CheckpointError, match="step-00000001: Directory not empty"):
+        prune(tmp_path / "root", 4, 1)
+    assert complete_steps(tmp_path / "root") == [4, 9], "one that stays in the way keeps no other"
+    assert_holds(archive / "step-00000002", {"x": torch.ones(1)})
 
 
 def test_a_half_pruned_checkpoint_does_not_exist(tmp_path: Path) -> None:
@@ -563,7 +588,7 @@ def test_a_half_pruned_checkpoint_does_not_exist(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             struck = strike(patch, at, Killed())
             try:
-                prune(root, 1)
+                prune(root, 2, 1)
             except Killed:
                 pass
         if not struck():

@@ -427,7 +427,7 @@ def test_tools_never_write_over_something(good_directory: Path, tmp_path: Path, 
     write_checkpoint(tmp_path / "checkpoint", SMALL)
     assert export_hf.main([str(tmp_path / "checkpoint"), str(tmp_path / "full"), "--overwrite"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("exists and is not empty" in line for line in lines)
+    assert len(lines) == 2 and "exists and is not empty" in lines[0] and "is not an older export" in lines[1]
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["mine"]
 
 

@@ -630,9 +630,9 @@ def test_an_older_export_is_replaced_only_when_asked(tmp_path: Path, capsys: pyt
     target = tmp_path / "theirs"
     target.mkdir()
     (target / "notes.txt").write_text("mine")
-    for extra in ([], ["--overwrite"]):
+    for extra, says in (([], "exists and is not empty"), (["--overwrite"], "is not an older export")):
         assert export_megatron.main([str(tmp_path / "ours"), str(target), *extra]) == 2
-        assert "exists and is not empty" in capsys.readouterr().err
+        assert says in capsys.readouterr().err
     (target / "notes.txt").unlink()
     assert export_megatron.main([str(tmp_path / "ours"), str(target), "--max-file-size", "30KB"]) == 0
     many = len(list(target.glob("*.distcp")))

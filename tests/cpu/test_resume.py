@@ -185,8 +185,61 @@ def test_a_signal_in_the_last_step_finishes_the_run(folder: Path, whole: Path, m
 
     monkeypatch.setattr(Trainer, "train_step", last)
     recipe = written(tiny.recipe(folder, checkpoint__interval=4, run__dir=str(folder / "last")), "last")
-    assert main([str(recipe)]) == 0
+    try:
+        assert main([str(recipe)]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     assert losses(folder / "last") == losses(whole) and complete_steps(folder / "last/checkpoints") == [4, 6]
+
+
+def test_a_signal_in_the_last_step_leaves_no_checkpoint_on_the_local_tier_alone_unsaid(folder: Path,
+                                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror is not waited for, so the run is not finished: exit code 3, and the next start mirrors it. A second signal is ignored."""
+    step, close, run_dir = Trainer.train_step, MetricsWriter.close, folder / "late"
+
+    def last(self: Trainer, votes: Sequence[float] = (0, 0)) -> StepResult:
+        result = step(self, votes)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    def again(self: MetricsWriter) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(Trainer, "train_step", last)
+    monkeypatch.setattr(MetricsWriter, "close", again)
+    base = tiny.recipe(folder, checkpoint__interval=6, checkpoint__local_dir=str(folder / "fast4"), run__dir=str(run_dir))
+    recipe = written(base, "late")
+    try:
+        assert main([str(recipe)]) == 3
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    monkeypatch.undo()
+    assert main([str(recipe)]) == 0 and complete_steps(run_dir / "checkpoints") == [6]
+
+
+def test_a_directory_that_holds_another_step_is_passed_over(folder: Path, whole: Path, capsys: Capture) -> None:
+    run_dir = folder / "renamed"
+    shutil.copytree(whole, run_dir)
+    shutil.copytree(step_path(run_dir / "checkpoints", 2), step_path(run_dir / "checkpoints", 8))
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir), train__steps=7), "renamed")
+    shutil.copy(recipe, run_dir / "recipe.toml")
+    assert main([str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "passed over the checkpoint of step 8:" in out and "holds a checkpoint of step 2" in out and "at step 6" in out
+
+
+def test_starting_over_keeps_the_record(folder: Path, whole: Path) -> None:
+    run_dir = folder / "over"
+    shutil.copytree(whole, run_dir)
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "over")
+    shutil.copy(recipe, run_dir / "recipe.toml")
+    shutil.rmtree(run_dir / "checkpoints")
+    assert main([str(recipe)]) == 0
+    assert losses(run_dir) == losses(whole) and len(read_rows(run_dir / "set-aside-1/metrics.jsonl")[0]) == 6
 
 
 def test_a_record_that_cannot_be_written_waits_in_memory(folder: Path, whole: Path, capsys: Capture,

@@ -191,7 +191,7 @@ def test_a_failed_save_is_said_and_tried_again(tmp_path: Path, monkeypatch: pyte
             assert saver.wants_retry == (attempt < RETRIES)
         assert pauses == [1, 2, 4, 0] and caplog.text.count("SAVE FAILED") == RETRIES + 1
         assert "step 1 | SAVE FAILED: cannot write checkpoint" in caplog.text and "another attempt after 1 s (1 of 3)" in caplog.text
-        assert "the next save that is due tries again" in caplog.text
+        assert "no other attempt until a save is due" in caplog.text
         full = False
         saver.start(shares(state(9)), step=9, **COUNTERS)
         saver.wait()

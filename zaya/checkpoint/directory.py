@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Container
 from pathlib import Path
 
-from zaya.checkpoint.manifest import MANIFEST, disk_errors
+from zaya.checkpoint.manifest import MANIFEST, CheckpointError, disk_errors
 
 _STEP = re.compile(r"step-([0-9]{8,18})")
 
@@ -50,22 +50,26 @@ def step_directories(root: Path) -> list[tuple[int, Path, bool]]:
     return sorted(found)
 
 
-def prune(root: str | Path, keep: int, keep_every: int = 0, spare: Container[int] = ()) -> list[Path]:
-    """Keep the newest `keep` complete checkpoints, every multiple of `keep_every` steps, and those of `spare`; what went. 0 keeps all.
+def prune(root: str | Path, sound: int, keep: int, keep_every: int = 0, spare: Container[int] = ()) -> list[Path]:
+    """Of the complete checkpoints up to step `sound`, which is known to verify, keep the newest `keep`, every multiple of `keep_every`
+    steps, and those of `spare`; what went. 0 keeps all. So one that verifies is always left, whatever lies there beside.
 
-    The remains of killed saves older than the newest go too, whatever `keep` is. Call it when the newest complete checkpoint is known to be
-    sound: then one that verifies is always left.
+    The remains of killed saves before it go too, whatever `keep` is. CheckpointError: something could not be removed; the rest is gone.
     """
     if keep < 0 or keep_every < 0:
         raise ValueError(f"keep = {keep} and keep_every = {keep_every} must be at least 0")
-    steps = step_directories(Path(root))
+    steps = [found for found in step_directories(Path(root)) if found[0] <= sound]
     complete = [step for step, _, whole in steps if whole]
-    if not complete:
-        return []
-    kept = {*complete[-keep:], *(step for step in complete if keep_every and step % keep_every == 0)}
-    gone = [path for step, path, whole in steps if step < complete[-1] and not (whole and step in kept) and step not in spare]
+    kept = {sound, *complete[-keep:], *(step for step in complete if keep_every and step % keep_every == 0)}
+    gone = [path for step, path, whole in steps if step < sound and not (whole and step in kept) and step not in spare]
+    problems = []
     for path in gone:
-        remove(path)
+        try:
+            remove(path)
+        except CheckpointError as error:
+            problems.append(error)
+    for problem in problems:
+        raise problem
     return gone
 
 
@@ -89,8 +93,12 @@ def identity(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint. Its manifest goes first, so that one half removed does not exist. CheckpointError: the disk does not let it."""
+    """Delete a checkpoint; of a link, the link. Its manifest goes first, so that one half removed does not exist. CheckpointError: the disk
+    does not let it."""
     with disk_errors("remove", path):
+        if path.is_symlink():
+            path.unlink()
+            return
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 

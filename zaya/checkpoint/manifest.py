@@ -13,6 +13,7 @@ import math
 import os
 import re
 import reprlib
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,10 +167,12 @@ def load(directory: Path) -> Manifest:
     """The manifest of a checkpoint directory. CheckpointError if there is none or it is not valid; OSError if it cannot be read."""
     path = directory / MANIFEST
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise CheckpointError(f"{directory} is not a checkpoint: its {MANIFEST} is not a file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             raw = file.read(min(size, MAX_MANIFEST_BYTES))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST}") from None
     if size > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path} has {size} bytes, more than {MAX_MANIFEST_BYTES}: not a manifest")

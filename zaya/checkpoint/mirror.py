@@ -128,7 +128,7 @@ class Mirror:
         began = time.perf_counter()
         if self._tried(lambda: self._attempt(step_path(self.source, step), step_path(self.target, step)), f"step {step}") is not None:
             self.step = step
-            self._prune()
+            self._prune(step)
             self._say(logging.INFO, f"step {step} | mirrored to {step_path(self.target, step)} in {time.perf_counter() - began:.1f} s")
         self._done = step
 
@@ -183,10 +183,10 @@ class Mirror:
         for damage in Checkpoint(target, checkpoint.manifest).damages(files=mine):
             raise damage
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
         if self._rank == 0:
             try:
-                prune(self.target, *self._keep)
+                prune(self.target, step, *self._keep)
             except CheckpointError as error:
                 self._say(logging.ERROR, f"{error}; free the room by hand")
 

@@ -89,8 +89,8 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
        older one. Gather: now the checkpoint exists for every rank.
 
     An OSError or a wrong share on any rank becomes one CheckpointError on every rank at the next gather, without further collectives;
-    the leaders have then removed what was written, and an older checkpoint of the same step is untouched. (If the disk fails after the
-    rename, the new one stays: it is sound, and only said to have failed.) Anything else raises on its rank alone.
+    the leaders have then removed what was written, and an older checkpoint of the same step in their directory is untouched. (If the disk
+    fails after the rename, the new one stays: it is sound, and only said to have failed.) Anything else raises on its rank alone.
     """
     blank = checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
                              hf_config=hf_config or {}))

@@ -125,12 +125,18 @@ class Saver:
         self._hurry.clear()
         self.check()
 
+    @property
+    def mirrors(self) -> bool:
+        """Checkpoints have another place to go to after they are complete."""
+        return self._mirror is not None
+
     def close(self) -> None:
         """Every checkpoint is where it belongs, on both tiers. CheckpointError: the last one is not."""
         self.wait()
         if self._mirror is not None:
             self._mirror.close()
-            self._prune()  # of what the mirror needed until now
+            if self.step is not None:
+                self._prune(self.step)  # of what the mirror needed until now
 
     def check(self) -> None:
         """Raise what ended a thread."""
@@ -162,7 +168,7 @@ class Saver:
             log.info("step %d | saved %s in %.1f s", step, path, self.seconds)
         if self._mirror is not None:
             self._mirror.offer(path)
-        self._prune()
+        self._prune(step)
 
     def _fail(self, step: int, error: CheckpointError) -> None:
         self.failures, self.problem = self.failures + 1, str(error)
@@ -170,18 +176,17 @@ class Saver:
         pause_s = 0 if last else PAUSE_S * 2 ** (self._attempts - 1)
         if self._speaks:
             again = f"another attempt after {pause_s:g} s ({self._attempts} of {RETRIES})"
-            then = "the next save that is due tries again" if last else again
-            log.error("step %d | SAVE FAILED: %s | training goes on; %s", step, error, then)
+            log.error("step %d | SAVE FAILED: %s | %s", step, error, "no other attempt until a save is due" if last else again)
         self._released.set()  # the training does not wait for this
         self._hurry.wait(pause_s)
         self.failed = True
 
-    def _prune(self) -> None:
-        """The checkpoint just saved was read back, so one that verifies stays whatever goes."""
+    def _prune(self, step: int) -> None:
+        """That of `step` was read back, so one that verifies stays whatever goes."""
         if self._leads:
             try:
                 with self._mirror.sparing() if self._mirror is not None else contextlib.nullcontext(()) as spare:
-                    prune(self.root, *self._keep, spare=spare)
+                    prune(self.root, step, *self._keep, spare=spare)
             except CheckpointError as error:
                 log.error("%s; free the room by hand", error)
 

@@ -362,6 +362,9 @@ class TorchDistWriter:
         with disk_errors("write", self.directory):
             taken = self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir()))
             if taken and not (overwrite and (self.directory / METADATA).is_file()):
+                if overwrite:
+                    raise CheckpointError(f"{self.directory} is not an older export, and --overwrite replaces only those; remove it, or "
+                                          "choose another name")
                 raise CheckpointError(f"{self.directory} exists and is not empty; remove it, choose another name, or replace an older "
                                       "export with --overwrite")
             shutil.rmtree(self._hidden, ignore_errors=True)  # of a killed process
@@ -377,7 +380,7 @@ class TorchDistWriter:
         with disk_errors("write", self.directory):
             file, path = self._file_for(tensor.nbytes)
             begin = file.tell()
-            _save(tensor, file)
+            save_pickle(tensor, file)
             self._places[MetadataIndex(name, start, 0)] = _StorageInfo(path, begin, file.tell() - begin)
         chunk = ChunkStorageMetadata(start, tensor.shape)
         self._entries[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, [chunk])
@@ -388,7 +391,7 @@ class TorchDistWriter:
         metadata = Metadata(dict(self._entries), paths, self._places, StorageMeta(), CURRENT_DCP_VERSION)
         with disk_errors("write", self.directory):
             self._finish_file()
-            for name, write in ((COMMON, lambda file: _save(self.common, file)),
+            for name, write in ((COMMON, lambda file: save_pickle(self.common, file)),
                                 (CONFIG, lambda file: file.write(json.dumps(BACKENDS).encode("ascii"))),
                                 (METADATA, lambda file: pickle.dump(metadata, file))):
                 with open(self._hidden / name, "xb") as file:
@@ -431,7 +434,7 @@ class TorchDistWriter:
             self._file = None
 
 
-def _save(value: Any, file: io.BufferedWriter) -> None:
+def save_pickle(value: Any, file: io.BufferedWriter) -> None:
     """torch.save. After a write that failed its own writer fails too, and its RuntimeError hides why."""
     try:
         torch.save(value, file)

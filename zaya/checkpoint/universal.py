@@ -33,6 +33,7 @@ from torch import Tensor
 
 from zaya.checkpoint.directory import sync_directory
 from zaya.checkpoint.manifest import CheckpointError, check_name, disk_errors
+from zaya.checkpoint.torch_dist import save_pickle
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter, by DeepSpeed's names of the files."""
@@ -162,7 +163,7 @@ def _is_view(tensor: Tensor) -> bool:
 
 def _save(value: object, path: Path) -> None:
     with open(path, "xb") as file:
-        torch.save(value, file)
+        save_pickle(value, file)
         file.flush()
         os.fsync(file.fileno())
 
