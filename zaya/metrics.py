@@ -9,6 +9,7 @@ are read from its first bytes, and cutting the file at one offset forgets every 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -91,12 +92,26 @@ class MetricsWriter:
         """The last evaluation row's; 0 = none."""
         self.problem = ""
         """Why the last rows are not written yet."""
-        end = self._find_end(path, resume_step) if path.exists() else 0
-        # Truncating is one call of the system: a crash leaves the old file or the new one. Appending: a crash can only tear the tail.
         self._file = open(path, "ab", buffering=0)
+        try:
+            self._lock(path)
+            end = self._find_end(path, resume_step)
+        except ValueError:
+            self._file.close()
+            raise
         self._waiting = bytearray()
         self._writing = threading.Lock()
+        # Truncating is one call of the system: a crash leaves the old file or the new one. Appending: a crash can only tear the tail.
         self._file.truncate(end)
+
+    def _lock(self, path: Path) -> None:
+        """Until the file is closed or the process ends. ValueError: another process has it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process: this run is going on already; wait for it, or end it") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _find_end(self, path: Path, resume_step: int) -> int:
         """Offset behind the last row of a step <= resume_step."""

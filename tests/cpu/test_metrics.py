@@ -164,3 +164,13 @@ def test_the_line_can_be_read_by_people_and_parsed() -> None:
     assert "| loss nan |" in format_line(row(1, loss=math.nan), 2) and "| loss nan |" in format_line(row(1, loss=None), 2)
     assert [format_line(row(1, tokens_per_second=speed), 2).split(" | ")[4] for speed in (950.4, 5.25e6)] == ["950 tok/s", "5.2M tok/s"]
     assert format_line({"step": 12, "eval_loss": 3.0}, 200) == "step 12/200 | eval_loss 3.0000"
+
+
+def test_one_process_at_a_time_writes_a_record(tmp_path: Path) -> None:
+    first = MetricsWriter(tmp_path / "m", 0)
+    first.append({"step": 1, "loss": 1.0})
+    with pytest.raises(ValueError, match="is being written by another process"):
+        MetricsWriter(tmp_path / "m", 0)
+    first.close()
+    assert len(read_rows(tmp_path / "m")[0]) == 1
+    MetricsWriter(tmp_path / "m", 1).close()

@@ -223,7 +223,7 @@ def test_a_bug_in_the_loop_is_no_bad_recipe(folder: Path, capsys: pytest.Capture
 
     monkeypatch.setattr(Trainer, "fit", fit)
     recipe = folder / "loop.toml"
-    recipe.write_text(tiny.recipe(folder, run__dir=str(folder / "loop")).to_toml())
+    recipe.write_text(tiny.recipe(folder, run__dir=str(folder / f"loop-{type(raised).__name__}")).to_toml())
     if type(raised) is ValueError:
         with pytest.raises(ValueError, match="a bug"):
             main([str(recipe)])

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,7 @@ class Saver:
         self._leads, self._speaks = rank == 0 if leads is None else leads, rank == 0
         self._keep, self._mirror = (keep, keep_every), mirror
         self._staging = Staging(staging_bytes, ranks_per_node) if asynchronous else None
-        self._thread: threading.Thread | None = None
+        self._writer = _Writer()
         self._hurry = threading.Event()
         self._attempts = 0
         self._released = threading.Event()
@@ -85,9 +86,8 @@ class Saver:
         self.wait(hurry=True)
         self._attempts = self._attempts + 1 if self.failed else 1
         self.failed = False
-        live = 0
-        if self._staging is not None:
-            shares, live = self._staging.take(shares)
+        tensors = in_file_order(shares)
+        live = self._staging.take(tensors) if self._staging is not None else 0
         written = 0
         self._released.clear()
         if not live and self._staging is not None:
@@ -101,14 +101,14 @@ class Saver:
 
         def work() -> None:
             try:
-                self._write(shares, tell, began, step=step, first=first, **counters)
+                mine = shares if self._staging is None else self._staging.staged(shares, tensors)
+                self._write(mine, tell, began, step=step, first=first, **counters)
             except BaseException as error:  # noqa: BLE001 - raised again in the training's thread
                 self._error = error
             finally:
                 self._released.set()
 
-        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
-        self._thread.start()
+        self._writer.submit(work)
         self._released.wait()
         if self._staging is None:
             self.wait(hurry=True)
@@ -119,9 +119,7 @@ class Saver:
         rank that is gone."""
         if hurry:
             self._hurry.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._writer.idle.wait()
         self._hurry.clear()
         self.check()
 
@@ -220,16 +218,42 @@ class Staging:
         if on_gpu and self._memory.numel() and not _pin(self._memory):
             log.warning("the memory for saves could not be pinned: the copies that saves wait for are slower")
 
-    def take(self, shares: Mapping[str, Share]) -> tuple[dict[str, Share], int]:
-        """The same shares with copies in place of their tensors, and how many bytes did not fit: those are the ones written first."""
-        tensors = in_file_order(shares)
+    def take(self, tensors: list[torch.Tensor]) -> int:
+        """Copy a state (in file order); how many bytes of it did not fit: those are the ones written first."""
         self.reserve(tensors)
         live = len(tensors) - len(self._places)
         if self._places:
             torch._foreach_copy_(self._places, tensors[live:], non_blocking=True)
             if any(tensor.is_cuda for tensor in tensors):
                 torch.cuda.synchronize()
-        return with_tensors(shares, [*tensors[:live], *self._places]), sum(tensor.nbytes for tensor in tensors[:live])
+        return sum(tensor.nbytes for tensor in tensors[:live])
+
+    def staged(self, shares: Mapping[str, Share], tensors: Sequence[torch.Tensor]) -> dict[str, Share]:
+        """The shares with the copies in place of their tensors, but for those that did not fit."""
+        return with_tensors(shares, [*tensors[: len(tensors) - len(self._places)], *self._places])
+
+
+class _Writer(threading.Thread):
+    """Runs one job after another. It stays, because the start of a thread costs its starter up to 5 ms: the new one has the
+    interpreter's lock first."""
+
+    def __init__(self) -> None:
+        super().__init__(name="save-writer", daemon=True)
+        self.idle = threading.Event()
+        self.idle.set()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self.idle.clear()
+        self._jobs.put(job)
+
+    def run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job()
+            del job  # and with it the state, if the run is over
+            self.idle.set()
 
 
 def _pin(memory: torch.Tensor) -> bool:
