@@ -8,7 +8,6 @@ shards (zaya/checkpoint/stream.py). The target appears complete or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from zaya.checkpoint import stream
+from zaya.checkpoint.directory import NewDirectory
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser, size_of, worker_count
@@ -169,25 +169,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden sibling to fill; it takes the target's place at the end, or goes."""
-    hidden = target.with_name(f".{target.name}.tmp")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (overwrite and (target / "config.json").is_file()):
-        if overwrite:
-            raise ValueError(f"{target} is not an older export, and --overwrite replaces only those; remove it, or choose another name")
-        raise ValueError(f"{target} exists and is not empty; remove it, choose another name, or replace an older export with --overwrite")
-    shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
-    hidden.mkdir(parents=True)
-    try:
-        yield hidden
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(hidden, target)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
 def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool, workers: int = 1) -> None:
     """ValueError or OSError, with nothing left at `target`, if it cannot be done."""
     checkpoint = Checkpoint.find(source)
@@ -195,11 +176,11 @@ def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_b
     items = plan_items(checkpoint, config, dtype)
     named = Path(str(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or ""))
     tokenizer = named if named.is_file() else None
-    with complete_or_nothing(Path(os.path.abspath(target)), overwrite) as directory:
-        _write_json(directory / "config.json", hf_config(checkpoint, config, items[0].dtype, tokenizer))
+    with NewDirectory(target, overwrite=overwrite, mark="config.json") as new:
+        _write_json(new.hidden / "config.json", hf_config(checkpoint, config, items[0].dtype, tokenizer))
         if tokenizer is not None:
-            write_tokenizer(directory, tokenizer)
-        write_weights(directory, cut_into_shards(items, max_shard_bytes), checkpoint, workers)
+            write_tokenizer(new.hidden, tokenizer)
+        write_weights(new.hidden, cut_into_shards(items, max_shard_bytes), checkpoint, workers)
 
 
 def main(argv: Sequence[str]) -> int:

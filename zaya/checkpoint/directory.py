@@ -12,6 +12,8 @@ import re
 import shutil
 from collections.abc import Container
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, disk_errors
 
@@ -101,6 +103,55 @@ def remove(path: Path) -> None:
             return
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
+
+
+class NewDirectory:
+    """A directory that is filled under a hidden name beside it and takes its own, `directory`, when it is whole: `with` ends in `close`, or
+    after an exception in `abort`. A writer of a format fills `hidden` and extends `close`.
+
+    `directory` must not exist or be empty, or with `overwrite` be an older one, which holds the file `mark`. CheckpointError: it cannot be
+    made.
+    """
+
+    def __init__(self, directory: str | Path, *, overwrite: bool = False, mark: str = "") -> None:
+        self.directory = Path(os.path.abspath(directory))
+        self.hidden = self.directory.with_name(f".{self.directory.name}.tmp")
+        with disk_errors("write", self.directory):
+            if self._is_taken() and not (overwrite and (self.directory / mark).is_file()):
+                if overwrite:
+                    raise CheckpointError(f"{self.directory} is not an older export, and --overwrite replaces only those; remove it, or "
+                                          "choose another name")
+                raise CheckpointError(f"{self.directory} exists and is not empty; remove it, or choose another name"
+                                      + (", or replace an older export with --overwrite" if mark else ""))
+            shutil.rmtree(self.hidden, ignore_errors=True)  # of a killed process
+            self.hidden.mkdir(parents=True)
+
+    def close(self) -> None:
+        with disk_errors("write", self.directory):
+            old = self.directory.with_name(f".{self.directory.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if self._is_taken():
+                os.replace(self.directory, old)
+            os.replace(self.hidden, self.directory)
+            sync_directory(self.directory.parent)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.hidden, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.abort()  # nothing is left to remove after a close that came through
+
+    def _is_taken(self) -> bool:
+        return self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir()))
 
 
 def sync_directory(path: Path) -> None:

@@ -23,13 +23,11 @@ import os
 import pickle
 import re
 import reprlib
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from zaya.checkpoint.directory import sync_directory
+from zaya.checkpoint.directory import NewDirectory, sync_directory
 from zaya.checkpoint.manifest import DTYPES, MAX_DIMS, MAX_INT, Box, CheckpointError, TensorEntry, check_cover, disk_errors
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
@@ -338,7 +336,7 @@ def _zipped_pickle(data: bytes) -> bytes:
         raise CheckpointError(f"is damaged: {reprlib.repr(str(error))}") from None
 
 
-class TorchDistWriter:
+class TorchDistWriter(NewDirectory):
     """Stream whole tensors into a new directory, one in memory at a time.
 
         with TorchDistWriter(directory, max_file_bytes=4 << 30) as writer:
@@ -351,24 +349,13 @@ class TorchDistWriter:
     """
 
     def __init__(self, directory: Path, *, max_file_bytes: int, overwrite: bool = False) -> None:
-        self.directory = Path(os.path.abspath(directory))
         self.max_file_bytes = max_file_bytes
         self.common: dict[str, Any] = {}
-        self._hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         self._entries: dict[str, TensorStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._num_files = 0
         self._file: io.BufferedWriter | None = None
-        with disk_errors("write", self.directory):
-            taken = self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir()))
-            if taken and not (overwrite and (self.directory / METADATA).is_file()):
-                if overwrite:
-                    raise CheckpointError(f"{self.directory} is not an older export, and --overwrite replaces only those; remove it, or "
-                                          "choose another name")
-                raise CheckpointError(f"{self.directory} exists and is not empty; remove it, choose another name, or replace an older "
-                                      "export with --overwrite")
-            shutil.rmtree(self._hidden, ignore_errors=True)  # of a killed process
-            self._hidden.mkdir(parents=True)
+        super().__init__(directory, overwrite=overwrite, mark=METADATA)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         if name in self._entries or tensor.dtype not in _DTYPE_NAMES:
@@ -394,36 +381,24 @@ class TorchDistWriter:
             for name, write in ((COMMON, lambda file: save_pickle(self.common, file)),
                                 (CONFIG, lambda file: file.write(json.dumps(BACKENDS).encode("ascii"))),
                                 (METADATA, lambda file: pickle.dump(metadata, file))):
-                with open(self._hidden / name, "xb") as file:
+                with open(self.hidden / name, "xb") as file:
                     write(file)
                     _sync(file)
-            sync_directory(self._hidden)
-            old = self.directory.with_name(f".{self.directory.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            if self.directory.exists():
-                os.replace(self.directory, old)
-            os.replace(self._hidden, self.directory)
-            sync_directory(self.directory.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            sync_directory(self.hidden)
+        super().close()
 
-    def __enter__(self) -> TorchDistWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            if self._file is not None:
-                with contextlib.suppress(OSError):  # of a full disk; it has been said
-                    self._file.close()
-            shutil.rmtree(self._hidden, ignore_errors=True)  # nothing is left to remove after a close that came through
+    def abort(self) -> None:
+        """Remove what was written."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a full disk; it has been said
+                self._file.close()
+        super().abort()
 
     def _file_for(self, num_bytes: int) -> tuple[io.BufferedWriter, str]:
         if self._file is not None and self._file.tell() + num_bytes > self.max_file_bytes:
             self._finish_file()
         if self._file is None:
-            self._file = open(self._hidden / f"__0_{self._num_files}.distcp", "xb")
+            self._file = open(self.hidden / f"__0_{self._num_files}.distcp", "xb")
             self._num_files += 1
         return self._file, f"__0_{self._num_files - 1}.distcp"
 

@@ -19,19 +19,17 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zaya.checkpoint.directory import sync_directory
+from zaya.checkpoint.directory import NewDirectory
 from zaya.checkpoint.manifest import CheckpointError, check_name, disk_errors
 from zaya.checkpoint.torch_dist import save_pickle
 
@@ -70,7 +68,7 @@ class ParameterGroup:
 # ------------------------------------------------------------------------------------------------------------------------- writing
 
 
-class UniversalWriter:
+class UniversalWriter(NewDirectory):
     """Stream AdamW's state into a new universal checkpoint.
 
         with UniversalWriter(directory, step=8, optimizer_steps=8, groups=groups, buffers={}, client_state={}) as writer:
@@ -84,25 +82,21 @@ class UniversalWriter:
 
     def __init__(self, directory: str | Path, *, step: int, optimizer_steps: int, groups: Sequence[ParameterGroup],
                  buffers: Mapping[str, Tensor], client_state: Mapping[str, Any]) -> None:
-        self.directory = Path(os.path.abspath(directory))
         self.step, self.optimizer_steps = step, optimizer_steps
         self.groups, self.buffers, self.client_state = groups, buffers, client_state
-        self._hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         self._tag = f"global_step{step}_universal"
         self._shapes: dict[str, torch.Size] = {}
         self._missing = {(name, state) for group in groups for name in group.names for state in STATES}
+        super().__init__(directory)
         with disk_errors("write", self.directory):
-            if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-                raise CheckpointError(f"{self.directory} exists and is not empty; remove it or choose another name")
-            shutil.rmtree(self._hidden, ignore_errors=True)  # of a killed process
-            (self._hidden / self._tag / "zero").mkdir(parents=True)
+            (self.hidden / self._tag / "zero").mkdir(parents=True)
 
     def add(self, name: str, state: str, tensor: Tensor) -> None:
         """The whole of one tensor of a parameter, fp32."""
         assert (name, state) in self._missing and tensor.dtype == torch.float32, (name, state, tensor.dtype)
         assert self._shapes.setdefault(name, tensor.shape) == tensor.shape, (name, state, tensor.shape)
         self._missing.remove((name, state))
-        folder = self._hidden / self._tag / "zero" / check_name(name)
+        folder = self.hidden / self._tag / "zero" / check_name(name)
         with disk_errors("write", self.directory):
             folder.mkdir(exist_ok=True)
             # A view would take its whole storage along. cat_dim: where slices of tensor parallelism were joined; read, never needed.
@@ -115,28 +109,13 @@ class UniversalWriter:
     def close(self) -> None:
         """The rest of the files; the directory takes its name."""
         assert not self._missing, f"no {min(self._missing)} was added"
-        folder = self._hidden / self._tag
+        folder = self.hidden / self._tag
         with disk_errors("write", self.directory):
             _save(self._optimizer_state(), folder / "zero" / "optimizer_state.pt")
             for name in MODEL_STATES:
                 _save(self._model_states(), folder / name)
-            (self._hidden / LATEST).write_text(self._tag, encoding="ascii")
-            os.replace(self._hidden, self.directory)
-            sync_directory(self.directory.parent)
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        shutil.rmtree(self._hidden, ignore_errors=True)
-
-    def __enter__(self) -> UniversalWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            self.abort()  # nothing is left to remove after a close that came through
+            (self.hidden / LATEST).write_text(self._tag, encoding="ascii")
+        super().close()
 
     def _optimizer_state(self) -> dict[str, Any]:
         groups = [{**group.hyperparameters, "params": [index]} for index, group in enumerate(self.groups)]

@@ -8,26 +8,24 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from zaya.checkpoint.boxes import Box
-from zaya.checkpoint.directory import sync_directory
+from zaya.checkpoint.directory import NewDirectory
 from zaya.checkpoint.files import MAX_FILE_BYTES, File, Piece, checked, file_name, manifest_text, whole, write_manifest
 from zaya.checkpoint.manifest import DTYPES, CheckpointError, FileEntry, Manifest, TensorEntry, disk_errors
 
 HEADER_ROOM = 1 << 16  # kept free for the header of a file, about 400 tensors; then a new one begins
 
 
-class CheckpointWriter:
+class CheckpointWriter(NewDirectory):
     """Stream tensors into a new checkpoint, one process, one tensor in memory at a time.
 
         with CheckpointWriter(directory, recipe=recipe, hf_config=config) as writer:
@@ -42,11 +40,9 @@ class CheckpointWriter:
     def __init__(self, directory: str | Path, *, recipe: dict[str, Any], step: int = 0, tokens: int = 0,
                  tokens_by_corpus: dict[str, int] | None = None, position: int = 0, layout: dict[str, int] | None = None,
                  hf_config: dict[str, Any] | None = None, max_file_bytes: int = MAX_FILE_BYTES, workers: int = 1) -> None:
-        self.directory = Path(os.path.abspath(directory))
         self.max_file_bytes = max_file_bytes
         self._manifest = checked(Manifest(step, tokens, tokens_by_corpus or {}, position, recipe, layout or {"world_size": 1},
                                            hf_config=hf_config or {}))
-        self._hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         self._tensors: dict[str, TensorEntry] = {}
         self._files: list[FileEntry | None] = []
         self._file: File | None = None
@@ -55,11 +51,7 @@ class CheckpointWriter:
         self._planned: dict[int, tuple[File, dict[str, Callable[[], Box]]]] = {}
         """By place in `_files`, which has None there: the file, and what fills its streamed tensors."""
         self._stopped, self._telling = False, threading.Lock()
-        with disk_errors("write checkpoint", self.directory):
-            if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-                raise CheckpointError(f"{self.directory} exists and is not empty; remove it or choose another name")
-            shutil.rmtree(self._hidden, ignore_errors=True)  # of a killed process
-            self._hidden.mkdir(parents=True)
+        super().__init__(directory)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         piece = whole(name, tensor.dtype, tuple(tensor.shape))
@@ -93,30 +85,19 @@ class CheckpointWriter:
             self._fill_planned()
             names = {_streamed_name(i): file_name(i, len(self._files)) for i in range(len(self._files))}
             for streamed, final in names.items():
-                os.replace(self._hidden / streamed, self._hidden / final)
+                os.replace(self.hidden / streamed, self.hidden / final)
             tensors = {name: replace(entry, boxes=tuple(replace(box, file=names[box.file]) for box in entry.boxes))
                        for name, entry in self._tensors.items()}
             files = {name: entry for name, entry in zip(names.values(), self._files, strict=True) if entry is not None}
-            write_manifest(self._hidden, manifest_text(replace(self._manifest, tensors=tensors, files=files)))
-            os.replace(self._hidden, self.directory)
-            sync_directory(self.directory.parent)
+            write_manifest(self.hidden, manifest_text(replace(self._manifest, tensors=tensors, files=files)))
+        super().close()
 
     def abort(self) -> None:
         """Remove what was written."""
         for file in (self._file, *(file for file, _ in self._planned.values())):
             if file is not None:
                 file.close()
-        shutil.rmtree(self._hidden, ignore_errors=True)
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            self.abort()  # nothing is left to remove after a close that came through
+        super().abort()
 
     def _file_for(self, piece: Piece) -> File:
         """The file that the piece comes next in."""
@@ -127,7 +108,7 @@ class CheckpointWriter:
             if misaligned or self._file.length + piece.num_bytes > self.max_file_bytes or piece.header_bytes > self._room_left:
                 self._finish_file()
         if self._file is None:
-            self._file = File(self._hidden / _streamed_name(len(self._files)), HEADER_ROOM)
+            self._file = File(self.hidden / _streamed_name(len(self._files)), HEADER_ROOM)
             self._room_left = HEADER_ROOM - len(json.dumps(self._file.header))
         self._room_left -= piece.header_bytes
         return self._file
