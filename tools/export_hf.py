@@ -52,21 +52,11 @@ class Item:
 
 def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype | None) -> list[Item]:
     """The table with dtypes, after a check that the checkpoint holds exactly the model."""
-    stored = {name.removeprefix("model."): entry for name, entry in checkpoint.manifest.tensors.items() if name.startswith("model.")}
-    items = []
-    for link in hf.links(config):
-        for named in link.ours:
-            if named.name not in stored:
-                raise ValueError(f"{checkpoint.path} has no tensor model.{named.name}, which its recipe asks for")
-            if stored[named.name].shape != named.shape:
-                raise ValueError(f"{checkpoint.path}: model.{named.name} has shape {list(stored[named.name].shape)}, "
-                                 f"its recipe asks for {list(named.shape)}")
-        as_stored = STORED_DTYPES[stored[link.ours[0].name].dtype]
-        items.append(Item(link, torch.float32 if link.always_fp32 else dtype or as_stored))
-    unexpected = stored.keys() - {named.name for item in items for named in item.link.ours}
-    if unexpected:
-        raise ValueError(f"{checkpoint.path} has the unexpected tensor model.{min(unexpected)}; its recipe does not ask for it")
-    return items
+    links = hf.links(config)
+    checkpoint.check_parameters({named.name: named.shape for link in links for named in link.ours})
+    stored = checkpoint.manifest.tensors
+    return [Item(link, torch.float32 if link.always_fp32 else dtype or STORED_DTYPES[stored[f"model.{link.ours[0].name}"].dtype])
+            for link in links]
 
 
 def cut_into_shards(items: list[Item], max_bytes: int) -> list[list[Item]]:

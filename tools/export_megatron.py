@@ -40,16 +40,11 @@ class Item:
 
 def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype | None) -> list[Item]:
     """The table with dtypes, after a check that the checkpoint holds exactly the model."""
-    tensors = checkpoint.manifest.tensors
-    stored = {name.removeprefix("model."): entry for name, entry in tensors.items() if name.startswith("model.")}
+    links = megatron.links(config)
+    checkpoint.check_parameters({named.name: named.shape for link in links for named in link.ours})
+    stored = {name.removeprefix("model."): entry for name, entry in checkpoint.manifest.tensors.items()}
     items = []
-    for link in megatron.links(config):
-        for named in link.ours:
-            if named.name not in stored:
-                raise ValueError(f"{checkpoint.path} has no tensor model.{named.name}, which its recipe asks for")
-            if stored[named.name].shape != named.shape:
-                raise ValueError(f"{checkpoint.path}: model.{named.name} has shape {list(stored[named.name].shape)}, "
-                                 f"its recipe asks for {list(named.shape)}")
+    for link in links:
         # The balance bias is state, not a parameter: Megatron keeps it in fp32 whatever the weights are, and so do we.
         keep = dtype is None or link.ours[0].name.endswith(megatron.BALANCE_BIAS)
         target = STORED_DTYPES[stored[link.ours[0].name].dtype] if keep else dtype
@@ -58,9 +53,6 @@ def plan_items(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype |
             raise ValueError(f"{checkpoint.path}: {' and '.join(named.name for named in link.ours)} become one tensor but are of different "
                              "dtypes; choose one with --dtype")
         items.append(Item(link, tuple(checkpoint.weight(named.name, target) for named in link.ours), target))
-    unexpected = stored.keys() - {named.name for item in items for named in item.link.ours}
-    if unexpected:
-        raise ValueError(f"{checkpoint.path} has the unexpected tensor model.{min(unexpected)}; its recipe does not ask for it")
     return items
 
 

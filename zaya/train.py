@@ -30,8 +30,8 @@ from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
-from zaya.resume import Tiers, newest_recipe
 from zaya.shard import Layout
+from zaya.tiers import Tiers, newest_recipe
 from zaya.trainer import Trainer, open_data
 
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]

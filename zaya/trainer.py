@@ -35,8 +35,9 @@ from zaya.parallel.mesh import Mesh
 from zaya.parallel.parallelize import build_model, build_optimizer, describe, pieces, token_index
 from zaya.plan import plan
 from zaya.preemption import GRACE_S, Preemption
-from zaya.resume import open_saver, restore
+from zaya.resume import restore
 from zaya.runtime import GarbageCollection
+from zaya.saving import open_saver
 from zaya.schedule import learning_rate
 from zaya.state import TrainState
 

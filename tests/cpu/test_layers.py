@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zaya.model", "zaya.data", "zaya.metrics", "zaya.checkpoint", "zaya.parallel"),  # siblings: strangers to one another
     ("zaya.parallel.parallelize", "zaya.resilience"),
     ("zaya.state",),
-    ("zaya.resume",),
+    ("zaya.tiers",),
+    ("zaya.resume", "zaya.saving"),
     ("zaya.trainer",),
     ("zaya.train", "tools"),
 )

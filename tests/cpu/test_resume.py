@@ -21,7 +21,7 @@ from zaya.checkpoint.directory import complete_steps, step_path
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
 from zaya.metrics import MetricsWriter, read_rows
-from zaya.resume import Tiers
+from zaya.tiers import Tiers
 from zaya.train import main
 from zaya.trainer import StepResult, Trainer
 

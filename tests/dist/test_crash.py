@@ -24,7 +24,7 @@ from tests.dist.fork_server import CALLS, ROOT, Death, ForkServer
 from zaya.checkpoint.directory import complete_steps, newest, step_path
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
-from zaya.resume import Tiers
+from zaya.tiers import Tiers
 
 STEPS = 6
 SAVE_S = 0.3  # a step and its save, roughly

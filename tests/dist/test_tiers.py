@@ -16,7 +16,7 @@ from tests.dist.pool import Pools, WorkerError
 from zaya.checkpoint.directory import complete_steps
 from zaya.checkpoint.manifest import load
 from zaya.checkpoint.read import Checkpoint
-from zaya.resume import Tiers
+from zaya.tiers import Tiers
 
 
 def train(rank: int, world_size: int, tables: dict[str, Any], folder: str, own_disks: bool = True) -> tuple[list[float], str, list[str], list[str]]:

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -134,6 +134,17 @@ class Checkpoint:
         model, master = f"model.{name}", f"optim.master.{name}"
         tensors = self.manifest.tensors
         return master if master in tensors and dtype.itemsize > DTYPES[tensors[model].dtype].itemsize else model
+
+    def check_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError unless the tensors model.* are exactly these, by name without "model."."""
+        stored = {name.removeprefix("model."): entry.shape for name, entry in self.manifest.tensors.items() if name.startswith("model.")}
+        for name, shape in shapes.items():
+            if name not in stored:
+                raise ValueError(f"{self.path} has no tensor model.{name}, which its recipe asks for")
+            if stored[name] != shape:
+                raise ValueError(f"{self.path}: model.{name} has shape {list(stored[name])}, its recipe asks for {list(shape)}")
+        if unexpected := stored.keys() - shapes.keys():
+            raise ValueError(f"{self.path} has the unexpected tensor model.{min(unexpected)}; its recipe does not ask for it")
 
     def visible(self) -> list[str]:
         """The files that are here or in one of the other places, sorted: all of them unless it was opened as partial."""
