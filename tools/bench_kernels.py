@@ -1,7 +1,8 @@
 """Time every kernel on this GPU at the 8B's and 74B's shapes in bf16, against torch's best, alternating; no speed without a green check.
 
-Figures are medians of alternating rounds, caches flushed before each call: forward, and forward with backward; TFLOP/s or GB/s (useful
-work over time), as a share of what a large matmul or copy reaches here; peak memory beyond the arguments. Routing is uniform and skewed
+Figures are medians of alternating rounds, caches flushed before each call and the host ahead, as in training: forward, and forward with
+backward; TFLOP/s or GB/s (useful work over time), as a share of what a large matmul or copy reaches here; what the host needs to launch
+it; peak memory beyond the arguments. Routing is uniform and skewed
 (one expert has half of the tokens). Exit code 2 and one line where there is no GPU, 1 where a check fails.
 """
 
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from tools import bench_kernels_moe
 from zaya.cli import Parser
 from zaya.kernels import cases
-from zaya.kernels.peers import Peer, all_routed, peers
+from zaya.kernels.peers import peers
 from zaya.kernels.timing import Clock, passes
+
+PEER_LIMIT = 0.2  # of a peer's difference from the op: both round, some peers after every step; other work is 1 apart
 
 
 def ceilings(clock: Clock, rounds: int, size: int = 8192, copied: int = 1 << 30) -> dict[str, float]:
@@ -30,29 +33,6 @@ def ceilings(clock: Clock, rounds: int, size: int = 8192, copied: int = 1 << 30)
     source, target = (torch.empty(copied, dtype=torch.int8, device="cuda") for _ in range(2))
     times = clock.medians({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds)
     return {"tflops": 2 * size**3 / times["matmul"] / 1e9, "gbs": 2 * copied / times["copy"] / 1e6}
-
-
-def transformers_experts(case: cases.Case, arguments: Mapping[str, Any]) -> dict[str, Peer]:
-    """transformers' ZayaExperts in its fastest form, for the expert cases that start from tokens and give each an expert."""
-    if not case.name.startswith("experts") or "order_R" not in arguments or not all_routed(arguments):
-        return {}
-    from transformers import ZayaConfig
-    from transformers.models.zaya.modeling_zaya import ZayaExperts
-
-    sizes_E, order_R, gate_Tk = (arguments[name] for name in ("sizes_E", "order_R", "gate_Tk"))
-    E, _, D = arguments["gate_up_EFD"].shape
-    config = ZayaConfig(num_experts=E, hidden_size=D, moe_intermediate_size=arguments["down_EDF"].shape[-1])
-    config._experts_implementation = "grouped_mm"
-    with torch.device("meta"):
-        module = ZayaExperts(config)
-    class_R = torch.searchsorted(sizes_E.cumsum(0), torch.arange(len(order_R), device=order_R.device), right=True)
-    index_Tk = torch.empty_like(class_R).scatter_(0, order_R.long(), class_R).view(gate_Tk.shape)
-
-    def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, gate_Tk: Tensor, **_: Any) -> Tensor:
-        weights = {"gate_up_proj": gate_up_EFD, "down_proj": down_EDF}
-        return torch.func.functional_call(module, weights, (x_TD, index_Tk, gate_Tk))
-
-    return {"transformers' ZayaExperts": experts}
 
 
 def bench(case: cases.Case, clock: Clock, limits: Mapping[str, float], rounds: int, device: torch.device) -> dict[str, Any]:
@@ -64,7 +44,7 @@ def bench(case: cases.Case, clock: Clock, limits: Mapping[str, float], rounds: i
     if not row["is_right"]:
         return row
     contenders, ours = {"zaya": passes(case.timed or case.op, case, arguments)}, cases.run(case.op, arguments, ())
-    for name, peer in {**peers(case, arguments), **transformers_experts(case, arguments)}.items():
+    for name, peer in {**peers(case, arguments), **bench_kernels_moe.peers(case, arguments)}.items():
         try:
             contenders[name] = passes(peer, case, arguments)
             for call in contenders[name].values():
@@ -72,7 +52,7 @@ def bench(case: cases.Case, clock: Clock, limits: Mapping[str, float], rounds: i
             if "," in name or name.startswith("torch fused"):  # leaves something out, or has updated the arguments in place
                 continue
             difference = max(cases.error(theirs, ours[out]) for out, theirs in cases.run(peer, arguments, ()).items())
-            if difference > 5 * case.limit:
+            if difference > min(PEER_LIMIT, 5 * case.limit):
                 row["left_out"][name] = f"computes something else: {difference:.1e}"
         except Exception as error:  # noqa: BLE001  # a peer may fail in any way where its library or GPU does not suit it
             row["left_out"][name] = (str(error) or type(error).__name__).splitlines()[0][:120]
@@ -82,7 +62,8 @@ def bench(case: cases.Case, clock: Clock, limits: Mapping[str, float], rounds: i
     del ours
     for kind in contenders["zaya"]:
         calls = {name: kinds[kind] for name, kinds in contenders.items()}
-        row[kind] = {"ms": clock.medians(calls, rounds), "peak_bytes": {name: clock.peak_bytes(call) for name, call in calls.items()}}
+        row[kind] = {"ms": clock.medians(calls, rounds), "host_ms": {name: clock.host_milliseconds(call) for name, call in calls.items()},
+                     "peak_bytes": {name: clock.peak_bytes(call) for name, call in calls.items()}}
     flops = {"forward": case.flops, "both": case.flops + (case.backward_flops or 2 * case.flops)}
     moved = {"forward": case.num_bytes, "both": case.num_bytes + case.backward_bytes if case.backward_bytes else 0}
     for kind in contenders["zaya"]:
@@ -104,7 +85,7 @@ def lines(row: dict[str, Any]) -> list[str]:
     """Markdown rows of one case, one per pass; ratio: the peer's time over ours."""
     if not row["is_right"]:
         above = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items() if not error <= row["limit"])
-        return [f"| {row['case']} | WRONG: {above} | | | | |"]
+        return [f"| {row['case']} | WRONG: {above} | | | | | |"]
     result = []
     for kind in (kind for kind in ("forward", "both") if kind in row):
         part = row[kind]
@@ -113,32 +94,37 @@ def lines(row: dict[str, Any]) -> list[str]:
         ours, memory = part["ms"]["zaya"], part["peak_bytes"]
         theirs = "; ".join(f"{name} {ms / ours:.2f} ({memory[name] / max(memory['zaya'], 1):.1f}x memory)"
                            for name, ms in part["ms"].items() if name != "zaya")
-        result.append(f"| {row['case']} | {kind} | {ours:.3f} | {rate} | {memory['zaya'] / 2**20:,.0f} | {theirs or '-'} |")
+        result.append(f"| {row['case']} | {kind} | {ours:.3f} | {part['host_ms']['zaya']:.2f} | {rate} | {memory['zaya'] / 2**20:,.0f} | "
+                      f"{theirs or '-'} |")
     return result
 
 
 def main() -> int:
     parser = Parser(prog="tools.bench_kernels", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where every figure goes")
-    parser.add_argument("--op", default="", help="only cases whose name starts so: attention, experts, ...")
+    parser.add_argument("--op", nargs="+", default=[""], metavar="NAME", help="only cases whose name starts so: attention, experts, ...")
     parser.add_argument("--rounds", type=int, default=20, help="calls of each contender (at least 10)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
+    every = (*cases.cases(cases.CHIP), *bench_kernels_moe.CASES)
+    chosen = [case for name in arguments.op for case in every if case.name.startswith(name)]
+    if not chosen:
+        parser.error(f"--op {' '.join(arguments.op)}: there are {', '.join(sorted({case.name.split()[0] for case in every}))}")
     if arguments.rounds < 10:
         parser.error(f"--rounds {arguments.rounds}: a median of fewer than 10 says little")
     torch.backends.cuda.matmul.allow_tf32 = False  # the references compute in fp32
     clock, device = Clock(), torch.device("cuda")
     gpu, limits = torch.cuda.get_device_name(), ceilings(clock, arguments.rounds)
     print(f"{gpu}, torch {torch.__version__}: matmul {limits['tflops']:,.0f} TFLOP/s, copy {limits['gbs']:,.0f} GB/s\n")
-    print("| case | pass | ms | rate, share of ceiling | peak MiB | peers: their time / ours |\n|---|---|---|---|---|---|")
+    print("| case | pass | ms | host ms | rate, share of ceiling | peak MiB | peers: their time / ours |\n|---|---|---|---|---|---|---|")
     rows = []
-    for case in tqdm([case for case in cases.cases(cases.CHIP) if case.name.startswith(arguments.op)], unit="case", disable=None):
+    for case in tqdm(chosen, unit="case", disable=None):
         try:
             rows.append(bench(case, clock, limits, arguments.rounds, device))
         except torch.cuda.OutOfMemoryError:
             rows.append({"case": case.name, "skipped": "the check does not fit this GPU's memory"})
-            tqdm.write(f"| {case.name} | {rows[-1]['skipped']} | | | | |")
+            tqdm.write(f"| {case.name} | {rows[-1]['skipped']} | | | | | |")
         else:
             tqdm.write("\n".join(lines(rows[-1])))
         _empty_cache()

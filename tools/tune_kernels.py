@@ -1,29 +1,34 @@
 """Search better tile sizes for one op's kernels and write the winners, with their figures, into zaya/kernels/configs.json.
 
 Each entry of the table that the op's chip cases use is varied on its own, its neighbours first: every block, the warps and the stages
-halved and doubled, one at a time (or the products of --space). On a GPU a candidate must compute the right thing, and the shortest median
-time of forward and backward over the cases wins. Without one, for gfx942, the machine code decides: no failed gate, at least two waves a
-SIMD, then the MFMA share of the hot loop (of matrix kernels), the share of bytes in 16-byte loads, and the waves.
+halved and doubled, one at a time (or the products of --space). On a GPU the shortest median time of the kernel's launches in forward and
+backward of the cases wins, and the winners together must compute the right thing. Without one, for gfx942, the machine code decides: no
+failed gate, at least two waves a SIMD, then the MFMA share of the hot loop (of matrix kernels), the share of bytes in 16-byte loads, and
+the waves.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # candidates are compiled; Triton reads this once, as it is imported
 
 import torch
+import triton
 from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
 
 from zaya.cli import Parser
 from zaya.kernels import cases, gfx942, launch
-from zaya.kernels.launch import MI300X, TABLE
+from zaya.kernels.launch import MI300X, TABLE, Target
 from zaya.kernels.timing import Clock, passes
 
 Entry = dict[str, Any]
@@ -60,7 +65,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
     """(score, figures in words) of each candidate, by the worst of the kernel's launches; a candidate that no launch takes gets none."""
     owners, builds = [], {}
     for number, candidate in enumerate(candidates):
-        table[kernel][index] = candidate
+        launch.replace_entry(kernel, index, candidate)
         for case in chosen:
             try:
                 with gfx942.recording() as noted:
@@ -71,7 +76,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
                 if build.kernel == kernel and config.blocks == candidate["blocks"] and (number, build.key) not in builds:
                     builds[number, build.key] = build
                     owners.append(number)
-    table[kernel][index] = candidates[0]
+    launch.replace_entry(kernel, index, candidates[0])
     scores: list[tuple[tuple[float, ...], str]] = [((-1.0,), "does not launch")] * len(candidates)
     figures = tqdm(gfx942.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
     for number, row in zip(owners, figures):
@@ -84,26 +89,81 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
     return scores
 
 
-def measured_scores(table: dict[str, list[Entry]], kernel: str, index: int, candidates: list[Entry],
-                    chosen: list[cases.Case]) -> list[tuple[tuple[float, ...], str]]:
-    """(score, figures in words) of each candidate: minus the milliseconds of all cases; a wrong one gets none."""
+def measured_scores(table: dict[str, list[Entry]], candidates: dict[tuple[str, int], list[Entry]],
+                    chosen: list[cases.Case]) -> dict[tuple[str, int], list[tuple[tuple[float, ...], str]]]:
+    """(score, figures in words) of each candidate of each entry: minus the milliseconds that its kernel takes in all cases.
+
+    All entries are varied at once, as each launch is timed for itself. What does not compile or does not fit gets no score."""
     clock, device, gpu = Clock(), torch.device("cuda"), torch.cuda.get_device_name()
-    scores: list[tuple[tuple[float, ...], str]] = []
-    for candidate in tqdm(candidates, unit="candidate", disable=None, leave=False):
-        table[kernel][index] = candidate
-        total = 0.0
-        try:
-            for case in chosen:
-                arguments = case.make(device, torch.bfloat16)
-                if any(not error <= case.limit for error in cases.errors(case, arguments).values()):
-                    raise ValueError(f"wrong in {case.name}")
-                last = list(passes(case.timed or case.op, case, arguments).items())[-1]
-                total += clock.medians(dict([last]), rounds=20)[last[0]]
-            scores.append(((-total,), f"measured: {total:.3f} ms over {len(chosen)} cases, {gpu}"))
-        except Exception as error:  # noqa: BLE001  # too much shared memory, a compiler's failure: that candidate is out
-            scores.append(((-float("inf"),), f"fails: {' '.join(str(error).split())[:80]}"))
-    table[kernel][index] = candidates[0]
+    calls = [list(passes(case.timed or case.op, case, case.make(device, torch.bfloat16)).values())[-1] for case in chosen]
+    rounds = range(max(map(len, candidates.values())))
+    faults = misfits(table, candidates, calls)
+    scores = {entry: [unscored(faults.get((entry, number), "not launched")) for number in range(len(each))]
+              for entry, each in candidates.items()}
+    for number in tqdm(rounds, unit="round", disable=None, leave=False):
+        stand(table, candidates, {entry: number if (entry, number) not in faults else 0 for entry in candidates})
+        totals: dict[tuple[str, int], float] = {}
+        for call in calls:
+            try:
+                times = clock.by_launch(call, rounds=7)
+            except RuntimeError as error:  # too many registers for its warps, says the driver; of which kernel, it does not tell
+                tqdm.write(f"round {number} does not run: {error}")
+                totals.clear()
+                break
+            for launch_, milliseconds in times.items():
+                totals[launch_] = totals.get(launch_, 0.0) + milliseconds
+        for (kernel, index), each in candidates.items():
+            total = totals.get((kernel, id(table[kernel][index]["blocks"])))
+            if number < len(each) and ((kernel, index), number) not in faults and total is not None:
+                scores[kernel, index][number] = (-total,), f"measured: {total:.3f} ms in {len(chosen)} cases, {gpu}"
+    stand(table, candidates, dict.fromkeys(candidates, 0))
     return scores
+
+
+def unscored(why: str) -> tuple[tuple[float, ...], str]:
+    return (-float("inf"),), why
+
+
+def stand(table: dict[str, list[Entry]], candidates: dict[tuple[str, int], list[Entry]], numbers: dict[tuple[str, int], int]) -> None:
+    """Put the candidates of these numbers into the table; an entry that has fewer keeps its present one."""
+    for (kernel, index), each in candidates.items():
+        number = numbers[kernel, index]
+        launch.replace_entry(kernel, index, each[number if number < len(each) else 0])
+
+
+def misfits(table: dict[str, list[Entry]], candidates: dict[tuple[str, int], list[Entry]],
+            calls: list[Callable[[], Any]]) -> dict[tuple[tuple[str, int], int], str]:
+    """Why a candidate cannot run on this GPU. Compiles all of them, in as many processes as there are CPUs."""
+    chip, gpu = launch.target(torch.device("cuda")), triton.runtime.driver.active.get_current_target()
+    owners, builds, refused = [], {}, {}
+    for number in range(max(map(len, candidates.values()))):
+        stand(table, candidates, dict.fromkeys(candidates, number))
+        entries = {(kernel, id(table[kernel][index]["blocks"])): (kernel, index) for kernel, index in candidates}
+        try:
+            with gfx942.recording(chip, gpu) as noted:
+                for call in calls:
+                    call()
+        except Exception as error:  # noqa: BLE001  # an op refuses tile sizes in its own way; which kernel's, it does not tell
+            refused.update({(entry, number): f"refused beside others: {error}" for entry, each in candidates.items() if number < len(each)})
+            continue
+        for build, config in noted:
+            entry = entries.get((build.kernel, id(config.blocks)))
+            if entry and number < len(candidates[entry]) and (entry, build.key) not in builds:
+                builds[entry, build.key] = build
+                owners.append((entry, number))
+    shared = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(builds)), multiprocessing.get_context("spawn")) as pool:
+        every = pool.map(misfit, builds.values(), [gpu] * len(builds), [shared] * len(builds))
+        found = list(tqdm(every, total=len(builds), unit="kernel", disable=None, leave=False))
+    return refused | {owner: why for owner, why in zip(owners, found) if why}
+
+
+def misfit(build: gfx942.Build, gpu: GPUTarget, shared_bytes: int) -> str:
+    try:
+        used = gfx942.compiled(build, gpu).metadata.shared
+    except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; that candidate is out
+        return f"fails: {' '.join(str(error).split())[:80]}"
+    return f"needs {used} bytes of shared memory of {shared_bytes}" if used > shared_bytes else ""
 
 
 def is_better(score: tuple[float, ...], than: tuple[float, ...]) -> bool:
@@ -114,15 +174,14 @@ def is_better(score: tuple[float, ...], than: tuple[float, ...]) -> bool:
     return len(score) > len(than)
 
 
-def used_entries(table: dict[str, list[Entry]], arch: str, chosen: list[cases.Case], only: str | None) -> list[tuple[str, int]]:
-    """(kernel, index) of the arch's entries that the cases use, in the order of the table."""
-    with gfx942.recording() as noted:  # whatever the arch: which kernels an op launches does not depend on it
+def used_entries(table: dict[str, list[Entry]], chip: Target, chosen: list[cases.Case], only: str | None) -> list[tuple[str, int]]:
+    """(kernel, index) of the chip's entries that the cases use, in the order of the table."""
+    with gfx942.recording(chip) as noted:
         for case in chosen:
             cases.run(case.op, case.make(torch.device("meta"), torch.bfloat16), case.gradients)
-    kernels = {build.kernel for build, _ in noted if only in (None, build.kernel)}
-    blocks = [(build.kernel, config.blocks) for build, config in noted]
-    return [(kernel, index) for kernel, entries in table.items() if kernel in kernels for index, entry in enumerate(entries)
-            if entry["arch"] == arch and (arch != MI300X.arch or (kernel, entry["blocks"]) in blocks)]
+    used = {(build.kernel, id(config.blocks)) for build, config in noted if only in (None, build.kernel)}
+    return [(kernel, index) for kernel, entries in table.items() for index, entry in enumerate(entries)
+            if (kernel, id(entry["blocks"])) in used]
 
 
 def write(winners: dict[tuple[str, int], Entry]) -> None:
@@ -157,10 +216,10 @@ def main() -> int:
     parser.add_argument("--space", nargs="+", default=[], metavar="NAME=N,N", help="numbers to combine, instead of neighbours")
     parser.add_argument("--dry-run", action="store_true", help="print the ranking and write nothing")
     arguments = parser.parse_args()
-    here = launch.target(torch.device("cuda")).arch if torch.cuda.is_available() else MI300X.arch
-    arch = arguments.arch or here
-    if arch not in (here, MI300X.arch):
-        parser.error(f"--arch {arch}: this machine can measure {here} and judge {MI300X.arch} by its machine code")
+    here = launch.target(torch.device("cuda")) if torch.cuda.is_available() else MI300X
+    arch = arguments.arch or here.arch
+    if arch not in (here.arch, MI300X.arch):
+        parser.error(f"--arch {arch}: this machine can measure {here.arch} and judge {MI300X.arch} by its machine code")
     chosen = [case for case in cases.cases(cases.CHIP) if case.name.startswith(arguments.op)]
     if not chosen:
         names = sorted({case.name.partition(" ")[0] for case in cases.cases(cases.CHIP)})
@@ -170,25 +229,33 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     table = launch._table()  # the very one that launches read: a candidate is tried by standing in it
-    entries = used_entries(table, arch, chosen, arguments.kernel)
+    entries = used_entries(table, here if arch == here.arch else MI300X, chosen, arguments.kernel)
     if not entries:
         parser.error(f"the cases of {arguments.op} use no entry of {arguments.kernel or 'any kernel'} for {arch}")
-    judge = measured_scores if torch.cuda.is_available() and arch == here else static_scores
+    candidates = {(kernel, index): list(products(table[kernel][index], space) if space else neighbours(table[kernel][index]))
+                  for kernel, index in entries}
+    measures = torch.cuda.is_available() and arch == here.arch
+    scores = measured_scores(table, candidates, chosen) if measures else {}
     winners = {}
     for kernel, index in entries:
-        present = table[kernel][index]
-        candidates = list(products(present, space) if space else neighbours(present))
-        scored = list(zip(candidates, judge(table, kernel, index, candidates, chosen)))
+        each = candidates[kernel, index]
+        scored = list(zip(each, scores[kernel, index] if measures else static_scores(table, kernel, index, each, chosen)))
         best = scored[0]
         for one in scored[1:]:
             best = one if is_better(one[1][0], best[1][0]) else best
-        print(f"{kernel} {arch} {present.get('when', '')}")
+        print(f"{kernel} {arch} {each[0].get('when', '')}")
         for candidate, (_, words) in scored:
             mark = "*" if candidate is best[0] else " "
             print(f" {mark} {candidate['blocks']} warps {candidate['num_warps']} stages {candidate.get('num_stages', 2)}: {words}")
-        if best[0] is not present:
+        if best[0] is not each[0]:
             winners[kernel, index] = {**best[0], "figures": best[1][1]}
-            table[kernel][index] = winners[kernel, index]  # later kernels of the op are judged beside it
+            launch.replace_entry(kernel, index, winners[kernel, index])  # later kernels of the op are judged beside it
+    for case in chosen if measures and winners else []:
+        wrong = {name: error for name, error in cases.errors(case, case.make(torch.device("cuda"), torch.bfloat16)).items()
+                 if not error <= case.limit}
+        if wrong:
+            print(f"{parser.prog}: with these entries {case.name} is wrong: {wrong}; nothing is written", file=sys.stderr)
+            return 1
     if winners and not arguments.dry_run:
         write(winners)
     print(f"{len(winners)} of {len(entries)} entries have a better neighbour{'; nothing written' if arguments.dry_run else ''}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools import bench_kernels
+from tools import bench_kernels, bench_kernels_moe
 from zaya.kernels import cases, reference
 from zaya.kernels import peers as peers_module
 from zaya.kernels.cases import attention, cca
@@ -27,6 +27,9 @@ class StoppedClock:
         for call in calls.values():
             call()
         return {name: index + 1.0 for index, name in enumerate(calls)}
+
+    def host_milliseconds(self, call: Callable[[], Any]) -> float:
+        return 0.5
 
     def peak_bytes(self, call: Callable[[], Any]) -> int:
         call()
@@ -50,7 +53,7 @@ def bench(case: cases.Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["residual_norm small many tiles", "rms_norm small router", "route small", "sort_by_expert small",
-                                  "newton_schulz small tall", "cross_entropy small", "experts small all on one"])
+                                  "newton_schulz small tall", "cross_entropy small", "experts small all on one", "grouped_gemm small"])
 def test_peers_do_the_same_work(name: str) -> None:
     # The references round as bf16 programs do, some after every product.
     row = bench(reference_case(name, limit=5e-2))
@@ -58,6 +61,18 @@ def test_peers_do_the_same_work(name: str) -> None:
     assert len(row["forward"]["ms"]) >= 2
     for line in bench_kernels.lines(row):
         assert name in line and "WRONG" not in line
+
+
+@pytest.mark.parametrize("busiest", [None, 0.5])
+def test_transformers_moe_block_does_the_same_work(busiest: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = bench_kernels_moe.Block(hidden_size=64, num_experts=4, moe_intermediate_size=32, router_hidden_size=32)
+    case = bench_kernels_moe.block_case("8b", block, 600, busiest, size=cases.SMALL)
+    monkeypatch.setitem(bench_kernels_moe.BLOCKS, "8b", block)
+    arguments = case.make(CPU, torch.bfloat16)
+    assert busiest is None or abs(block._share_of_first(**arguments) - busiest) < 0.01
+    row = bench(dataclasses.replace(case, op=case.reference))
+    assert row["is_right"] and {"ZayaSparseMoeBlock (eager)", "ZayaSparseMoeBlock (grouped_mm)"} <= row["both"]["ms"].keys()
+    assert all("unavailable" in why or "requires" in why for why in row["left_out"].values())  # libraries that are not here
 
 
 def test_adamw_peer_takes_the_same_step() -> None:

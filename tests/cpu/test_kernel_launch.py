@@ -41,6 +41,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
     """The configuration table of the test, empty at first."""
     entries: dict[str, list[dict[str, Any]]] = {"_fill_kernel": []}
     monkeypatch.setattr(launch, "_table", lambda: entries)
+    monkeypatch.setattr(launch, "_config", launch._config.__wrapped__)  # which remembers what it found in another table
     return entries
 
 

@@ -11,7 +11,7 @@ import torch
 from zaya.kernels import newton_schulz as module
 from zaya.kernels import reference
 from zaya.kernels.cases import SMALL, Case, error
-from zaya.kernels.cases.newton_schulz import CASES, normal
+from zaya.kernels.cases.newton_schulz import CASES, drawn
 from zaya.kernels.launch import Config, Target, launching_through
 from zaya.kernels.newton_schulz import newton_schulz
 
@@ -36,12 +36,12 @@ def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
 def test_every_tile_size_gives_the_same(size: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_size", lambda source, chip: size)
-    matrices = normal(*shape)(DEVICE, torch.float32)["matrices"]
+    matrices = drawn(*shape)(DEVICE, torch.float32)["matrices"]
     assert error(newton_schulz(matrices, steps=1), reference.newton_schulz(matrices.double(), steps=1)) < THRESHOLDS[torch.float32]
 
 
 def test_eps_bounds_the_norm_from_below() -> None:
-    matrices = normal(3, 5)(DEVICE, torch.float32)["matrices"] * 1e-3
+    matrices = drawn(3, 5)(DEVICE, torch.float32)["matrices"] * 1e-3
     assert error(newton_schulz(matrices, steps=1, eps=1.0), reference.newton_schulz(matrices.double(), steps=1, eps=1.0)) < 1e-6
 
 

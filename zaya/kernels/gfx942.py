@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from zaya.kernels.launch import MI300X, Config, launching_through
+from zaya.kernels.launch import MI300X, Config, Target, launching_through
 
 TARGET = GPUTarget("hip", "gfx942", 64)
 SIMDS = 4  # per CU
@@ -98,12 +98,12 @@ class Region:
     """Of the bytes that a lane loads, the share that comes in 16-byte loads; 1 without any load."""
 
 
-def specialise(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Build:
+def specialise(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any], gpu: GPUTarget = TARGET) -> Build:
     """What Triton would compile for a launch of `kernel` with all `arguments` (constexprs among them) and launch `options`."""
     keywords = {**arguments, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one backend warns of a default that it will change
-        backend = make_backend(TARGET)
+        backend = make_backend(gpu)
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, _ = bind(**keywords)
         _, signature, constexprs, attrs = kernel._pack_args(backend, keywords, bound, specialization, None)
@@ -117,16 +117,20 @@ def runtime_arguments(kernel: Any, arguments: Mapping[str, Any], build: Build) -
     return [(kind, value) for (_, kind), value in zip(build.signature, values, strict=True) if kind != "constexpr"]
 
 
-def build_code(build: Build) -> Code:
-    """Compile, or take it from Triton's cache."""
+def compiled(build: Build, gpu: GPUTarget = TARGET) -> Any:
+    """Triton's compiled kernel, or the one in its cache. Raises whatever the compiler does."""
     kernel = getattr(importlib.import_module(build.module), build.kernel)
     source = ASTSource(kernel, dict(build.signature), dict(build.constexprs), {path: attr for path, attr in build.attrs})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = compile(source, target=TARGET, options=dict(build.options))
-    asm, dots = compiled.asm["amdgcn"], re.findall(r"= tt\.dot\b.*-> (.*)", compiled.asm["ttgir"])
-    lds_bytes = max(compiled.metadata.shared, _field(asm, "group_segment_fixed_size"))
-    return Code(build.kernel, asm, compiled.asm["hsaco"], compiled.metadata.num_warps, lds_bytes, len(dots),
+        return compile(source, target=gpu, options=dict(build.options))
+
+
+def build_code(build: Build) -> Code:
+    code = compiled(build)
+    asm, dots = code.asm["amdgcn"], re.findall(r"= tt\.dot\b.*-> (.*)", code.asm["ttgir"])
+    lds_bytes = max(code.metadata.shared, _field(asm, "group_segment_fixed_size"))
+    return Code(build.kernel, asm, code.asm["hsaco"], code.metadata.num_warps, lds_bytes, len(dots),
                 sum("#mma" not in layout for layout in dots))
 
 
@@ -229,12 +233,12 @@ def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[tuple[Build, Config]]]:
-    """Inside, launches are noted in the list instead of being run, as on an MI300X."""
+def recording(chip: Target = MI300X, gpu: GPUTarget = TARGET) -> Iterator[list[tuple[Build, Config]]]:
+    """Inside, launches are noted in the list instead of being run, as on an MI300X (or another chip, by both its names)."""
     noted: list[tuple[Build, Config]] = []
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
-        noted.append((specialise(kernel, arguments, config.options(MI300X)), config))
+        noted.append((specialise(kernel, arguments, config.options(chip), gpu), config))
 
-    with launching_through(note):
+    with launching_through(note, chip):
         yield noted

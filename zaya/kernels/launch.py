@@ -100,13 +100,23 @@ def _gpu(index: int) -> Target:
 def config(kernel: Any, target: Target, **when: str | int) -> Config:
     """The table's first entry for this kernel and arch whose conditions all hold; an arch without any uses its maker's nearest: gfx942
     for AMD and the interpreter, sm_90 for NVIDIA."""
-    entries = _table()[kernel.__name__]
-    nearest = "sm_90" if target.arch.startswith("sm_") else MI300X.arch
-    for arch in (target.arch, nearest):
-        for entry in entries:
-            if entry["arch"] == arch and all(when.get(key) == value for key, value in entry.get("when", {}).items()):
+    return _config(kernel.__name__, target.arch, tuple(when.items()))
+
+
+@functools.cache
+def _config(kernel: str, arch: str, conditions: tuple[tuple[str, str | int], ...]) -> Config:
+    when, nearest = dict(conditions), "sm_90" if arch.startswith("sm_") else MI300X.arch
+    for each in (arch, nearest):
+        for entry in _table()[kernel]:
+            if entry["arch"] == each and all(when.get(key) == value for key, value in entry.get("when", {}).items()):
                 return Config(entry["blocks"], entry["num_warps"], entry.get("num_stages", 2), entry.get("hip", {}))
-    raise LookupError(f"{TABLE.name} has no configuration of {kernel.__name__} for {target.arch} and {when}")
+    raise LookupError(f"{TABLE.name} has no configuration of {kernel} for {arch} and {when}")
+
+
+def replace_entry(kernel: str, index: int, entry: dict[str, Any]) -> None:
+    """For a tuner: this entry of the table, in this process, from the next launch on."""
+    _table()[kernel][index] = entry
+    _config.cache_clear()
 
 
 @functools.cache

@@ -59,6 +59,17 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     return _Experts.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
 
 
+def rows_times_weights(rows_RK: Tensor, sizes_E: Tensor, weights_ENK: Tensor) -> Tensor:
+    """Sorted rows, each times its expert's matrix (R, N): the product that `experts` is made of, alone, for measuring it. No gradients."""
+    check("weights_ENK", weights_ENK, shape=(len(sizes_E), None, None), dtypes=FLOATS, device=rows_RK.device)
+    _, N, K = weights_ENK.shape
+    check("rows_RK", rows_RK, shape=(None, K), dtypes=(weights_ENK.dtype,))
+    check("sizes_E", sizes_E, dtypes=(torch.int32, torch.int64), device=rows_RK.device)
+    out_RN = rows_RK.new_empty(len(rows_RK), N)
+    _Tiles(sizes_E, len(rows_RK), (N, K)).rows(rows_RK, weights_ENK, None, None, out_RN)
+    return out_RN
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk):
@@ -82,8 +93,7 @@ def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     tiles.launch(_gate_up_fwd_kernel, {"x": x_TD, "weights": gate_up_EFD, "order": order_R, "h": h_RF, "act": act_RF,
                                        "D": D, "F": F, "TOP_K": slots})
     y_RD = x_TD.new_empty(R, D)
-    tiles.launch(_rows_kernel, {"a_rows": act_RF, "weights": down_EDF, "order": order_R, "gates": gate_Tk, "offsets": tiles.offsets,
-                                "out": y_RD, "num_rows": R, "E": E, "K": F, "N": D, "K_IS_INNER": True})
+    tiles.rows(act_RF, down_EDF, order_R, gate_Tk, y_RD)
     return _sum_slots(y_RD, slots), h_RF
 
 
@@ -101,8 +111,7 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
         parts = gate_Tk.new_empty(triton.cdiv(F, tiles.config(_gate_up_bwd_kernel, x_TD.dtype).blocks["BLOCK_N"]), R)
     tiles.launch(_gate_up_bwd_kernel, {"dy": dout_TD, "weights": down_EDF, "order": order_R, "gates": gate_Tk, "h": h_RF, "dh": dh_RF,
                                        "act": act_RF, "dgate_parts": parts, "num_rows": R, "D": D, "F": F, "TOP_K": slots})
-    tiles.launch(_rows_kernel, {"a_rows": dh_RF, "weights": gate_up_EFD, "order": order_R, "gates": None, "offsets": tiles.offsets,
-                                "out": dx_RD, "num_rows": R, "E": E, "K": 2 * F, "N": D, "K_IS_INNER": False})
+    tiles.rows(dh_RF, gate_up_EFD.mT, order_R, None, dx_RD)
     into = weight_grad_out or (torch.empty_like(gate_up_EFD), torch.empty_like(down_EDF))
     gathered = order_R is not None
     shared = {"order": order_R, "TOP_K": slots, "ACCUMULATE": weight_grad_out is not None}
@@ -149,6 +158,13 @@ class _Tiles:
         table = self.table(chosen.blocks["BLOCK_M"])
         launch(kernel, (self.target.num_cus,), {**arguments, "tiles": table, "NUM_XCDS": self.target.num_xcds,
                                                 "WIDE": _is_wide(arguments)}, chosen)
+
+    def rows(self, rows_RK: Tensor, weights_ENK: Tensor, order_R: Tensor | None, gates: Tensor | None, out_RN: Tensor) -> None:
+        """weights: as they lie in memory, or transposed."""
+        E, N, K = weights_ENK.shape
+        self.launch(_rows_kernel, {"a_rows": rows_RK, "weights": weights_ENK, "order": order_R, "gates": gates, "offsets": self.offsets,
+                                   "out": out_RN, "num_rows": self.num_rows, "E": E, "K": K, "N": N,
+                                   "K_IS_INNER": weights_ENK.stride(2) == 1})
 
     def weight_grad(self, into_EMN: Tensor, arguments: dict[str, Any]) -> None:
         E, M, N = into_EMN.shape

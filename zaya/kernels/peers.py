@@ -37,6 +37,8 @@ def peers(case: Case, arguments: Mapping[str, Any]) -> dict[str, Peer]:
         case "experts":
             grouped = _grouped_mm_experts if "order_R" in arguments else _grouped_mm_sorted
             return {"loop of matmuls": case.reference} | ({"torch._grouped_mm": grouped} if all_routed(arguments) else {})
+        case "grouped_gemm":
+            return {"torch._grouped_mm": _grouped_mm, "loop of matmuls": case.reference}
         case "route":
             return {"eager": case.reference, "torch.compile": torch.compile(case.reference)}
         case "sort_by_expert":
@@ -128,6 +130,10 @@ def _cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None
 def all_routed(arguments: Mapping[str, Any]) -> bool:
     """Whether every row has an expert. torch._grouped_mm leaves the others' results undefined."""
     return int(arguments["sizes_E"].sum()) == len(arguments.get("order_R", arguments["x_TD"]))
+
+
+def _grouped_mm(rows_RK: Tensor, sizes_E: Tensor, weights_ENK: Tensor) -> Tensor:
+    return torch._grouped_mm(rows_RK, weights_ENK.mT, offs=sizes_E.cumsum(0).int())
 
 
 def _grouped_mm_sorted(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ op stand in the file of its name; `cases()` gathers them.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 CHIP, SMALL = "chip", "small"
+MOST_FROM_CPU = 1 << 24  # numbers of one tensor
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,18 @@ def run(function: Callable[..., Any], arguments: Mapping[str, Any], gradients: t
 
 
 def cotangent(output: Tensor, index: int) -> Tensor:
-    generator = torch.Generator().manual_seed(7919 + index)
-    return torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+    return normal(torch.Generator().manual_seed(7919 + index), output.device, *output.shape).to(output.dtype)
+
+
+def normal(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    """fp32 normal numbers, the same on every device; on meta none are drawn. More than any small case has, a GPU draws by itself: the CPU
+    would take seconds."""
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
+    if device.type == "cpu" or math.prod(shape) <= MOST_FROM_CPU:
+        return torch.randn(shape, generator=generator).to(device)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def with_leaves(arguments: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:

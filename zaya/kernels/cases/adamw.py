@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zaya.kernels.adamw import adamw_
-from zaya.kernels.cases import CHIP, SMALL, Case
+from zaya.kernels.cases import CHIP, SMALL, Case, normal
 
 IN_PLACE = ("param", "exp_avg", "exp_avg_sq", "out")
 BYTES_PER_ELEMENT = 30  # four fp32 read, three fp32 and one bf16 written
@@ -47,9 +47,7 @@ def shard(length: int, *, step: int = 7, commit: bool = True, poisoned: bool = F
         rounded_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
 
         def random() -> Tensor:
-            if device.type == "meta":
-                return torch.empty(length, device=device)
-            return torch.randn(length, generator=generator).to(device)
+            return normal(generator, device, length)
 
         grad, second = random(), random().square()
         if poisoned:

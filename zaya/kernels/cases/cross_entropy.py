@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zaya.kernels import reference
-from zaya.kernels.cases import CHIP, SMALL, Case
+from zaya.kernels.cases import CHIP, SMALL, Case, normal
 from zaya.kernels.cross_entropy import cross_entropy, gradients, partials
 from zaya.kernels.reference import IGNORE
 
@@ -40,15 +40,11 @@ def head(T: int, D: int, V: int, *, ignored: float = 0.2, logits: float = 2.0, *
     """logits: their standard deviation; ignored: share of the labels."""
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        if device.type == "meta":
-            hidden_TD, weight_VD = (torch.empty(rows, D, dtype=dtype, device=device) for rows in (T, V))
-            return {"hidden_TD": hidden_TD, "weight_VD": weight_VD, "labels_T": torch.empty(T, dtype=torch.int64, device=device), **options}
         generator = torch.Generator().manual_seed(47)
-        hidden_TD = torch.randn(T, D, generator=generator)
-        weight_VD = torch.randn(V, D, generator=generator) * (logits * D**-0.5)
+        hidden_TD = normal(generator, device, T, D).to(dtype)
+        weight_VD = (normal(generator, device, V, D) * (logits * D**-0.5)).to(dtype)
         labels_T = torch.randint(0, V, (T,), generator=generator)
         labels_T[torch.rand(T, generator=generator) < ignored] = IGNORE
-        hidden_TD, weight_VD = hidden_TD.to(device, dtype), weight_VD.to(device, dtype)
         return {"hidden_TD": hidden_TD, "weight_VD": weight_VD, "labels_T": labels_T.to(device), **options}
 
     return make

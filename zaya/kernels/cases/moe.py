@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zaya.kernels import reference
-from zaya.kernels.cases import CHIP, SMALL, Case
-from zaya.kernels.moe import experts
+from zaya.kernels.cases import CHIP, SMALL, Case, normal
+from zaya.kernels.moe import experts, rows_times_weights
 
 GRADIENTS = ("x_TD", "gate_up_EFD", "down_EDF")
 
@@ -22,7 +23,7 @@ def routed(tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: 
     assert sum(sizes) <= R
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        random = _random(device, R + width)
+        random = functools.partial(normal, torch.Generator().manual_seed(R + width), device)
         arguments = {"x_TD": random(R if is_sorted else tokens, width).to(dtype), "sizes_E": torch.tensor(sizes, device=device),
                      "gate_up_EFD": (random(E, 2 * ffn, width) * width**-0.5).to(dtype),
                      "down_EDF": (random(E, width, ffn) * ffn**-0.5).to(dtype)}
@@ -34,14 +35,6 @@ def routed(tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: 
     return make
 
 
-def _random(device: torch.device, seed: int) -> Callable[..., Tensor]:
-    """Seeded normal numbers, drawn on the CPU so that every device gets the same; on meta nothing is drawn."""
-    if device.type == "meta":
-        return lambda *shape: torch.empty(shape, device=device)
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=generator).to(device)
-
-
 def _case(name: str, size: str, tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: int = 1,
           is_sorted: bool = False) -> Case:
     gradients = GRADIENTS if is_sorted else (*GRADIENTS, "gate_Tk")
@@ -49,8 +42,24 @@ def _case(name: str, size: str, tokens: int, width: int, ffn: int, sizes: tuple[
                 gradients, flops=2 * sum(sizes) * 3 * width * ffn)
 
 
+def _product(name: str, size: str, tokens: int, width: int, sizes: tuple[int, ...]) -> Case:
+    """The grouped product alone, on rows that are sorted already."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        arguments = routed(tokens, width, width, sizes, is_sorted=True)(device, dtype)
+        return {"rows_RK": arguments["x_TD"], "sizes_E": arguments["sizes_E"], "weights_ENK": arguments["down_EDF"]}
+
+    return Case(f"grouped_gemm {name}", size, rows_times_weights, expected_product, make, flops=2 * sum(sizes) * width * width)
+
+
+def expected_product(rows_RK: Tensor, sizes_E: Tensor, weights_ENK: Tensor) -> Tensor:
+    groups = rows_RK.split(sizes_E.tolist())
+    return torch.cat([rows @ weights.T for rows, weights in zip(groups, weights_ENK, strict=True)])
+
+
 def _uniform(rows: int, experts: int) -> tuple[int, ...]:
-    return (rows // experts,) * experts
+    """All rows have an expert; the first few one row more, where they do not divide evenly."""
+    return tuple(rows // experts + (expert < rows % experts) for expert in range(experts))
 
 
 def _skewed(rows: int, experts: int) -> tuple[int, ...]:
@@ -73,4 +82,9 @@ CASES: list[Case] = [
     _case("8b sorted rows", CHIP, 16384, 2048, 2048, _uniform(16384, 16), is_sorted=True),
     _case("74b uniform", CHIP, 16384, 4096, 4096, _uniform(16384, 24)),
     _case("74b skewed", CHIP, 16384, 4096, 4096, _skewed(16384, 24)),
+    _product("small", SMALL, 60, 64, (0, 50, 10)),
+    _product("8b uniform", CHIP, 16384, 2048, _uniform(16384, 16)),
+    _product("8b skewed", CHIP, 16384, 2048, _skewed(16384, 16)),
+    _product("74b uniform", CHIP, 16384, 4096, _uniform(16384, 24)),
+    _product("74b skewed", CHIP, 16384, 4096, _skewed(16384, 24)),
 ]

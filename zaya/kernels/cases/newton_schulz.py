@@ -8,22 +8,19 @@ from typing import Any
 import torch
 
 from zaya.kernels import reference
-from zaya.kernels.cases import CHIP, SMALL, Case
+from zaya.kernels.cases import CHIP, SMALL, Case, normal
 from zaya.kernels.newton_schulz import newton_schulz
 
 # Fifteen products, each rounded, while a small singular value grows 3.4 times a step, with its error.
 LIMIT = 3e-2
 
 
-def normal(*shape: int, steps: int = 5, transposed: bool = False, zero: bool = False) -> Callable[..., dict[str, Any]]:
+def drawn(*shape: int, steps: int = 5, transposed: bool = False, zero: bool = False) -> Callable[..., dict[str, Any]]:
     """Normal numbers; transposed: a view of a contiguous (..., cols, rows); zero: the first matrix is all zeros."""
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
-        if device.type == "meta":
-            values = torch.empty(stored, dtype=dtype, device=device)
-        else:
-            values = torch.randn(stored, generator=torch.Generator().manual_seed(43)).to(device, dtype)
+        values = normal(torch.Generator().manual_seed(43), device, *stored).to(dtype)
         if zero:
             values[0] = 0
         return {"matrices": values.mT if transposed else values, "steps": steps}
@@ -38,7 +35,7 @@ def flops(*shape: int, steps: int = 5) -> int:
 
 
 def _case(name: str, size: str, *shape: int, **options: Any) -> Case:
-    return Case(f"newton_schulz {name}", size, newton_schulz, reference.newton_schulz, normal(*shape, **options),
+    return Case(f"newton_schulz {name}", size, newton_schulz, reference.newton_schulz, drawn(*shape, **options),
                 flops=flops(*shape, steps=options.get("steps", 5)), limit=LIMIT)
 
 

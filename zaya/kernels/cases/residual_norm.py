@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zaya.kernels import reference
-from zaya.kernels.cases import CHIP, SMALL, Case
+from zaya.kernels.cases import CHIP, SMALL, Case, normal
 from zaya.kernels.residual_norm import residual_norm, rms_norm
 
 EPS = 1e-5
@@ -42,11 +43,7 @@ def norm(*shape: int) -> Callable[[torch.device, torch.dtype], dict[str, Any]]:
 
 
 def _random(device: torch.device, seed: int) -> Callable[..., Tensor]:
-    """Seeded normal numbers, drawn on the CPU so that every device gets the same; on meta nothing is drawn."""
-    if device.type == "meta":
-        return lambda *shape: torch.empty(shape, device=device)
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=generator).to(device)
+    return functools.partial(normal, torch.Generator().manual_seed(seed), device)
 
 
 def _joins(name: str, size: str, *shape: int, channel_scale: float = 1.0) -> Case:
