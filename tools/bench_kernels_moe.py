@@ -94,8 +94,9 @@ def block_case(name: str, block: Block, tokens: int, busiest: float | None, size
                 lambda **arguments: block.run("reference", **arguments),
                 lambda device, dtype: block.make(tokens, busiest, device, dtype),
                 ("x_BTD", *(f"weights.{index}" for index in range(len(block.parameters)))), flops=flops,
-                # A token whose choice flips by rounding is wrong altogether: one in a hundred is 14 % of a tensor's size.
-                limit=0.15)
+                # A token whose choice flips by rounding is wrong altogether: two in a hundred are 20 % of a tensor's size. Where a bias
+                # sends half of the tokens to one expert, many stand close to the border.
+                limit=0.2)
 
 
 BLOCKS = {name: Block(**sizes) for name, sizes in SHAPES.items()}

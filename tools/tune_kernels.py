@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # candidates are compiled; Triton reads this once, as it is imported
 
 import torch
-import triton
 from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
 
 from zaya.cli import Parser
 from zaya.kernels import cases, gfx942, launch
 from zaya.kernels.launch import MI300X, TABLE, Target
-from zaya.kernels.timing import Clock, passes
+from zaya.kernels.trials import measured_scores
 
 Entry = dict[str, Any]
 CEILINGS = {"num_warps": 16, "num_stages": 4}
@@ -87,83 +83,6 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
         if scores[number][0] == (-1.0,) or score < scores[number][0]:
             scores[number] = score, words
     return scores
-
-
-def measured_scores(table: dict[str, list[Entry]], candidates: dict[tuple[str, int], list[Entry]],
-                    chosen: list[cases.Case]) -> dict[tuple[str, int], list[tuple[tuple[float, ...], str]]]:
-    """(score, figures in words) of each candidate of each entry: minus the milliseconds that its kernel takes in all cases.
-
-    All entries are varied at once, as each launch is timed for itself. What does not compile or does not fit gets no score."""
-    clock, device, gpu = Clock(), torch.device("cuda"), torch.cuda.get_device_name()
-    calls = [list(passes(case.timed or case.op, case, case.make(device, torch.bfloat16)).values())[-1] for case in chosen]
-    rounds = range(max(map(len, candidates.values())))
-    faults = misfits(table, candidates, calls)
-    scores = {entry: [unscored(faults.get((entry, number), "not launched")) for number in range(len(each))]
-              for entry, each in candidates.items()}
-    for number in tqdm(rounds, unit="round", disable=None, leave=False):
-        stand(table, candidates, {entry: number if (entry, number) not in faults else 0 for entry in candidates})
-        totals: dict[tuple[str, int], float] = {}
-        for call in calls:
-            try:
-                times = clock.by_launch(call, rounds=7)
-            except RuntimeError as error:  # too many registers for its warps, says the driver; of which kernel, it does not tell
-                tqdm.write(f"round {number} does not run: {error}")
-                totals.clear()
-                break
-            for launch_, milliseconds in times.items():
-                totals[launch_] = totals.get(launch_, 0.0) + milliseconds
-        for (kernel, index), each in candidates.items():
-            total = totals.get((kernel, id(table[kernel][index]["blocks"])))
-            if number < len(each) and ((kernel, index), number) not in faults and total is not None:
-                scores[kernel, index][number] = (-total,), f"measured: {total:.3f} ms in {len(chosen)} cases, {gpu}"
-    stand(table, candidates, dict.fromkeys(candidates, 0))
-    return scores
-
-
-def unscored(why: str) -> tuple[tuple[float, ...], str]:
-    return (-float("inf"),), why
-
-
-def stand(table: dict[str, list[Entry]], candidates: dict[tuple[str, int], list[Entry]], numbers: dict[tuple[str, int], int]) -> None:
-    """Put the candidates of these numbers into the table; an entry that has fewer keeps its present one."""
-    for (kernel, index), each in candidates.items():
-        number = numbers[kernel, index]
-        launch.replace_entry(kernel, index, each[number if number < len(each) else 0])
-
-
-def misfits(table: dict[str, list[Entry]], candidates: dict[tuple[str, int], list[Entry]],
-            calls: list[Callable[[], Any]]) -> dict[tuple[tuple[str, int], int], str]:
-    """Why a candidate cannot run on this GPU. Compiles all of them, in as many processes as there are CPUs."""
-    chip, gpu = launch.target(torch.device("cuda")), triton.runtime.driver.active.get_current_target()
-    owners, builds, refused = [], {}, {}
-    for number in range(max(map(len, candidates.values()))):
-        stand(table, candidates, dict.fromkeys(candidates, number))
-        entries = {(kernel, id(table[kernel][index]["blocks"])): (kernel, index) for kernel, index in candidates}
-        try:
-            with gfx942.recording(chip, gpu) as noted:
-                for call in calls:
-                    call()
-        except Exception as error:  # noqa: BLE001  # an op refuses tile sizes in its own way; which kernel's, it does not tell
-            refused.update({(entry, number): f"refused beside others: {error}" for entry, each in candidates.items() if number < len(each)})
-            continue
-        for build, config in noted:
-            entry = entries.get((build.kernel, id(config.blocks)))
-            if entry and number < len(candidates[entry]) and (entry, build.key) not in builds:
-                builds[entry, build.key] = build
-                owners.append((entry, number))
-    shared = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(builds)), multiprocessing.get_context("spawn")) as pool:
-        every = pool.map(misfit, builds.values(), [gpu] * len(builds), [shared] * len(builds))
-        found = list(tqdm(every, total=len(builds), unit="kernel", disable=None, leave=False))
-    return refused | {owner: why for owner, why in zip(owners, found) if why}
-
-
-def misfit(build: gfx942.Build, gpu: GPUTarget, shared_bytes: int) -> str:
-    try:
-        used = gfx942.compiled(build, gpu).metadata.shared
-    except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; that candidate is out
-        return f"fails: {' '.join(str(error).split())[:80]}"
-    return f"needs {used} bytes of shared memory of {shared_bytes}" if used > shared_bytes else ""
 
 
 def is_better(score: tuple[float, ...], than: tuple[float, ...]) -> bool:
@@ -235,7 +154,7 @@ def main() -> int:
     candidates = {(kernel, index): list(products(table[kernel][index], space) if space else neighbours(table[kernel][index]))
                   for kernel, index in entries}
     measures = torch.cuda.is_available() and arch == here.arch
-    scores = measured_scores(table, candidates, chosen) if measures else {}
+    scores = measured_scores(candidates, chosen) if measures else {}
     winners = {}
     for kernel, index in entries:
         each = candidates[kernel, index]

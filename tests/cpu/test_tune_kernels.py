@@ -43,6 +43,57 @@ def test_candidates_scores_and_file(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_all_kernels_of_an_op_are_tried_at_once_and_what_does_not_fit_never() -> None:
+    """On a GPU that is played: its compiler is the real one; its clock likes many warps."""
+    result = run("-c", textwrap.dedent("""
+        import dataclasses, types
+        import torch, triton
+        from triton.backends.compiler import GPUTarget
+        from tools import tune_kernels as tune
+        from zaya.kernels import cases, gfx942, launch, trials
+
+        chip, gpu, cpu = launch.Target("sm_90", num_cus=132), GPUTarget("cuda", 90, 32), torch.device("cpu")
+
+        class Clock:
+            def by_launch(self, call, rounds):
+                with gfx942.recording(chip, gpu) as noted:
+                    call()
+                assert all(config.num_warps < 16 for _, config in noted), "a misfit is launched"
+                return {(build.kernel, id(config.blocks)): 8.0 / config.num_warps for build, config in noted}
+
+        shared = {"max_shared_mem": 228 * 1024}
+        triton.runtime.driver.set_active(types.SimpleNamespace(
+            get_current_target=lambda: gpu, utils=types.SimpleNamespace(get_device_properties=lambda index: shared)))
+        torch.cuda.current_device, torch.cuda.get_device_name, trials.Clock = lambda: 0, lambda: "played", Clock
+        launch._gpu = lambda index: chip
+        compiles = trials.misfit
+        def misfit(build, *limits):
+            return "too many warps" if build.num_warps == 16 else compiles(build, *limits)
+        trials.misfit = misfit
+        class InThisProcess:  # so that the misfit above is the one that is asked
+            def __init__(self, *arguments): pass
+            def __enter__(self): return self
+            def __exit__(self, *arguments): pass
+            map = staticmethod(map)
+        trials.ProcessPoolExecutor = InThisProcess
+
+        case = next(case for case in cases.cases() if case.name == "rms_norm small 4096")
+        case = dataclasses.replace(case, make=lambda device, dtype, make=case.make: make(cpu, dtype))
+        with launch.launching_through(lambda *launched: None, chip):
+            entries = tune.used_entries(launch._table(), chip, [case], None)
+            candidates = {entry: list(tune.products(launch._table()[entry[0]][entry[1]], {"num_warps": [4, 8, 16]})) for entry in entries}
+            scores = trials.measured_scores(candidates, [case])
+        assert {kernel for kernel, _ in entries} == {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_rms_norm_bwd_weight_kernel"}
+        for entry, each in candidates.items():
+            for candidate, ((score,), words) in zip(each, scores[entry]):
+                warps = candidate["num_warps"]
+                assert score == (-8.0 / warps if warps < 16 else -float("inf")), (entry, candidate, score, words)
+                assert words == ("too many warps" if warps == 16 else f"measured: {8 / warps:.3f} ms, played, rms_norm small 4096"), words
+            assert launch._table()[entry[0]][entry[1]] is each[0], "the table is left as it was"
+    """))
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_table_is_written_as_it_stands() -> None:
     """So that a change of one entry is a change of one line."""
     result = run("-c", "import pathlib, tempfile\nfrom tools import tune_kernels as tune\ntext = tune.TABLE.read_text()\n"
