@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--vocab-size", type=int, metavar="N", help="append zero rows to the embedding and its state")
     arguments = parser.parse_args(argv)
     options = Options(arguments.layout, arguments.dtype, arguments.drop_optimizer, bool(arguments.average), arguments.vocab_size)
-    target = Path(os.path.abspath(arguments.target))
+    target = Path(os.path.realpath(arguments.target))  # of a link the directory
     started = time.perf_counter()
     try:
         if not 1 <= arguments.workers <= 1024:
@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--max-memory = {arguments.max_memory} bytes is less than 1MB")
         checkpoints = [Checkpoint.find(path) for path in (arguments.source, *arguments.average)]
         for checkpoint in checkpoints:
-            if target.resolve().is_relative_to(checkpoint.path.resolve()):
+            if target.is_relative_to(checkpoint.path.resolve()):
                 raise ValueError(f"{target} lies in {checkpoint.path}, which is only read; choose another name")
         job = plan_job(checkpoints, options, arguments.max_file_size)
         total = rewrite(job, target, workers=arguments.workers, max_memory=arguments.max_memory)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import signal
+import sys
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, without the usage lines before an error."""
+    """argparse, without the usage lines before an error. And a reader of the output that goes away (`| head -1`) ends the tool `prog`
+    silently, by SIGPIPE, as it ends other commands."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog=prog, **options)
+        running = sys.modules["__main__"].__spec__
+        if running is not None and running.name == prog:  # not where a test calls main
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")

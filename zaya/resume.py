@@ -96,11 +96,17 @@ def _check_same(checkpoint: Checkpoint, mesh: Mesh) -> None:
 
 
 def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
-    """What the recipe of a checkpoint said otherwise: going on from another run's is allowed, but never silent."""
+    """What the recipe of a checkpoint said otherwise: going on at another pace, or from another run's, is allowed, but never silent."""
     theirs = checkpoint.manifest.recipe
-    changed = [f"{key} was {theirs.get(section, {}).get(name)!r}, is {value!r}" for key, value in recipe.identity().items()
-               for section, _, name in [key.partition(".")] if _plain(theirs.get(section, {}).get(name)) != _plain(value)]
-    return f"; made by another recipe: {'; '.join(changed)}" if changed else ""
+
+    def changed(ours: dict[str, object]) -> str:
+        return "; ".join(f"{key} was {theirs.get(section, {}).get(name)!r}, is {value!r}" for key, value in ours.items()
+                         for section, _, name in [key.partition(".")] if _plain(theirs.get(section, {}).get(name)) != _plain(value))
+
+    pace = changed({"train.steps": recipe.train.steps, "train.global_batch_size": recipe.train.global_batch_size})
+    others = changed(recipe.identity())
+    return ((f"; {pace}: schedule and batches follow the new from here" if pace else "")
+            + (f"; made by another recipe: {others}" if others else ""))
 
 
 def _plain(value: object) -> object:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from zaya.checkpoint.directory import step_path
 from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import save
@@ -40,8 +41,12 @@ from zaya.runtime import GarbageCollection
 from zaya.saving import open_saver
 from zaya.schedule import learning_rate
 from zaya.state import TrainState
+from zaya.tiers import agreed, objects
 
 log = logging.getLogger("zaya")
+MIRROR_POLL_S = 0.5
+"""How often ranks that wait for the mirror tell one another of signals."""
+ANOTHERS_SIGNAL = "a signal to another rank"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -207,8 +212,8 @@ class Trainer:
     def fit(self, metrics: MetricsWriter | None) -> str:
         """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it.
 
-        The name of the signal that ended it before that, with its state saved; empty: it is finished. CheckpointError: its last state
-        could not be saved.
+        The name of the signal that ended it before that, or before its last checkpoint was mirrored, with its state saved; empty: it is
+        finished. CheckpointError: its last state could not be saved.
         """
         recipe = self.recipe
         for line in (*self.skipped, f"{self.mesh} | kernels: {self.kernels} | {self.origin}", *describe(recipe, self.mesh)):
@@ -217,9 +222,8 @@ class Trainer:
         saver = self.saver
         if self.step >= recipe.train.steps:
             log.info("run %s is finished at step %d; nothing to do", recipe.run.dir, self.step)
-            if saver is not None:
-                saver.close()  # what ended before its last checkpoint was mirrored
-            return ""
+            with Preemption(active=saver is not None) as preemption:
+                return "" if saver is None or self._mirrored(saver, preemption) else preemption.signal or ANOTHERS_SIGNAL
         if saver is not None:
             saver.prepare(self.state.owned())
         with self._bar() as bar, GarbageCollection() as garbage, Preemption(active=saver is not None) as preemption:
@@ -243,17 +247,13 @@ class Trainer:
             self.optimizer.wait()
             if saver is not None:
                 self._finish_saves(saver, metrics, hurry=stop)
-                # A job that must go has no time for its mirror: the next one on these nodes goes on with it.
-                if any(gather_objects(bool(preemption.signal), self.mesh.world)):
-                    stop = stop or saver.mirrors
-                else:
-                    saver.close()
+                stop = not self._mirrored(saver, preemption) or stop
         if metrics is not None:
             try:
                 metrics.close()
             except OSError as error:
                 raise CheckpointError(f"the last rows of metrics.jsonl could not be written: {error.strerror}") from None
-        return preemption.signal or "a signal to another rank" if stop else ""
+        return preemption.signal or ANOTHERS_SIGNAL if stop else ""
 
     def _bar(self) -> tqdm[NoReturn]:
         return tqdm(total=self.recipe.train.steps, initial=self.step, unit="step", disable=None if self.mesh.rank == 0 else True,
@@ -285,6 +285,18 @@ class Trainer:
         if saver.failed:
             raise CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once the disk is well, start the "
                                   "run again: it goes on from the newest checkpoint before it")
+
+    def _mirrored(self, saver: Saver, preemption: Preemption) -> bool:
+        """Wait until every checkpoint is on both tiers (collective). False: a signal to any rank came before; a job that must go has no
+        time for that, and the next one on these nodes goes on with it. CheckpointError: the last one cannot be brought there."""
+        while True:
+            signalled, behind = map(any, zip(*objects((bool(preemption.signal), saver.mirror_is_behind), self.mesh)))
+            if signalled and behind:
+                log.warning("step %d | not mirrored yet: it is on the local tier only, %s; start the run again on the same nodes",
+                            self.step, step_path(saver.root, self.step))
+                return False
+            if all(objects(agreed(lambda: saver.close(timeout_s=MIRROR_POLL_S), self.mesh), self.mesh)):
+                return True
 
     def _evaluate_when_due(self, metrics: MetricsWriter | None) -> None:
         recipe = self.recipe

@@ -632,6 +632,18 @@ def test_writer_begins_a_new_file_when_the_header_is_full(tmp_path: Path) -> Non
     assert all(load_file(tmp_path / "out" / file) for file in checkpoint.manifest.files)
 
 
+def test_writer_fills_the_directory_that_a_link_names(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with CheckpointWriter(tmp_path / "out", recipe={}) as writer:
+        writer.add("x", torch.ones(3))
+    assert (tmp_path / "out").is_symlink() and [path.name for path in tmp_path.glob(".*")] == []
+    assert_holds(tmp_path / "disk", {"x": torch.ones(3)})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match="not empty"):
+        CheckpointWriter(tmp_path / "loop", recipe={})
+
+
 def test_writer_leaves_nothing_half_written(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     with pytest.raises(KeyboardInterrupt), CheckpointWriter(target, recipe={}) as writer:

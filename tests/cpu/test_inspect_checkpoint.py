@@ -7,6 +7,9 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -208,3 +211,14 @@ def test_a_box_is_hashed_through_a_small_buffer_and_progress_adds_up(tmp_path: P
     tracemalloc.stop()
     assert peak < 3 * read.CHUNK_BYTES, f"{peak} bytes for a box of {48 << 20}"
     assert sum(told) == (48 << 20) + 4000 and max(told) <= read.CHUNK_BYTES
+
+
+def test_a_reader_that_goes_ends_a_tool_as_it_ends_others(tmp_path: Path) -> None:
+    """And tests, which call `main` in their own process, go on without that."""
+    path = save_alone(tmp_path, {f"model.t{i}": torch.zeros(1) for i in range(300)})
+    command = [sys.executable, "-m", "tools.inspect_checkpoint", str(path), "--tensors", "*"]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2])
+    assert job.stdout is not None and job.stderr is not None
+    job.stdout.close()
+    assert (job.stderr.read(), job.wait(60)) == (b"", -signal.SIGPIPE)
+    assert main([str(path)]) == 0 and signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN

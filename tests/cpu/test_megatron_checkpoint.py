@@ -476,6 +476,41 @@ def test_what_a_pickle_does_to_a_class_stays_with_its_file(copy: Path) -> None:
     assert not hasattr(Metadata, "fields")
 
 
+TOWER = b")" + b"2\x86" * 60
+"""An empty tuple, then 60 times the pair of the last one with itself: 2^60 tuples to whoever follows them one by one."""
+
+
+@pytest.mark.parametrize("pickled", [
+    b"}" + TOWER + b"Ns", b"}(" + TOWER + b"Nu", b"(" + TOWER + b"Nd", b"\x8f(" + TOWER + b"\x90", b"(" + TOWER + b"\x91",
+    b"})" + b"\x85" * 1_000_000 + b"Ns", b"}(" + b"N" * 1_000_000 + b"tNs", b"}\x8a\x09" + b"\xff" * 8 + b"\x01Ns",
+], ids=["setitem", "setitems", "dict", "additems", "frozenset", "deep", "long", "large"])
+def test_a_key_that_takes_long_to_hash_is_refused(copy: Path, capsys: pytest.CaptureFixture[str], pickled: bytes) -> None:
+    (copy / ".metadata").write_bytes(b"\x80\x04" + pickled + b".")
+    refused(capsys, copy, ".metadata is damaged: one of its keys is")
+
+
+@pytest.mark.parametrize("pickled", [b"ccollections\nOrderedDict\n]]" + TOWER + b"aNaa\x85R", b"cbuiltins\nset\n]" + TOWER + b"a\x85R"],
+                         ids=["OrderedDict", "set"])
+def test_a_class_that_would_hash_what_it_is_made_of_does_not(copy: Path, capsys: pytest.CaptureFixture[str], pickled: bytes) -> None:
+    (copy / ".metadata").write_bytes(b"\x80\x04" + pickled + b".")
+    refused(capsys, copy, ".metadata is damaged: ")
+
+
+def test_a_value_that_is_long_to_tell_is_told_in_short(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower: Any = ()
+    for _ in range(60):
+        tower = tower, tower
+
+    def rename(metadata: Metadata) -> None:
+        for index in metadata.storage_data:
+            object.__setattr__(index, "fqn" if index.fqn == "embedding.bias" else "offset", tower)
+
+    torch.save({"args": argparse.Namespace(**megatron.to_arguments(SMALL) | {"num_experts": tower})}, copy / "common.pt")
+    refused(capsys, copy, "args.num_experts = ((", "is not an integer")
+    rewrite_metadata(copy, rename)
+    refused(capsys, copy, ".metadata is damaged: what it says of tensor")
+
+
 @pytest.mark.parametrize("name", ["../outside.distcp", "/etc/passwd", "sub/x.distcp", "..", ".metadata", "common.pt", "", 7, None,
                                   "a\0.distcp"])
 def test_a_file_name_is_never_a_path(copy: Path, capsys: pytest.CaptureFixture[str], name: object) -> None:

@@ -486,6 +486,17 @@ def test_the_target_must_be_new_and_elsewhere(source: Path, tmp_path: Path, capf
     reshape(source, tmp_path / "empty", "ranks=2").verify()
 
 
+def test_a_link_is_the_directory_that_it_names(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    for name, place in (("empty", "disk/empty"), ("dangling", "disk/new"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(tmp_path / place)
+    for name, place in (("empty", "disk/empty"), ("dangling", "disk/new")):
+        reshape(source, tmp_path / name, "ranks=2")
+        assert (tmp_path / name).is_symlink() and Checkpoint.open(tmp_path / place).path.is_dir()
+    assert "is not empty" in refusal(capfd, source, tmp_path / "loop", "--layout", "ranks=2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "disk", "empty", "loop"]
+
+
 def test_two_runs_do_not_share_a_directory(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with rewrite._alone(tmp_path / ".out.reshape"):
         assert "another process is writing" in refusal(capfd, source, tmp_path / "out", "--layout", "ranks=1")

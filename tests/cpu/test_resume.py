@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 
 from tests import tiny
 from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
 from zaya.metrics import MetricsWriter, read_rows
@@ -147,6 +149,30 @@ def test_two_tiers(folder: Path, capsys: Capture) -> None:
     assert "passed over the checkpoint of step 6" in out and f"resumed from {run_dir}/checkpoints/step-00000006" in out
 
 
+def test_a_changed_length_or_batch_is_said(folder: Path, whole: Path, capsys: Capture) -> None:
+    run_dir = folder / "longer"
+    shutil.copytree(whole, run_dir)
+    recipe = str(written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "longer"))
+    shutil.copy(recipe, run_dir / "recipe.toml")
+    capsys.readouterr()
+    assert main([recipe]) == 0
+    assert "at step 6\n" in capsys.readouterr().out, "nothing changed, nothing to say"
+    assert main([recipe, "--train.steps=7"]) == 0
+    assert "at step 6; train.steps was 6, is 7: schedule and batches follow the new from here\n" in capsys.readouterr().out
+    assert main([recipe, "--train.steps=8", "--train.global_batch_size=4"]) == 0
+    assert ("at step 7; train.steps was 7, is 8; train.global_batch_size was 8, is 4: schedule and batches follow the new from here\n"
+            in capsys.readouterr().out)
+
+
+def test_a_finished_run_does_not_look_at_what_a_fresh_one_starts_from(folder: Path, whole: Path) -> None:
+    run_dir = folder / "finished"
+    shutil.copytree(whole, run_dir)
+    recipe = str(written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "finished"))
+    shutil.copy(recipe, run_dir / "recipe.toml")
+    assert main([recipe, "--init.checkpoint=/nowhere"]) == 0
+    assert main([recipe, "--init.checkpoint=/nowhere", f"--run.dir={folder / 'unstarted'}"]) == 2
+
+
 def test_a_mirror_cut_short_is_made_up_for(folder: Path) -> None:
     run_dir = folder / "short"
     base = tiny.recipe(folder, checkpoint__interval=2, checkpoint__local_dir=str(folder / "fast2"), run__dir=str(run_dir), train__steps=4)
@@ -193,10 +219,12 @@ def test_a_signal_in_the_last_step_finishes_the_run(folder: Path, whole: Path, m
     assert losses(folder / "last") == losses(whole) and complete_steps(folder / "last/checkpoints") == [4, 6]
 
 
-def test_a_signal_in_the_last_step_leaves_no_checkpoint_on_the_local_tier_alone_unsaid(folder: Path,
-                                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bring", [lambda self, step: threading.Event().wait(), lambda self, step: setattr(self, "_done", step)],
+                         ids=["slow mirror", "mirror gave up"])
+def test_a_signal_in_the_last_step_leaves_no_checkpoint_on_the_local_tier_alone_unsaid(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, bring: Callable[[Mirror, int], None], request: pytest.FixtureRequest) -> None:
     """The mirror is not waited for, so the run is not finished: exit code 3, and the next start mirrors it. A second signal is ignored."""
-    step, close, run_dir = Trainer.train_step, MetricsWriter.close, folder / "late"
+    step, close, run_dir = Trainer.train_step, MetricsWriter.close, folder / request.node.callspec.id
 
     def last(self: Trainer, votes: Sequence[float] = (0, 0)) -> StepResult:
         result = step(self, votes)
@@ -210,8 +238,9 @@ def test_a_signal_in_the_last_step_leaves_no_checkpoint_on_the_local_tier_alone_
 
     monkeypatch.setattr(Trainer, "train_step", last)
     monkeypatch.setattr(MetricsWriter, "close", again)
+    monkeypatch.setattr(Mirror, "_bring", bring)
     base = tiny.recipe(folder, checkpoint__interval=6, checkpoint__local_dir=str(folder / "fast4"), run__dir=str(run_dir))
-    recipe = written(base, "late")
+    recipe = written(base, run_dir.name)
     try:
         assert main([str(recipe)]) == 3
     finally:
@@ -219,6 +248,39 @@ def test_a_signal_in_the_last_step_leaves_no_checkpoint_on_the_local_tier_alone_
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     monkeypatch.undo()
     assert main([str(recipe)]) == 0 and complete_steps(run_dir / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_signal_ends_the_wait_for_the_mirror(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, finished: bool) -> None:
+    """Of a run's last steps, and of a start that finds it finished: soon, with what is not mirrored, and again for the next start."""
+    sent: list[float] = []
+
+    def stuck(self: Mirror, step: int) -> None:
+        time.sleep(1)  # the training is over and waits
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
+    run_dir = folder / f"waiting-{finished}"
+    base = tiny.recipe(folder, checkpoint__interval=6, checkpoint__local_dir=str(folder / "fast5"), run__dir=str(run_dir))
+    recipe, local = str(written(base, run_dir.name)), Tiers.of(base).local
+    assert local is not None
+    if finished:
+        assert main([recipe]) == 0
+        shutil.rmtree(step_path(run_dir / "checkpoints", 6))
+    monkeypatch.setattr(Mirror, "_bring", stuck)
+    capsys.readouterr()
+    try:
+        assert main([recipe]) == 3
+        assert time.monotonic() - sent[0] < 1
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    out, err = capsys.readouterr()
+    assert f"step 6 | not mirrored yet: it is on the local tier only, {step_path(local, 6)}" in out
+    assert err == "zaya.train: SIGTERM: saved at step 6; start it again to go on\n"
+    monkeypatch.undo()
+    assert main([recipe]) == 0 and complete_steps(run_dir / "checkpoints") == [6]
 
 
 def test_a_directory_that_holds_another_step_is_passed_over(folder: Path, whole: Path, capsys: Capture) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +57,12 @@ def test_the_table_names_groups_that_leave_their_node(pools: Pools) -> None:
     assert table.splitlines()[0].startswith("mesh: 8 ranks = tp 2 x cp 2 x dp 2, experts ep 4 x edp 2 | cpu, gloo")
     assert "   tp: [0 1]  [2 3]  [4 5]  [6 7]" in table.splitlines()
     assert "   ep: [0 1 2 3]  [4 5 6 7]  (leaves its node of 2 ranks: slow)" in table.splitlines()
+
+
+def test_megatron_does_not_say_what_is_not_installed(tmp_path: Path) -> None:
+    """And nothing else is silenced: a warning of another package that it imports is seen."""
+    (tmp_path / "einops.py").write_text("import warnings\nwarnings.warn('something else')")
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", "from zaya.parallel import mesh; mesh._axes(mesh.Layout(2))"], capture_output=True,
+                          text=True, cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{tmp_path}"}, timeout=200)
+    assert done.returncode == 0 and "something else" in done.stderr and done.stderr.count("Warning") == 1, done.stderr

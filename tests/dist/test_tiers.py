@@ -6,6 +6,9 @@ import dataclasses
 import errno
 import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from tests import tiny
 from tests.dist.pool import Pools, WorkerError
 from zaya.checkpoint.directory import complete_steps
 from zaya.checkpoint.manifest import load
+from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
+from zaya.preemption import SIGNALS
 from zaya.tiers import Tiers
 
 
@@ -180,3 +185,31 @@ def test_a_save_that_fails_on_one_rank_is_tried_again_by_all(pools: Pools, tmp_p
     assert [one[:2] for one in results] == [(1, 8)] * 2 and results[0][2] == results[1][2]
     steps = complete_steps(tmp_path / "run/checkpoints")
     assert 3 not in steps and steps[0] in (4, 5, 6) and steps[-1] == 8, "that of step 3 failed; the next attempt is later"
+
+
+def signalled_while_it_mirrors(rank: int, world_size: int, tables: dict[str, Any]) -> tuple[str, float]:
+    """Rank 1 is told to go while all wait for a mirror that hangs: how the run ended, and seconds from the signal to that."""
+    trainer = tiny.trainer(tables, world_size)
+    trainer.restore()
+    sent: list[float] = []
+
+    def stuck(self: Mirror, step: int) -> None:
+        time.sleep(1)  # the training is over and waits
+        sent.append(time.monotonic())
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
+    bring, Mirror._bring = Mirror._bring, stuck  # type: ignore[method-assign]
+    try:
+        return trainer.fit(None), time.monotonic() - sent[0]
+    finally:
+        Mirror._bring = bring  # type: ignore[method-assign]
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def test_a_signal_to_one_rank_ends_the_wait_of_all_for_the_mirror(pools: Pools, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, train__steps=2, checkpoint__interval=2, checkpoint__local_dir=str(tmp_path / "fast"), optim__warmup_steps=0)
+    results = pools[2].run(signalled_while_it_mirrors, dataclasses.asdict(recipe))
+    assert [ended_by for ended_by, _ in results] == ["a signal to another rank", "SIGTERM"] and max(seconds for _, seconds in results) < 1.5

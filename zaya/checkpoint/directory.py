@@ -114,7 +114,7 @@ class NewDirectory:
     """
 
     def __init__(self, directory: str | Path, *, overwrite: bool = False, mark: str = "") -> None:
-        self.directory = Path(os.path.abspath(directory))
+        self.directory = Path(os.path.realpath(directory))  # of a link the directory
         self.hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         with disk_errors("write", self.directory):
             if self._is_taken() and not (overwrite and (self.directory / mark).is_file()):
@@ -151,7 +151,7 @@ class NewDirectory:
             self.abort()  # nothing is left to remove after a close that came through
 
     def _is_taken(self) -> bool:
-        return self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir()))
+        return os.path.lexists(self.directory) and (not self.directory.is_dir() or any(self.directory.iterdir()))
 
 
 def sync_directory(path: Path) -> None:

@@ -68,17 +68,25 @@ class Mirror:
         with self._changed:
             yield self._spared | {self._newest}
 
-    def close(self) -> None:
-        """Wait until the last checkpoint offered is on both tiers. CheckpointError: it could not be brought there."""
+    @property
+    def is_behind(self) -> bool:
+        """The last checkpoint offered is not on both tiers, as far as this rank knows."""
+        return self._newest >= 0 and self.step != self._newest
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Wait until the last checkpoint offered is on both tiers; False: it is not yet. CheckpointError: it could not be brought there."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout_s)
         self.check()
-        if self._newest >= 0 and self.step != self._newest:
+        if self._thread.is_alive():
+            return False
+        if self.is_behind:
             where = step_path(self.source, self._newest)
             raise CheckpointError(f"the checkpoint of step {self._newest} is on the local tier only, {where}: mirroring it failed, as the "
                                   "log says; once the shared storage is well, start the run again on the same nodes")
+        return True
 
     def check(self) -> None:
         """Raise what ended the thread: a bug, a rank that is gone."""

@@ -321,7 +321,7 @@ def rewrite(job: Job, target: Path, *, workers: int, max_memory: int) -> int:
     are at most one per GiB. CheckpointError or OSError: nothing is left but, where files were finished, the hidden
     directory that the next run goes on from.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; remove it or choose another name")
     hidden = target.with_name(f".{target.name}.reshape")
     total = sum(job.piece(*item).num_bytes for file in job.files for item in file)

@@ -124,17 +124,20 @@ class Saver:
         self.check()
 
     @property
-    def mirrors(self) -> bool:
-        """Checkpoints have another place to go to after they are complete."""
-        return self._mirror is not None
+    def mirror_is_behind(self) -> bool:
+        """The newest complete checkpoint is on the local tier only, as far as this rank knows."""
+        return self._mirror is not None and self._mirror.is_behind
 
-    def close(self) -> None:
-        """Every checkpoint is where it belongs, on both tiers. CheckpointError: the last one is not."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Every checkpoint is where it belongs, on both tiers; False: the mirror needs longer than that. CheckpointError: the last one is
+        not, and will not be."""
         self.wait()
         if self._mirror is not None:
-            self._mirror.close()
+            if not self._mirror.close(timeout_s):
+                return False
             if self.step is not None:
                 self._prune(self.step)  # of what the mirror needed until now
+        return True
 
     def check(self) -> None:
         """Raise what ended a thread."""

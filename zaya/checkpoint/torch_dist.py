@@ -51,6 +51,7 @@ MAX_PICKLE_BYTES = 256 << 20
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}\.distcp")  # no separator can occur: a name is never a path
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_SETS = {"builtins": ("set",), "__builtin__": ("set",)}  # never looked into
 # What a pickle of the format may name. DCP's own classes (torch 2.0 to 2.13), and what Megatron adds to .metadata: its processes' plans.
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": (
@@ -62,10 +63,12 @@ _METADATA_CLASSES = {
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
     "torch.serialization": ("_get_layout",),
     "pathlib": ("PosixPath",),
+    **_SETS,
 }
 # common.pt: arguments as Megatron's argparse leaves them, and tensors of its RNG and scheduler state, of which none is ever read.
 # The Megatron names are those of megatron.core.safe_globals and of megatron.core.transformer.enums (0.16.1).
 _COMMON_CLASSES = {
+    **_SETS,
     "argparse": ("Namespace",),
     "types": ("SimpleNamespace",),
     "pathlib": ("PosixPath",),
@@ -82,9 +85,9 @@ _COMMON_CLASSES = {
     "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
     "megatron.core.transformer.enums": ("AttnBackend", "AttnMaskType", "AttnType", "CudaGraphScope", "LayerType", "ModelType"),
 }
-# Types that are real: plain data, and nothing can be attached to them.
+# What is real: plain data; nothing can be attached to it, and no call makes it large (a Size is the tuple that torch gives it).
 _PLAIN: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): tuple, ("collections", "OrderedDict"): dict, ("builtins", "set"): set, ("__builtin__", "set"): set,
+    ("torch", "Size"): lambda items: items, ("collections", "OrderedDict"): lambda: {},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
 # All that a damaged pickle or a damaged file of torch.save was seen to raise, beside what we raise.
@@ -93,15 +96,12 @@ _DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeErr
 
 
 class Record:
-    """What a pickle says about one object of a foreign class: the arguments it was made with, and its state. Runs nothing."""
+    """What a pickle says about one object of a foreign class: its state, and not the arguments it was made with. Runs nothing."""
 
-    args: tuple[Any, ...]
-    state: Any
+    state: Any = None
 
     def __new__(cls, *args: Any) -> Record:
-        record = object.__new__(cls)
-        record.args, record.state = args, None
-        return record
+        return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -110,8 +110,31 @@ class Record:
         return {key: value for key, value in self.state.items() if isinstance(key, str)} if isinstance(self.state, dict) else {}
 
 
+def _is_plain_key(key: object) -> bool:
+    """Whether it is hashed and compared at once. A tuple of tuples that share their parts can take for ever; so can many huge numbers."""
+    if type(key) is tuple:
+        return len(key) <= MAX_DIMS and all(type(part) is not tuple and _is_plain_key(part) for part in key)
+    return key is None or isinstance(key, (str, bytes, float, Record, torch.dtype)) or (isinstance(key, int) and -MAX_INT <= key <= MAX_INT)
+
+
+def _with_plain_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """The opcode that makes keys of these items of the stack (those since the last mark)."""
+    load = pickle._Unpickler.dispatch[opcode[0]]
+
+    def checked(unpickler: Any) -> None:
+        if not all(map(_is_plain_key, unpickler.stack[keys])):
+            raise CheckpointError("is damaged: one of its keys is a long or nested tuple, or a huge number, or no key at all")
+        load(unpickler)
+
+    return checked
+
+
 class _Unpickler(pickle._Unpickler):
     """The pure Python one: one changed byte can make C's reserve 64 GB for its memo, this one keeps it in a dict."""
+
+    dispatch = pickle._Unpickler.dispatch | {opcode[0]: _with_plain_keys(opcode, keys) for opcode, keys in (
+        (pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2)), (pickle.DICT, slice(0, None, 2)),
+        (pickle.ADDITEMS, slice(None)), (pickle.FROZENSET, slice(None)))}
 
     def __init__(self, data: bytes, allowed: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__(io.BytesIO(data))
@@ -175,11 +198,12 @@ class TorchDistReader:
             raise CheckpointError(f"{path / METADATA} is damaged: it is not the metadata of a checkpoint")
         self._tensors = {name: entry for name, entry in tensors.items()
                          if isinstance(name, str) and type(entry).__name__ == "TensorStorageMetadata"}
-        self._places: dict[tuple[object, object], object] = {}
+        self._places: dict[tuple[str, tuple[int, ...]], object] = {}
         for index, place in places.items():
-            if isinstance(index, Record):
-                offset = index.fields().get("offset")
-                self._places[str(index.fields().get("fqn")), offset if isinstance(offset, tuple) else None] = place
+            where = index.fields() if isinstance(index, Record) else {}
+            name, offset = where.get("fqn"), where.get("offset")
+            if isinstance(name, str) and offset is not None:
+                self._places[name, self._ints(name, offset)] = place
 
     def names(self) -> list[str]:
         """Of the tensors; what else lies in the files (pickled objects) is never read."""

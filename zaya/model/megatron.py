@@ -11,6 +11,7 @@ linear_qkv interleaves the projections by KV head (the query heads of its group,
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,14 +122,15 @@ def from_arguments(arguments: Mapping[str, Any]) -> ModelConfig:
     """The model of a run whose arguments say it all: attention is full in every block. ValueError names an argument that does not fit."""
     for name, value in FIXED.items():
         if arguments.get(name, value) != value:
-            raise ValueError(f"args.{name} = {arguments[name]!r} is not supported; only {value!r} is")
+            raise ValueError(f"args.{name} = {reprlib.repr(arguments[name])} is not supported; only {value!r} is")
     shape: dict[str, Any] = {field: arguments.get(argument) for field, argument in ARGUMENTS.items()}
     for field, value in shape.items():
         if type(value) is not int:
-            raise ValueError(f"args.{ARGUMENTS[field]} = {value!r} is not an integer, so the model's shape is not known")
+            raise ValueError(f"args.{ARGUMENTS[field]} = {reprlib.repr(value)} is not an integer, so the model's shape is not known")
     base, skip = arguments.get("rotary_base", 1e4), arguments.get("zaya_use_mod", True)
     if type(base) not in (int, float) or type(skip) is not bool:
-        raise ValueError(f"args.rotary_base = {base!r} is not a number, or args.zaya_use_mod = {skip!r} is neither true nor false")
+        raise ValueError(f"args.rotary_base = {reprlib.repr(base)} is not a number, or args.zaya_use_mod = {reprlib.repr(skip)} is neither "
+                         "true nor false")
     model = ModelConfig(**shape, rope_theta=float(base), skip_expert=skip)
     model.validate()
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -164,7 +165,9 @@ def _axes(layout: Layout) -> dict[str, list[list[int]]]:
     """The groups of every axis, as Megatron-core's rank generator enumerates them; our own arithmetic must agree."""
     if layout.world_size == 1:
         return {axis: [[0]] for axis in ("tp", "cp", "dp", "ep", "edp", "token")}
-    from megatron.core.parallel_state import RankGenerator  # 5 s to import: only where there are several ranks
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed")  # true, and not needed here
+        from megatron.core.parallel_state import RankGenerator  # 5 s to import: only where there are several ranks
 
     dense = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=1, cp=layout.cp, order="tp-cp-ep-dp-pp")
     experts = RankGenerator(tp=1, ep=layout.ep, dp=layout.edp, pp=1, cp=1, order="tp-cp-ep-dp-pp")
