@@ -85,7 +85,8 @@ def test_a_save_survives_every_fault_of_every_call(memory: Path, same_step: bool
     store(memory / "dry", OLD, 3 if same_step else 2)
     with FailingDisk(lambda thread: thread is main) as disk:
         store(memory / "dry", NEW, 3)
-    assert {"open", "write", "fsync", "replace", "mkdir", "preadv", "posix_fadvise", "close", "read", "stat"} <= set(disk.calls)
+    made = {"open", "write", "fsync", "replace", "mkdir", "preadv", "posix_fadvise", "close", "stat"}
+    assert made | ({"read"} if same_step else set()) <= set(disk.calls)  # read: the manifest of an older save of the step
     outcomes = set()
     for at, fault in calls_and_faults(disk.calls):
         root = memory / f"{at}-{fault}"

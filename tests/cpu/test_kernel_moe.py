@@ -88,11 +88,11 @@ def test_needs_no_values_on_the_host() -> None:
     def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
         launched.append(kernel.__name__)
 
-    for case in SMALL_CASES:  # the chip's would draw cotangents of 67 million numbers
+    for case in SMALL_CASES:
         arguments = case.make(torch.device("meta"), torch.bfloat16)
         with launching_through(note):
             got = run(case.op, arguments, case.gradients)
-        assert got["out.0"].shape == arguments["x_TD"].shape
+        assert got["out.0"].shape == next(iter(arguments.values())).shape  # rows in, rows out
     assert {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel", "_dgate_kernel"} <= set(launched)
 
 

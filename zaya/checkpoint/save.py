@@ -59,7 +59,6 @@ class _Report:
     table: str = ""  # hash of names, dtypes and shapes
     plan: bytes = b""  # see planning.pack
     num_files: int = 0
-    suffix: str = ""
     blank: Manifest | None = None  # without tensors: rank 0's is everybody's
     hashes: bytes = b""  # 16 for each box of the plan
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -82,9 +81,9 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
     what must be on the disk before the checkpoint. `written` is told the bytes of boxes that this rank has written, box by box.
 
     1. All ranks: plan files; leaders clear the remains of a killed save, but leave a complete checkpoint of this step in place. Gather.
-    2. Rank 0 checks that the boxes cover the tensors and chooses file names that no directory has. Gather.
-    3. All ranks write, fsync and read back their files. Gather of hashes.
-    4. Leaders make the manifest (what all ranks have reported leads each to the same), fsync the directory, write the manifest under a
+       Every rank now checks that the boxes cover the tensors, and chooses file names that no directory has: all come to the same.
+    2. All ranks write, fsync and read back their files. Gather of hashes.
+    3. Leaders make the manifest (what all ranks have reported leads each to the same), fsync the directory, write the manifest under a
        temporary name, fsync it, rename it (this instant makes the checkpoint, or replaces the older one) and remove the files of the
        older one. Gather: now the checkpoint exists for every rank.
 
@@ -119,9 +118,9 @@ class _Save:
     def run(self) -> None:
         self.table = {name: (dtype_name(name, share.dtype), tuple(map(int, share.shape))) for name, share in self.shares.items()}
         self.plans = self.phase(self.announce)
-        chosen = self.phase(self.prepare if self.rank == 0 else _Report)[0]
-        self.blank = chosen.blank or self.blank
-        reports = self.phase(lambda: self.write(chosen.suffix))
+        self.blank = self.plans[0].blank or self.blank
+        suffix = self.chosen_suffix()
+        reports = self.phase(lambda: self.write(suffix))
         self.phase(lambda: self.finish(reports) if self.leads else _Report())
 
     def phase(self, action: Callable[[], _Report]) -> list[_Report]:
@@ -144,16 +143,20 @@ class _Save:
         self.files = _plan_files(self.shares, self.rank, self.max_file_bytes)
         taken = _clear(self.directory) if self.leads else frozenset()
         packed = pack(self.table, (((piece.name, (piece.offsets, piece.sizes)) for piece, _ in file) for file in self.files))
-        return _Report(taken=taken, table=_table(self.table), plan=packed, num_files=len(self.files))
+        blank = self.blank if self.rank == 0 else None
+        return _Report(taken=taken, table=_table(self.table), plan=packed, num_files=len(self.files), blank=blank)
 
-    def prepare(self) -> _Report:
-        for other, report in enumerate(self.plans):
-            if report.table != self.plans[0].table:
-                raise CheckpointError(f"rank {other} has tensors of other names, dtypes or shapes than rank 0")
-        self.plan.check()
+    def chosen_suffix(self) -> str:
+        """Of the file names. CheckpointError, on all ranks: what they announced is not one state."""
+        others = [f"rank {rank}" for rank, report in enumerate(self.plans) if report.table != self.plans[0].table]
+        raise_on_all([f"{others[0]} has tensors of other names, dtypes or shapes than rank 0" if others else ""])
+        try:
+            self.plan.check()
+        except CheckpointError as error:
+            raise_on_all([str(error)])
         taken = frozenset().union(*(report.taken for report in self.plans))
         suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(1)))
-        return _Report(suffix=next(suffix for suffix in suffixes if taken.isdisjoint(self.names(suffix))), blank=self.blank)
+        return next(suffix for suffix in suffixes if taken.isdisjoint(self.names(suffix)))
 
     @functools.cached_property
     def plan(self) -> SavePlan:
@@ -185,7 +188,7 @@ class _Save:
         tensors = self.plan.tensors([report.hashes for report in reports], list(files))
         write_manifest(self.directory, manifest_text(replace(self.blank, tensors=tensors, files=files)))
         sync_directory(self.directory.parent)
-        _sweep(self.directory)
+        _keep_only(self.directory, files)
         return _Report()
 
 
