@@ -1,9 +1,9 @@
 """Time every kernel on this GPU at the 8B's and 74B's shapes in bf16, against torch's best, alternating; no speed without a green check.
 
-Figures are medians of alternating rounds, caches flushed before each call and the host ahead, as in training: forward, and forward with
-backward; TFLOP/s or GB/s (useful work over time), as a share of what a large matmul or copy reaches here; what the host needs to launch
-it; peak memory beyond the arguments. Routing is uniform and skewed
-(one expert has half of the tokens). Exit code 2 and one line where there is no GPU, 1 where a check fails.
+Times are medians of alternating rounds, caches flushed before each call and the host ahead, as in training: forward, and forward with
+backward. Beside them TFLOP/s or GB/s (useful work over time), as a share of what a large matmul or copy reaches here; the host's time for
+the launches; peak memory beyond the arguments. Routing is uniform and skewed (one expert has half of the tokens). Exit code 2 and one
+line where there is no GPU, 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -108,9 +108,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     every = (*cases.cases(cases.CHIP), *bench_kernels_moe.CASES)
-    chosen = [case for name in arguments.op for case in every if case.name.startswith(name)]
+    chosen = [case for case in every if case.name.startswith(tuple(arguments.op))]
     if not chosen:
-        parser.error(f"--op {' '.join(arguments.op)}: there are {', '.join(sorted({case.name.split()[0] for case in every}))}")
+        names = sorted({case.name.split()[0] for case in every})
+        parser.error(f"--op {' '.join(arguments.op)}: no chip case has such a name; there are {', '.join(names)}")
     if arguments.rounds < 10:
         parser.error(f"--rounds {arguments.rounds}: a median of fewer than 10 says little")
     torch.backends.cuda.matmul.allow_tf32 = False  # the references compute in fp32

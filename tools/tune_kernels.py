@@ -1,21 +1,20 @@
 """Search better tile sizes for one op's kernels and write the winners, with their figures, into zaya/kernels/configs.json.
 
-Each entry of the table that the op's chip cases use is varied on its own, its neighbours first: every block, the warps and the stages
-halved and doubled, one at a time (or the products of --space). On a GPU the shortest median time of the kernel's launches in forward and
-backward of the cases wins, and the winners together must compute the right thing. Without one, for gfx942, the machine code decides: no
-failed gate, at least two waves a SIMD, then the MFMA share of the hot loop (of matrix kernels), the share of bytes in 16-byte loads, and
-the waves.
+Each entry of the table that the op's chip cases use competes with its neighbours: one block or the warps halved or doubled, or one stage
+more or less (or with all combinations of --space). On a GPU the shortest median time of the kernel's launches in forward and backward of
+the cases wins, and the winners together must compute the right thing. Without one, for gfx942, the machine code decides: no failed gate,
+at least two waves a SIMD, then the MFMA share of the hot loop (of matrix kernels), the share of bytes in 16-byte loads, and the waves.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # candidates are compiled; Triton reads this once, as it is imported
 
@@ -25,9 +24,8 @@ from tqdm import tqdm
 from zaya.cli import Parser
 from zaya.kernels import cases, gfx942, launch
 from zaya.kernels.launch import MI300X, TABLE, Target
-from zaya.kernels.trials import measured_scores
+from zaya.kernels.trials import Entry, Score, measured_scores
 
-Entry = dict[str, Any]
 CEILINGS = {"num_warps": 16, "num_stages": 4}
 MARGIN = 0.02  # a winner must be so much better: less is noise, of a clock or of a scheduler
 
@@ -57,8 +55,8 @@ def varied(entry: Entry, changes: dict[str, int]) -> Entry:
 
 
 def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candidates: list[Entry],
-                  chosen: list[cases.Case]) -> list[tuple[tuple[float, ...], str]]:
-    """(score, figures in words) of each candidate, by the worst of the kernel's launches; a candidate that no launch takes gets none."""
+                  chosen: list[cases.Case]) -> list[Score]:
+    """Of each candidate, by the worst of the kernel's launches; -1 where none of them uses it."""
     owners, builds = [], {}
     for number, candidate in enumerate(candidates):
         launch.replace_entry(kernel, index, candidate)
@@ -73,7 +71,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
                     builds[number, build.key] = build
                     owners.append(number)
     launch.replace_entry(kernel, index, candidates[0])
-    scores: list[tuple[tuple[float, ...], str]] = [((-1.0,), "does not launch")] * len(candidates)
+    scores: list[Score] = [((-1.0,), "does not launch")] * len(candidates)
     figures = tqdm(gfx942.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
     for number, row in zip(owners, figures):
         share = row["mfma_share"] if row["is_matrix_kernel"] else 0.0
@@ -88,7 +86,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
 def is_better(score: tuple[float, ...], than: tuple[float, ...]) -> bool:
     """The first figure that differs by more than noise decides."""
     for ours, theirs in zip(score, than):
-        if abs(ours - theirs) > MARGIN * max(abs(ours), abs(theirs)) or abs(ours) == float("inf"):
+        if math.isinf(ours) or math.isinf(theirs) or abs(ours - theirs) > MARGIN * max(abs(ours), abs(theirs)):
             return ours > theirs
     return len(score) > len(than)
 

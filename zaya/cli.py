@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, without the usage lines before an error. And a reader of the output that goes away (`| head -1`) ends the tool `prog`
-    silently, by SIGPIPE, as it ends other commands."""
+    """argparse, without the usage lines before an error. Under `python -m PROG`, a reader of the output that goes away (`| head -1`) ends
+    the tool silently, by SIGPIPE, as it ends other commands."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog=prog, **options)

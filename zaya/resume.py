@@ -105,7 +105,7 @@ def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
 
     pace = changed({"train.steps": recipe.train.steps, "train.global_batch_size": recipe.train.global_batch_size})
     others = changed(recipe.identity())
-    return ((f"; {pace}: schedule and batches follow the new from here" if pace else "")
+    return ((f"; {pace}: schedule and batches follow the new recipe from here" if pace else "")
             + (f"; made by another recipe: {others}" if others else ""))
 
 

@@ -114,7 +114,7 @@ class NewDirectory:
     """
 
     def __init__(self, directory: str | Path, *, overwrite: bool = False, mark: str = "") -> None:
-        self.directory = Path(os.path.realpath(directory))  # of a link the directory
+        self.directory = Path(os.path.realpath(directory))  # a link stands for the directory that it names
         self.hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         with disk_errors("write", self.directory):
             if self._is_taken() and not (overwrite and (self.directory / mark).is_file()):

@@ -119,7 +119,8 @@ class _Save:
         self.table = {name: (dtype_name(name, share.dtype), tuple(map(int, share.shape))) for name, share in self.shares.items()}
         self.plans = self.phase(self.announce)
         self.blank = self.plans[0].blank or self.blank
-        suffix = self.chosen_suffix()
+        self.check_plans()
+        suffix = self.free_suffix()
         reports = self.phase(lambda: self.write(suffix))
         self.phase(lambda: self.finish(reports) if self.leads else _Report())
 
@@ -146,14 +147,17 @@ class _Save:
         blank = self.blank if self.rank == 0 else None
         return _Report(taken=taken, table=_table(self.table), plan=packed, num_files=len(self.files), blank=blank)
 
-    def chosen_suffix(self) -> str:
-        """Of the file names. CheckpointError, on all ranks: what they announced is not one state."""
+    def check_plans(self) -> None:
+        """CheckpointError, on all ranks alike: what they announced is not one state, each element once."""
         others = [f"rank {rank}" for rank, report in enumerate(self.plans) if report.table != self.plans[0].table]
         raise_on_all([f"{others[0]} has tensors of other names, dtypes or shapes than rank 0" if others else ""])
         try:
             self.plan.check()
         except CheckpointError as error:
             raise_on_all([str(error)])
+
+    def free_suffix(self) -> str:
+        """Of file names that no leader's directory has; the same on all ranks."""
         taken = frozenset().union(*(report.taken for report in self.plans))
         suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(1)))
         return next(suffix for suffix in suffixes if taken.isdisjoint(self.names(suffix)))

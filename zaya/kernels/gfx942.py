@@ -2,7 +2,8 @@
 
 `specialise` does what Triton does between a launch and the compiler: types, constexprs, the integers equal to 1, what 16 divides, which
 tensors are small enough (2 GiB) for buffer instructions. `build_code` compiles that for gfx942; `resources` reads registers, spills and
-LDS off the assembly, `regions` its loops, `gates` what must not ship; `figures` is all of it. Tensors may lie on "meta". Knows no op.
+LDS off the assembly, `regions` its loops, `gates` what must not ship; `figures` is all of it. Tensors may lie on "meta". `recording` and
+`compiled` serve other GPUs, too. Knows no op.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def recording(chip: Target = MI300X, gpu: GPUTarget = TARGET) -> Iterator[list[tuple[Build, Config]]]:
-    """Inside, launches are noted in the list instead of being run, as on an MI300X (or another chip, by both its names)."""
+    """Inside, launches are noted in the list instead of being run, as on an MI300X; chip, gpu: another, to launch.py and to Triton."""
     noted: list[tuple[Build, Config]] = []
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:

@@ -160,7 +160,7 @@ class _Tiles:
                                                 "WIDE": _is_wide(arguments)}, chosen)
 
     def rows(self, rows_RK: Tensor, weights_ENK: Tensor, order_R: Tensor | None, gates: Tensor | None, out_RN: Tensor) -> None:
-        """weights: as they lie in memory, or transposed."""
+        """Each row times its expert's matrix; weights: contiguous, or the transposed view of such ones."""
         E, N, K = weights_ENK.shape
         self.launch(_rows_kernel, {"a_rows": rows_RK, "weights": weights_ENK, "order": order_R, "gates": gates, "offsets": self.offsets,
                                    "out": out_RN, "num_rows": self.num_rows, "E": E, "K": K, "N": N,

@@ -20,8 +20,8 @@ from zaya.kernels.launch import Config, launching_through, target
 
 Call = Callable[[], Any]
 FLUSH_BYTES = 512 << 20  # more than any cache: 256 MiB of the MI300X, 50 MB of the H100
-WARM_UP = 3  # calls: compilation, tuning and allocations of a first one
-LONGEST_LEAD_MS = 20.0  # of a call that waits for the GPU itself, and so seems to keep the host busy
+WARM_UP = 3  # calls: a first one compiles, tunes and allocates
+LONGEST_LEAD_MS = 20.0  # enough for any launch; a call that waits for the GPU seems to keep the host busy for longer
 
 
 class Clock:
@@ -33,15 +33,18 @@ class Clock:
         self.cycles_per_ms = cycles / min(_between(lambda: torch.cuda._sleep(cycles)) for _ in range(3))
 
     def milliseconds(self, call: Call, lead_ms: float) -> float:
-        """lead_ms: what the host needs to launch it."""
+        """lead_ms: how long the GPU is busy before; more than the host needs to launch the call."""
+        self._lead(lead_ms)
+        return _between(call)
+
+    def _lead(self, lead_ms: float) -> None:
         self.flush.zero_()
         torch.cuda._sleep(int(min(lead_ms, LONGEST_LEAD_MS) * self.cycles_per_ms))
-        return _between(call)
 
     def host_milliseconds(self, call: Call) -> float:
         """Until the host has launched a warm call (or, if it waits for the GPU, until that is done): the least of three."""
         times = []
-        for _ in range(WARM_UP):
+        for _ in range(3):
             torch.cuda.synchronize()
             start = time.perf_counter()
             call()
@@ -57,7 +60,7 @@ class Clock:
         return torch.cuda.max_memory_allocated() - before
 
     def medians(self, calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-        """Each call once a round, so that a change of the clock speed meets all of them."""
+        """Milliseconds on the GPU, by name; each call once a round, so that a change of the clock speed meets all of them."""
         leads = {}
         for name, call in calls.items():
             for _ in range(WARM_UP):
@@ -76,8 +79,7 @@ class Clock:
         lead_ms = 2 * self.host_milliseconds(call)  # events cost the host time, too
         times: dict[tuple[str, int], list[float]] = {}
         for _ in range(rounds):
-            self.flush.zero_()
-            torch.cuda._sleep(int(min(lead_ms, LONGEST_LEAD_MS) * self.cycles_per_ms))
+            self._lead(lead_ms)
             with _timing_launches() as launches:
                 call()
             torch.cuda.synchronize()

@@ -1,7 +1,7 @@
 """Candidates for the configuration table, tried on the GPU that is here: which of them run, and how long their kernels take.
 
-An op's kernels are all varied at once, a candidate of each a round, because each launch is timed for itself. Candidates are compiled first,
-in as many processes as there are CPUs; one that needs more than the GPU has is never launched. Knows no op.
+Each launch is timed for itself, so all kernels of an op are varied at once: a trial has one candidate of each. Candidates are compiled
+first, in as many processes as there are CPUs; one that needs more than the GPU has is never launched. Knows no op.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Candidates = dict[tuple[str, int], list[Entry]]
 """By kernel and index in the table; the first is the present entry."""
 Score = tuple[tuple[float, ...], str]
 """More is better; the figures in words."""
+ROUNDS = 7  # of a trial: each launch's time is their median
 
 
 def measured_scores(candidates: Candidates, chosen: list[cases.Case]) -> dict[tuple[str, int], list[Score]]:
@@ -32,34 +33,30 @@ def measured_scores(candidates: Candidates, chosen: list[cases.Case]) -> dict[tu
     clock, device = Clock(), torch.device("cuda")
     where = f"{torch.cuda.get_device_name()}, {', '.join(case.name for case in chosen)}"
     calls = [list(passes(case.timed or case.op, case, case.make(device, torch.bfloat16)).values())[-1] for case in chosen]
-    rounds = range(max(map(len, candidates.values())))
     faults = misfits(candidates, calls)
-    scores = {entry: [unscored(faults.get((entry, number), "not launched")) for number in range(len(each))]
-              for entry, each in candidates.items()}
-    for number in tqdm(rounds, unit="round", disable=None, leave=False):
-        entries = stand(candidates, {entry: number if (entry, number) not in faults else 0 for entry in candidates})
+    scores: dict[tuple[str, int], list[Score]] = {
+        entry: [((-float("inf"),), faults.get((entry, number), "not launched")) for number in range(len(each))]
+        for entry, each in candidates.items()}
+    for number in tqdm(range(max(map(len, candidates.values()))), unit="trial", disable=None, leave=False):
+        entries = install(candidates, {entry: number if (entry, number) not in faults else 0 for entry in candidates})
         totals: dict[tuple[str, int], float] = {}
         for call in calls:
             try:
-                times = clock.by_launch(call, rounds=7)
+                times = clock.by_launch(call, ROUNDS)
             except RuntimeError as error:  # too many registers for its warps, says the driver; of which kernel, it does not tell
-                tqdm.write(f"round {number} does not run: {error}")
+                tqdm.write(f"trial {number} does not run: {error}")
                 totals.clear()
                 break
-            for launch_, milliseconds in times.items():
-                totals[launch_] = totals.get(launch_, 0.0) + milliseconds
+            for key, milliseconds in times.items():
+                totals[key] = totals.get(key, 0.0) + milliseconds
         for key, entry in entries.items():
             if key in totals and number < len(candidates[entry]) and (entry, number) not in faults:
                 scores[entry][number] = (-totals[key],), f"measured: {totals[key]:.3f} ms, {where}"
-    stand(candidates, dict.fromkeys(candidates, 0))
+    install(candidates, dict.fromkeys(candidates, 0))
     return scores
 
 
-def unscored(why: str) -> Score:
-    return (-float("inf"),), why
-
-
-def stand(candidates: Candidates, numbers: dict[tuple[str, int], int]) -> dict[tuple[str, int], tuple[str, int]]:
+def install(candidates: Candidates, numbers: dict[tuple[str, int], int]) -> dict[tuple[str, int], tuple[str, int]]:
     """Put the candidates of these numbers into the table; an entry that has fewer keeps its present one. Returns each entry by the key of
     its launches, as `Clock.by_launch` has them."""
     entries = {}
@@ -75,7 +72,7 @@ def misfits(candidates: Candidates, calls: list[Callable[[], Any]]) -> dict[tupl
     chip, gpu = launch.target(torch.device("cuda")), triton.runtime.driver.active.get_current_target()
     owners, builds, refused = [], {}, {}
     for number in range(max(map(len, candidates.values()))):
-        entries = stand(candidates, dict.fromkeys(candidates, number))
+        entries = install(candidates, dict.fromkeys(candidates, number))
         try:
             with gfx942.recording(chip, gpu) as noted:
                 for call in calls:
@@ -89,13 +86,14 @@ def misfits(candidates: Candidates, calls: list[Callable[[], Any]]) -> dict[tupl
                 builds[entry, build.key] = build
                 owners.append((entry, number))
     shared = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(builds)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(builds), 1)), multiprocessing.get_context("spawn")) as pool:
         every = pool.map(misfit, builds.values(), [gpu] * len(builds), [shared] * len(builds))
         found = list(tqdm(every, total=len(builds), unit="kernel", disable=None, leave=False))
     return refused | {owner: why for owner, why in zip(owners, found) if why}
 
 
 def misfit(build: gfx942.Build, gpu: GPUTarget, shared_bytes: int) -> str:
+    """Why a GPU with so much shared memory cannot run it; empty: it can."""
     try:
         used = gfx942.compiled(build, gpu).metadata.shared
     except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; that candidate is out

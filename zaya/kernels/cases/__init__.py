@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 CHIP, SMALL = "chip", "small"
-MOST_FROM_CPU = 1 << 24  # numbers of one tensor
+MOST_FROM_CPU = 1 << 24  # numbers of one tensor, more than any small case has
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def cotangent(output: Tensor, index: int) -> Tensor:
 
 
 def normal(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
-    """fp32 normal numbers, the same on every device; on meta none are drawn. More than any small case has, a GPU draws by itself: the CPU
-    would take seconds."""
+    """fp32 normal numbers: up to MOST_FROM_CPU the same on every device; more, for which the CPU would take seconds, a GPU draws by itself,
+    and they are its own. On meta none are drawn."""
     if device.type == "meta":
         return torch.empty(shape, device=device)
     if device.type == "cpu" or math.prod(shape) <= MOST_FROM_CPU:
