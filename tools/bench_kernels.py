@@ -43,7 +43,7 @@ def bench(case: cases.Case, clock: Clock, limits: Mapping[str, float], rounds: i
     row["is_right"] = all(error <= case.limit for error in errors.values())
     if not row["is_right"]:
         return row
-    contenders, ours = {"zaya": passes(case.timed or case.op, case, arguments)}, cases.run(case.op, arguments, ())
+    contenders, ours = {"zaya": passes(case.timed or case.op, case, arguments)}, cases.run(case.op, arguments, case.gradients)
     for name, peer in {**peers(case, arguments), **bench_kernels_moe.peers(case, arguments)}.items():
         try:
             contenders[name] = passes(peer, case, arguments)
@@ -51,7 +51,8 @@ def bench(case: cases.Case, clock: Clock, limits: Mapping[str, float], rounds: i
                 call()
             if "," in name or name.startswith("torch fused"):  # leaves something out, or has updated the arguments in place
                 continue
-            difference = max(cases.error(theirs, ours[out]) for out, theirs in cases.run(peer, arguments, ()).items())
+            theirs = cases.run(peer, arguments, case.gradients, like=ours)
+            difference = max(cases.error(theirs[name], ours[name]) for name in ours)
             if difference > min(PEER_LIMIT, 5 * case.limit):
                 row["left_out"][name] = f"computes something else: {difference:.1e}"
         except Exception as error:  # noqa: BLE001  # a peer may fail in any way where its library or GPU does not suit it
@@ -109,9 +110,11 @@ def main() -> int:
         parser.error("there is no GPU here")
     every = (*cases.cases(cases.CHIP), *bench_kernels_moe.CASES)
     chosen = [case for case in every if case.name.startswith(tuple(arguments.op))]
-    if not chosen:
-        names = sorted({case.name.split()[0] for case in every})
-        parser.error(f"--op {' '.join(arguments.op)}: no chip case has such a name; there are {', '.join(names)}")
+    for name in arguments.op:
+        if not any(case.name.startswith(name) for case in every):
+            names = sorted({case.name.split()[0] for case in every})
+            parser.error(f"--op {name}: no chip case has such a name; there are {', '.join(names)}")
+    parser.check_output("--json", arguments.json)
     if arguments.rounds < 10:
         parser.error(f"--rounds {arguments.rounds}: a median of fewer than 10 says little")
     torch.backends.cuda.matmul.allow_tf32 = False  # the references compute in fp32

@@ -74,6 +74,7 @@ def main() -> int:
     parser.add_argument("--op", default="", help="only cases whose name starts so: attention, experts, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as a JSON list")
     arguments = parser.parse_args()
+    parser.check_output("--json", arguments.json)
     try:
         emulating(arguments.emulator)
     except EmulatorMissing as missing:

@@ -76,7 +76,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = Parser(prog="tools.kernel_report", description=__doc__)
     parser.add_argument("--arch", choices=[MI300X.arch], default=MI300X.arch, help="chip to compile for")
-    parser.add_argument("--op", help="only cases whose name starts so: attention, moe, ...")
+    parser.add_argument("--op", help="only cases whose name starts so: attention, experts, ...")
     parser.add_argument("--json", action="store_true", help="print every figure as a JSON list instead of a table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel

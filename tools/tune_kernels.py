@@ -60,16 +60,16 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
     owners, builds = [], {}
     for number, candidate in enumerate(candidates):
         launch.replace_entry(kernel, index, candidate)
-        for case in chosen:
-            try:
-                with gfx942.recording() as noted:
+        try:
+            with gfx942.recording() as noted:
+                for case in chosen:
                     cases.run(case.op, case.make(torch.device("meta"), torch.bfloat16), case.gradients)
-            except Exception:  # noqa: BLE001  # an op refuses a tile size in its own way; that candidate is out
-                noted = []
-            for build, config in noted:
-                if build.kernel == kernel and config.blocks == candidate["blocks"] and (number, build.key) not in builds:
-                    builds[number, build.key] = build
-                    owners.append(number)
+        except Exception:  # noqa: BLE001  # an op refuses a tile size in its own way; that candidate is out
+            noted = []
+        for build, config in noted:
+            if build.kernel == kernel and config.blocks == candidate["blocks"] and (number, build.key) not in builds:
+                builds[number, build.key] = build
+                owners.append(number)
     launch.replace_entry(kernel, index, candidates[0])
     scores: list[Score] = [((-1.0,), "does not launch")] * len(candidates)
     figures = tqdm(gfx942.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
@@ -78,6 +78,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
         score = (float(not row["broken"]), float(min(row["waves_per_simd"], 2)), share, row["wide_share"], float(row["waves_per_simd"]))
         words = (f"static: {row['vgprs']} VGPRs, {row['vgpr_spills']} spills, LDS {row['lds_bytes'] / 1024:g} KiB, "
                  f"{row['waves_per_simd']} waves per SIMD" + (f", MFMA share {share:.2f}" if row["is_matrix_kernel"] else ""))
+        words = "; ".join(row["broken"]) or words
         if scores[number][0] == (-1.0,) or score < scores[number][0]:
             scores[number] = score, words
     return scores
@@ -149,6 +150,9 @@ def main() -> int:
     entries = used_entries(table, here if arch == here.arch else MI300X, chosen, arguments.kernel)
     if not entries:
         parser.error(f"the cases of {arguments.op} use no entry of {arguments.kernel or 'any kernel'} for {arch}")
+    known = CEILINGS.keys() | {name for kernel, index in entries for name in table[kernel][index]["blocks"]}
+    if unknown := sorted(space.keys() - known):
+        parser.error(f"--space {', '.join(unknown)}: these kernels have {', '.join(sorted(known))}")
     candidates = {(kernel, index): list(products(table[kernel][index], space) if space else neighbours(table[kernel][index]))
                   for kernel, index in entries}
     measures = torch.cuda.is_available() and arch == here.arch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -17,6 +18,11 @@ class Parser(argparse.ArgumentParser):
         running = sys.modules["__main__"].__spec__
         if running is not None and running.name == prog:  # not where a test calls main
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+    def check_output(self, option: str, path: Path | None) -> None:
+        """Before the work, that its result can be written."""
+        if path is not None and not path.absolute().parent.is_dir():
+            self.error(f"{option} {path}: there is no directory {path.absolute().parent}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")

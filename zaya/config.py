@@ -217,7 +217,8 @@ class OptimConfig:
             if hint is float and getattr(self, name) > 1e30:
                 raise ValueError(f"optim.{name} = {getattr(self, name)} is beyond fp32; keep it below 1e30")
         if self.warmup_steps > steps:
-            raise ValueError(f"optim.warmup_steps = {self.warmup_steps} is more than train.steps = {steps}: the peak rate is never reached")
+            raise ValueError(f"optim.warmup_steps = {self.warmup_steps} is more than train.steps = {steps}: the peak rate is never "
+                             f"reached; set optim.warmup_steps to at most {steps}")
         if self.min_lr > self.lr:
             raise ValueError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; lower it")
         if self.schedule == "wsd" and not 0 < self.decay_steps <= steps - self.warmup_steps:

@@ -15,8 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. After one that came
-    the signals stay ignored."""
+    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. After one that came,
+    to this process or (`learn`) to another of the job, the signals stay ignored."""
 
     def __init__(self, active: bool = True) -> None:
         self.signal = ""
@@ -27,6 +27,10 @@ class Preemption:
         if self._active and threading.current_thread() is threading.main_thread():  # only there can handlers be set
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
+
+    def learn(self) -> None:
+        """The job must go, say other ranks, whether or not this one was told."""
+        self.signal = self.signal or "a signal to another rank"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name

@@ -103,9 +103,10 @@ def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
         return "; ".join(f"{key} was {theirs.get(section, {}).get(name)!r}, is {value!r}" for key, value in ours.items()
                          for section, _, name in [key.partition(".")] if _plain(theirs.get(section, {}).get(name)) != _plain(value))
 
-    pace = changed({"train.steps": recipe.train.steps, "train.global_batch_size": recipe.train.global_batch_size})
+    pace = changed({"train.steps": recipe.train.steps, "train.global_batch_size": recipe.train.global_batch_size,
+                    "train.dtype": recipe.train.dtype})
     others = changed(recipe.identity())
-    return ((f"; {pace}: schedule and batches follow the new recipe from here" if pace else "")
+    return ((f"; {pace}: the new recipe holds from here" if pace else "")
             + (f"; made by another recipe: {others}" if others else ""))
 
 

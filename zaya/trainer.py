@@ -46,7 +46,6 @@ from zaya.tiers import agreed, objects
 log = logging.getLogger("zaya")
 MIRROR_POLL_S = 0.5
 """How often ranks that wait for the mirror tell one another of signals."""
-ANOTHERS_SIGNAL = "a signal to another rank"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -223,7 +222,7 @@ class Trainer:
         if self.step >= recipe.train.steps:
             log.info("run %s is finished at step %d; nothing to do", recipe.run.dir, self.step)
             with Preemption(active=saver is not None) as preemption:
-                return "" if saver is None or self._mirrored(saver, preemption) else preemption.signal or ANOTHERS_SIGNAL
+                return "" if saver is None or self._mirrored(saver, preemption) else preemption.signal
         if saver is not None:
             saver.prepare(self.state.owned())
         with self._bar() as bar, GarbageCollection() as garbage, Preemption(active=saver is not None) as preemption:
@@ -237,7 +236,9 @@ class Trainer:
                 # Read on every rank: rank 0 has waited for the step anyway, and all wait for rank 0.
                 stopping, retrying = result.votes.tolist()
                 stop = saver is not None and stopping > 0 and self.step < recipe.train.steps
-                if not stop:
+                if stop:
+                    preemption.learn()
+                else:
                     self._evaluate_when_due(metrics)
                 due = _due(self.step, recipe.checkpoint.interval, recipe.train.steps)
                 if saver is not None and (due or stop or retrying == self.mesh.world_size):
@@ -253,7 +254,7 @@ class Trainer:
                 metrics.close()
             except OSError as error:
                 raise CheckpointError(f"the last rows of metrics.jsonl could not be written: {error.strerror}") from None
-        return preemption.signal or ANOTHERS_SIGNAL if stop else ""
+        return preemption.signal if stop else ""
 
     def _bar(self) -> tqdm[NoReturn]:
         return tqdm(total=self.recipe.train.steps, initial=self.step, unit="step", disable=None if self.mesh.rank == 0 else True,
@@ -292,6 +293,7 @@ class Trainer:
         while True:
             signalled, behind = map(any, zip(*objects((bool(preemption.signal), saver.mirror_is_behind), self.mesh)))
             if signalled and behind:
+                preemption.learn()
                 log.warning("step %d | not mirrored yet: it is on the local tier only, %s; start the run again on the same nodes",
                             self.step, step_path(saver.root, self.step))
                 return False

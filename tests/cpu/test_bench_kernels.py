@@ -107,10 +107,13 @@ def test_a_wrong_kernel_gets_no_speed() -> None:
 
 
 def test_a_peer_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_kernels, "peers", lambda case, _: {"twice": lambda **a: 2 * case.op(**a), "raises": lambda **a: 1 / 0})
+    monkeypatch.setattr(bench_kernels, "peers", lambda case, _: {
+        "twice": lambda **a: 2 * case.op(**a), "without gradients": lambda **a: case.op(**a).detach() + 0 * case.op(**a),
+        "raises": lambda **a: 1 / 0})
     row = bench(reference_case("rms_norm small router"))
-    assert list(row["forward"]["ms"]) == ["zaya"]
-    assert row["left_out"] == {"twice": "computes something else: 1.0e+00", "raises": "division by zero"}
+    assert list(row["forward"]["ms"]) == list(row["both"]["ms"]) == ["zaya"]
+    assert row["left_out"] == {"twice": "computes something else: 1.0e+00", "without gradients": "computes something else: 1.0e+00",
+                               "raises": "division by zero"}
 
 
 def test_without_a_gpu_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -325,6 +325,7 @@ WRONG_SHARES: dict[str, tuple[Share, str]] = {  # what rank 1 passes, where rank
     "twice": (Share(X.dtype, (4, 6), parts(TOP, BOTTOM)), "3 boxes of 36 elements do not tile its 24"),
     "twice in one rank": (Share(X.dtype, (4, 6), parts(BOTTOM, BOTTOM)), "3 boxes of 36 elements do not tile its 24"),
     "a part of another dtype": (Share(X.dtype, (4, 6), [(BOTTOM, X[2:].bfloat16())]), "rank 1: tensor 'x': torch.bfloat16 of shape"),
+    "no dtype of the format": (Share(torch.complex64, (4, 6), [(BOTTOM, X[2:].to(torch.complex64))]), "a checkpoint holds"),
     "another dtype": (Share(torch.float64, (4, 6), [(BOTTOM, X[2:].double())]), "rank 1 has tensors of other names, dtypes or shapes"),
     "another shape": (Share(X.dtype, (6, 4), [(((0, 0), (1, 1)), X[:1, :1])]), "rank 1 has tensors of other names, dtypes or shapes"),
     "too few elements": (Share(X.dtype, (4, 6), [(BOTTOM, X[3:])]), "rank 1: tensor 'x': torch.float32 of shape (1, 6) is not the box"),

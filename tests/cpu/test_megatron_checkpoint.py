@@ -496,6 +496,18 @@ def test_a_class_that_would_hash_what_it_is_made_of_does_not(copy: Path, capsys:
     refused(capsys, copy, ".metadata is damaged: ")
 
 
+def test_memory_that_a_pickle_only_claims_is_not_taken(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / ".metadata").write_bytes(b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".")
+    refused(capsys, copy, ".metadata is damaged: it holds a bytearray")
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in copy.glob("*.distcp"):
+        file.unlink()
+        os.mkfifo(file)
+    refused(capsys, copy, "is missing: there is no such file")
+
+
 def test_a_value_that_is_long_to_tell_is_told_in_short(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tower: Any = ()
     for _ in range(60):
@@ -551,7 +563,7 @@ CHANGES: dict[str, tuple[Callable[[Metadata], Any], tuple[str, ...]]] = {
     "chunk outside": (lambda m: setattr(entry(m).chunks[0], "sizes", torch.Size([33])), ("embedding.scale", "makes no sense")),
     "chunk of 2 dims": (lambda m: setattr(entry(m).chunks[0], "sizes", torch.Size([4, 8])), ("embedding.scale", "makes no sense")),
     "no place": (lambda m: m.storage_data.pop(MetadataIndex("embedding.scale", [0])), ("embedding.scale", "not a plain")),
-    "no file": (lambda m: setattr(place(m), "relative_path", "__9_9.distcp"), ("cannot read", "__9_9.distcp")),
+    "no file": (lambda m: setattr(place(m), "relative_path", "__9_9.distcp"), ("is missing", "__9_9.distcp")),
     "beyond": (lambda m: setattr(place(m), "length", 10**9), ("embedding.scale ends beyond the file",)),
     "negative": (lambda m: setattr(place(m), "offset", -1), ("embedding.scale", "makes no sense")),
     "elsewhere": (lambda m: setattr(place(m), "offset", place(m).offset + 64), ("embedding.scale is damaged",)),

@@ -158,10 +158,10 @@ def test_a_changed_length_or_batch_is_said(folder: Path, whole: Path, capsys: Ca
     assert main([recipe]) == 0
     assert "at step 6\n" in capsys.readouterr().out, "nothing changed, nothing to say"
     assert main([recipe, "--train.steps=7"]) == 0
-    assert "at step 6; train.steps was 6, is 7: schedule and batches follow the new recipe from here\n" in capsys.readouterr().out
+    assert "at step 6; train.steps was 6, is 7: the new recipe holds from here\n" in capsys.readouterr().out
     assert main([recipe, "--train.steps=8", "--train.global_batch_size=4"]) == 0
     assert ("at step 7; train.steps was 7, is 8; train.global_batch_size was 8, is 4: "
-            "schedule and batches follow the new recipe from here\n" in capsys.readouterr().out)
+            "the new recipe holds from here\n" in capsys.readouterr().out)
 
 
 def test_a_finished_run_does_not_look_at_what_a_fresh_one_starts_from(folder: Path, whole: Path) -> None:

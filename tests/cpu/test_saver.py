@@ -192,10 +192,13 @@ def test_a_failed_save_is_said_and_tried_again(tmp_path: Path, monkeypatch: pyte
         assert pauses == [1, 2, 4, 0] and caplog.text.count("SAVE FAILED") == RETRIES + 1
         assert "step 1 | SAVE FAILED: cannot write checkpoint" in caplog.text and "another attempt after 1 s (1 of 3)" in caplog.text
         assert "no other attempt until a save is due" in caplog.text
+        saver.start(shares(state(8)), step=8, **COUNTERS)  # the next that is due may be tried as often
+        saver.wait()
+        assert saver.wants_retry and pauses[-1] == 1
         full = False
         saver.start(shares(state(9)), step=9, **COUNTERS)
         saver.wait()
-    assert not saver.failed and not saver.wants_retry and saver.step == 9 and saver.report()["failed_saves"] == RETRIES + 1
+    assert not saver.failed and not saver.wants_retry and saver.step == 9 and saver.report()["failed_saves"] == RETRIES + 2
     assert_holds(step_path(tmp_path, 9), state(9))
 
 

@@ -1,6 +1,6 @@
-"""Who writes which boxes in a save: what every rank tells, what rank 0 makes of it.
+"""Who writes which boxes in a save: what every rank tells, what all make of it.
 
-save gathers `pack` from all ranks, rank 0 checks the whole (`SavePlan`) before a byte is written, and afterwards joins it with the
+save gathers `pack` from all ranks, each checks the whole (`SavePlan`) before a byte is written, and a leader joins it afterwards with the
 hashes into the manifest's tensors. By column, because the 8B on 1,024 ranks is 641,444 boxes: as objects a gather of 39 MB that every rank
 takes seconds to unpickle, packed 2 MB. Knows no layout, no files but their numbers, and no process group.
 """
@@ -71,7 +71,7 @@ class SavePlan:
         """CheckpointError unless the boxes, which lie inside their tensors, cover each exactly once."""
         checked: set[int] = set()
         no_hashes = np.empty((0, 16), dtype=np.uint8)
-        for name, (dtype, shape) in self._table.items():
+        for name, (dtype, shape) in sorted(self._table.items()):  # so that all ranks find the same fault first
             cut = self._cuts[name]
             if id(cut) not in checked:
                 check_cover(f"tensor {name!r} on all ranks", TensorEntry(dtype, shape, Boxes(name, (), cut, no_hashes)))

@@ -89,7 +89,8 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
 
     An OSError or a wrong share on any rank becomes one CheckpointError on every rank at the next gather, without further collectives;
     the leaders have then removed what was written, and an older checkpoint of the same step in their directory is untouched. (If the disk
-    fails after the rename, the new one stays: it is sound, and only said to have failed.) Anything else raises on its rank alone.
+    fails after the rename, the new one stays: it is sound, and only said to have failed. Of several leaders' directories some may then
+    have the new one, others the older.) Anything else raises on its rank alone.
     """
     blank = checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
                              hf_config=hf_config or {}))
@@ -116,7 +117,6 @@ class _Save:
     written: Callable[[int], None]
 
     def run(self) -> None:
-        self.table = {name: (dtype_name(name, share.dtype), tuple(map(int, share.shape))) for name, share in self.shares.items()}
         self.plans = self.phase(self.announce)
         self.blank = self.plans[0].blank or self.blank
         self.check_plans()
@@ -141,6 +141,7 @@ class _Save:
 
     def announce(self) -> _Report:
         self.first()
+        self.table = {name: (dtype_name(name, share.dtype), tuple(map(int, share.shape))) for name, share in self.shares.items()}
         self.files = _plan_files(self.shares, self.rank, self.max_file_bytes)
         taken = _clear(self.directory) if self.leads else frozenset()
         packed = pack(self.table, (((piece.name, (piece.offsets, piece.sizes)) for piece, _ in file) for file in self.files))
@@ -260,7 +261,10 @@ def _sweep(directory: Path) -> None:
     try:
         files = load(directory).files
     except CheckpointError:
-        shutil.rmtree(directory)
+        if directory.is_symlink():
+            directory.unlink()
+        else:
+            shutil.rmtree(directory)
     else:
         _keep_only(directory, files)
 

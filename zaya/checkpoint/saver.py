@@ -84,7 +84,7 @@ class Saver:
         save.save."""
         began = time.perf_counter()
         self.wait(hurry=True)
-        self._attempts = self._attempts + 1 if self.failed else 1
+        self._attempts = self._attempts + 1 if self.wants_retry else 1
         self.failed = False
         tensors = in_file_order(shares)
         live = self._staging.take(tensors) if self._staging is not None else 0

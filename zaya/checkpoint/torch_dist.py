@@ -129,12 +129,16 @@ def _with_plain_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
     return checked
 
 
+def _refuse_bytearray(unpickler: Any) -> None:
+    raise CheckpointError("is damaged: it holds a bytearray, for which memory would be taken before a byte of it is there")
+
+
 class _Unpickler(pickle._Unpickler):
     """The pure Python one: one changed byte can make C's reserve 64 GB for its memo, this one keeps it in a dict."""
 
     dispatch = pickle._Unpickler.dispatch | {opcode[0]: _with_plain_keys(opcode, keys) for opcode, keys in (
         (pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2)), (pickle.DICT, slice(0, None, 2)),
-        (pickle.ADDITEMS, slice(None)), (pickle.FROZENSET, slice(None)))}
+        (pickle.ADDITEMS, slice(None)), (pickle.FROZENSET, slice(None)))} | {pickle.BYTEARRAY8[0]: _refuse_bytearray}
 
     def __init__(self, data: bytes, allowed: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__(io.BytesIO(data))
@@ -245,7 +249,11 @@ class TorchDistReader:
         entry = self.entry(name)
         if len(entry.chunks) == 1:
             return self._load(name, entry.chunks[0], entry.dtype)
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        try:
+            whole = torch.empty(entry.shape, dtype=entry.dtype)
+        except RuntimeError:  # torch's word for memory that is not there
+            num_bytes = math.prod(entry.shape) * entry.dtype.itemsize
+            raise CheckpointError(f"{self.path}: there is no memory for tensor {name}, {num_bytes} bytes as {METADATA} says") from None
         for chunk in entry.chunks:
             window = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[window] = self._load(name, chunk, entry.dtype)
@@ -294,6 +302,8 @@ class TorchDistReader:
     def _load(self, name: str, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         path = self.path / chunk.file
         what = f"{path} at byte {chunk.begin}: tensor {name}"
+        if not path.is_file():
+            raise CheckpointError(f"{what} is missing: there is no such file")
         with disk_errors("read", path), open(path, "rb") as file:
             if chunk.begin + chunk.length > os.fstat(file.fileno()).st_size:
                 raise CheckpointError(f"{what} ends beyond the file; get the file again")

@@ -69,7 +69,10 @@ def _load_emulator(checkout: Path) -> Any:
     os.environ["CC"] = compiler
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
-    emulator: Any = importlib.import_module("test.mockgpu.amd.emu")
+    try:
+        emulator: Any = importlib.import_module("test.mockgpu.amd.emu")
+    except ImportError as error:
+        raise EmulatorMissing(f"{checkout} holds no tinygrad that can be imported: {error}") from None
     if not isinstance(getattr(emulator._decode_at, "__self__", None), _Repairs):
         emulator._decode_at = _Repairs(emulator).decode
     return emulator

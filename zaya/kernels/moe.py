@@ -44,6 +44,7 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     """
     if gate_up_EFD.dim() != 3:
         raise ValueError(f"gate_up_EFD has shape {tuple(gate_up_EFD.shape)}, expected (E, 2F, D)")
+    check("down_EDF", down_EDF, shape=(None, None, None))
     E, _, D = gate_up_EFD.shape
     F, device, dtype = down_EDF.shape[-1], x_TD.device, (x_TD.dtype,)
     check("x_TD", x_TD, shape=(None, D), dtypes=FLOATS)
@@ -55,16 +56,18 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
         raise ValueError(f"{missing} is None, expected both order_R and gate_Tk, or neither for rows that are sorted already")
     if order_R is not None and gate_Tk is not None:
         check("gate_Tk", gate_Tk, shape=(x_TD.shape[0], None), dtypes=(torch.float32,), device=device)
+        if gate_Tk.shape[1] == 0:
+            raise ValueError(f"gate_Tk has shape {tuple(gate_Tk.shape)}, expected at least one slot per token")
         check("order_R", order_R, shape=(gate_Tk.numel(),), dtypes=(torch.int32,), device=device)
     return _Experts.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
 
 
 def rows_times_weights(rows_RK: Tensor, sizes_E: Tensor, weights_ENK: Tensor) -> Tensor:
     """Sorted rows, each times its expert's matrix (R, N): the product that `experts` is made of, alone, for measuring it. No gradients."""
-    check("weights_ENK", weights_ENK, shape=(len(sizes_E), None, None), dtypes=FLOATS, device=rows_RK.device)
-    _, N, K = weights_ENK.shape
+    check("weights_ENK", weights_ENK, shape=(None, None, None), dtypes=FLOATS, device=rows_RK.device)
+    E, N, K = weights_ENK.shape
     check("rows_RK", rows_RK, shape=(None, K), dtypes=(weights_ENK.dtype,))
-    check("sizes_E", sizes_E, dtypes=(torch.int32, torch.int64), device=rows_RK.device)
+    check("sizes_E", sizes_E, shape=(E,), dtypes=(torch.int32, torch.int64), device=rows_RK.device)
     out_RN = rows_RK.new_empty(len(rows_RK), N)
     _Tiles(sizes_E, len(rows_RK), (N, K)).rows(rows_RK, weights_ENK, None, None, out_RN)
     return out_RN

@@ -1,7 +1,8 @@
 """Candidates for the configuration table, tried on the GPU that is here: which of them run, and how long their kernels take.
 
-Each launch is timed for itself, so all kernels of an op are varied at once: a trial has one candidate of each. Candidates are compiled
-first, in as many processes as there are CPUs; one that needs more than the GPU has is never launched. Knows no op.
+A trial has one candidate of one kernel, beside the present entries of the op's others, since what a kernel has to do may follow from their
+tiles; only its own launches are timed. Candidates are compiled first, in as many processes as there are CPUs; one that needs more than
+the GPU has is never launched. Knows no op.
 """
 
 from __future__ import annotations
@@ -34,57 +35,60 @@ def measured_scores(candidates: Candidates, chosen: list[cases.Case]) -> dict[tu
     where = f"{torch.cuda.get_device_name()}, {', '.join(case.name for case in chosen)}"
     calls = [list(passes(case.timed or case.op, case, case.make(device, torch.bfloat16)).values())[-1] for case in chosen]
     faults = misfits(candidates, calls)
-    scores: dict[tuple[str, int], list[Score]] = {
-        entry: [((-float("inf"),), faults.get((entry, number), "not launched")) for number in range(len(each))]
-        for entry, each in candidates.items()}
-    for number in tqdm(range(max(map(len, candidates.values()))), unit="trial", disable=None, leave=False):
-        entries = install(candidates, {entry: number if (entry, number) not in faults else 0 for entry in candidates})
-        totals: dict[tuple[str, int], float] = {}
-        for call in calls:
-            try:
-                times = clock.by_launch(call, ROUNDS)
-            except RuntimeError as error:  # too many registers for its warps, says the driver; of which kernel, it does not tell
-                tqdm.write(f"trial {number} does not run: {error}")
-                totals.clear()
-                break
-            for key, milliseconds in times.items():
-                totals[key] = totals.get(key, 0.0) + milliseconds
-        for key, entry in entries.items():
-            if key in totals and number < len(candidates[entry]) and (entry, number) not in faults:
-                scores[entry][number] = (-totals[key],), f"measured: {totals[key]:.3f} ms, {where}"
+    # The first that runs; the present one, unless it is of another GPU.
+    beside = {entry: next((number for number in range(len(each)) if (entry, number) not in faults), 0)
+              for entry, each in candidates.items()}
+
+    def measured(entry: tuple[str, int], number: int) -> Score:
+        if (entry, number) in faults:
+            return (-float("inf"),), faults[entry, number]
+        key = install(candidates, beside | {entry: number})[entry]
+        try:
+            times = [clock.by_launch(call, ROUNDS).get(key) for call in calls]
+        except RuntimeError as error:  # too many registers for its warps, says the driver
+            return (-float("inf"),), f"does not run: {' '.join(str(error).split())[:80]}"
+        total = sum(milliseconds for milliseconds in times if milliseconds is not None)
+        return ((-total,), f"measured: {total:.3f} ms, {where}") if total else ((-float("inf"),), "not launched")
+
+    trials = tqdm(total=sum(map(len, candidates.values())), unit="trial", disable=None, leave=False)
+    scores: dict[tuple[str, int], list[Score]] = {}
+    for entry, each in candidates.items():
+        scores[entry] = []
+        for number in range(len(each)):
+            scores[entry].append(measured(entry, number))
+            trials.update()
     install(candidates, dict.fromkeys(candidates, 0))
     return scores
 
 
 def install(candidates: Candidates, numbers: dict[tuple[str, int], int]) -> dict[tuple[str, int], tuple[str, int]]:
-    """Put the candidates of these numbers into the table; an entry that has fewer keeps its present one. Returns each entry by the key of
-    its launches, as `Clock.by_launch` has them."""
-    entries = {}
-    for (kernel, index), each in candidates.items():
-        chosen = each[numbers[kernel, index] if numbers[kernel, index] < len(each) else 0]
+    """Put the candidates of these numbers into the table. Returns the key of each entry's launches, as `Clock.by_launch` has them."""
+    keys = {}
+    for (kernel, index), number in numbers.items():
+        chosen = candidates[kernel, index][number]
         launch.replace_entry(kernel, index, chosen)
-        entries[kernel, id(chosen["blocks"])] = kernel, index
-    return entries
+        keys[kernel, index] = kernel, id(chosen["blocks"])
+    return keys
 
 
 def misfits(candidates: Candidates, calls: list[Callable[[], Any]]) -> dict[tuple[tuple[str, int], int], str]:
     """Why a candidate, by entry and number, cannot run on this GPU."""
     chip, gpu = launch.target(torch.device("cuda")), triton.runtime.driver.active.get_current_target()
     owners, builds, refused = [], {}, {}
-    for number in range(max(map(len, candidates.values()))):
-        entries = install(candidates, dict.fromkeys(candidates, number))
-        try:
-            with gfx942.recording(chip, gpu) as noted:
-                for call in calls:
-                    call()
-        except Exception as error:  # noqa: BLE001  # an op refuses tile sizes in its own way; which kernel's, it does not tell
-            refused.update({(entry, number): f"refused beside others: {error}" for entry, each in candidates.items() if number < len(each)})
-            continue
-        for build, config in noted:
-            entry = entries.get((build.kernel, id(config.blocks)))
-            if entry and number < len(candidates[entry]) and (entry, build.key) not in builds:
-                builds[entry, build.key] = build
-                owners.append((entry, number))
+    for entry, each in candidates.items():
+        for number in range(len(each)):
+            key = install(candidates, dict.fromkeys(candidates, 0) | {entry: number})[entry]
+            try:
+                with gfx942.recording(chip, gpu) as noted:
+                    for call in calls:
+                        call()
+            except Exception as error:  # noqa: BLE001  # an op refuses tile sizes in its own way
+                refused[entry, number] = f"refused: {' '.join(str(error).split())[:80]}"
+                continue
+            for build, config in noted:
+                if (build.kernel, id(config.blocks)) == key and (entry, number, build.key) not in builds:
+                    builds[entry, number, build.key] = build
+                    owners.append((entry, number))
     shared = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(builds), 1)), multiprocessing.get_context("spawn")) as pool:
         every = pool.map(misfit, builds.values(), [gpu] * len(builds), [shared] * len(builds))
