@@ -94,11 +94,9 @@ def rope_table(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dt
 def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half RoPE on the first half of each head; the transpose is rotate(x, cos, -sin)."""
     quarter = x_BTNH.shape[-1] // 4
-    a, b = x_BTNH[..., :quarter], x_BTNH[..., quarter : 2 * quarter]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    out = x_BTNH.clone()
-    torch.sub(a * cos, b * sin, out=out[..., :quarter])
-    torch.add(b * cos, a * sin, out=out[..., quarter : 2 * quarter])
+    out = torch.cat((x_BTNH[..., quarter : 2 * quarter], x_BTNH[..., :quarter], x_BTNH[..., 2 * quarter :]), dim=-1)
+    out[..., : 2 * quarter].mul_(torch.cat((-sin, sin), -1)).addcmul_(x_BTNH[..., : 2 * quarter], torch.cat((cos, cos), -1))
     return out
 
 
@@ -158,54 +156,57 @@ class _Shift(torch.autograd.Function):
 
 
 class _MixNormRotate(torch.autograd.Function):
-    """out = rotate(temperature * sqrt(H) * u / |u|) with u = conv(x) + mean, heads of H channels.
+    """out = rotate(temperature * sqrt(H) * u / |u|) with u = conv(x) + mean, heads of H channels; temperature None is 1.
 
     Saves the normed u and 1 / |u|; backward builds the taps of the convolution again. |u| is clamped from below at eps.
     """
 
     @staticmethod
     def forward(ctx, x_BTC, mean_BTNH, kernel, constant, temperature_N, halo, keeps, rope, eps):
-        H = kernel.shape[-1]
-        taps = _taps(x_BTC, halo, keeps, H)
-        z = torch.baddbmm(constant[:, None], taps.transpose(0, 1), kernel)  # (N, B T, H)
-        u = mean_BTNH + z.transpose(0, 1).view(mean_BTNH.shape)
+        H = constant.shape[-1]
+        u = mean_BTNH + constant
+        conv = _by_head(u.view(x_BTC.shape), H)
+        for tap_BTC, tap_kernel in zip(_taps(x_BTC, halo, keeps), kernel.split(H, dim=1)):
+            torch.baddbmm(conv, _by_head(tap_BTC, H), tap_kernel, out=conv)
         norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
         inverse = math.sqrt(H) / norm.clamp_min(eps)
         unit = u.mul_(inverse)
         ctx.save_for_backward(x_BTC, unit, inverse, norm < eps, kernel, temperature_N, halo, *keeps, *rope)
-        return rotate(unit * temperature_N[:, None], *rope)
+        return rotate(unit if temperature_N is None else unit * temperature_N[:, None], *rope)
 
     @staticmethod
     def backward(ctx, dout):
         x, unit, inverse, clamped, kernel, temperature, halo, *keeps, cos, sin = ctx.saved_tensors
-        B, T, N, H = unit.shape
+        H = unit.shape[-1]
         dout = rotate(dout, cos, -sin)
         along = torch.linalg.vecdot(dout, unit)[..., None]
-        dtemperature = along.sum((0, 1, 3))
-        radial = (along * temperature[:, None] / H).masked_fill_(clamped, 0.0)
-        du = torch.addcmul(-radial * unit, dout, temperature[:, None]).mul_(inverse)
-        dz = du.view(B * T, N, H).transpose(0, 1)
-        taps = _taps(x, halo, keeps, H)
-        dkernel = torch.bmm(taps.permute(1, 2, 0), dz)
-        dtaps = torch.empty_like(taps)
-        torch.bmm(dz, kernel.mT, out=dtaps.transpose(0, 1))
-        dtaps = dtaps.view(B, T, N, 3, H)
-        dx, dhalo = dtaps[..., 0, :].clone(memory_format=torch.contiguous_format), torch.zeros_like(halo).unflatten(-1, (N, H))
-        for by, keep in enumerate(keeps, start=1):
-            unshift_(dtaps[..., by, :], keep[..., None], by, dx, dhalo)
-        return dx.view(x.shape), du, dkernel, dz.sum(1), dtemperature, dhalo.view(halo.shape), None, None, None
+        dtemperature = None
+        if temperature is not None:
+            dtemperature = along.sum((0, 1, 3))
+            dout, along = dout.mul_(temperature[:, None]), along * temperature[:, None]
+        du = dout.addcmul_((along / -H).masked_fill_(clamped, 0.0), unit).mul_(inverse)
+        dz = _by_head(du.view(x.shape), H)
+        dx, dtap, dhalo, dkernels = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(halo), []
+        for by, (tap_BTC, tap_kernel) in enumerate(zip(_taps(x, halo, keeps), kernel.split(H, dim=1))):
+            dkernels.append(torch.bmm(_by_head(tap_BTC, H).mT, dz))
+            torch.bmm(dz, tap_kernel.mT, out=_by_head(dtap if by else dx, H))
+            if by:
+                unshift_(dtap, keeps[by - 1], by, dx, dhalo)
+        return dx, du, torch.cat(dkernels, dim=1), du.sum((0, 1)), dtemperature, dhalo, None, None, None
 
 
-def _taps(x_BTC: Tensor, halo_BK2C: Tensor, keeps: Sequence[Tensor], H: int) -> Tensor:
-    """Tokens t, t - 1, t - 2 beside each other, per head: (B T, N, 3 H)."""
-    B, T, C = x_BTC.shape
-    heads = C // H
-    taps = x_BTC.new_empty(B, T, heads, 3, H)
-    x, halo = x_BTC.view(B, T, heads, H), halo_BK2C.unflatten(-1, (heads, H))
-    taps[..., 0, :] = x
+def _by_head(x_BTC: Tensor, head_dim: int) -> Tensor:
+    """A view (N, B T, H)."""
+    return x_BTC.view(-1, x_BTC.shape[-1] // head_dim, head_dim).transpose(0, 1)
+
+
+def _taps(x_BTC: Tensor, halo_BK2C: Tensor, keeps: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Tokens t, t - 1, t - 2, each (B, T, C)."""
+    yield x_BTC
     for by, keep in enumerate(keeps, start=1):
-        shift(x, halo, keep[..., None], by, taps[..., by, :])
-    return taps.view(B * T, heads, 3 * H)
+        tap_BTC = torch.empty_like(x_BTC)
+        shift(x_BTC, halo_BK2C, keep, by, tap_BTC)
+        yield tap_BTC
 
 
 def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -225,7 +226,7 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
     H = k_BTC.shape[-1] // G
     eps, dtype = torch.finfo(q_BTC.dtype).eps, q_BTC.dtype
     high = wide(dtype)
-    q, k = q_BTC.to(high), k_BTC.to(high)
+    q, k = q_BTC.to(high).contiguous(), k_BTC.to(high).contiguous()
     mean = q.view(B, T, G, -1, H).mean(3) if q_mean_BTGH is None else q_mean_BTGH.to(high)
     keeps = [(positions_BT >= by).to(high)[..., None] for by in (1, 2)]
     k_heads = k.view(B, T, G, H)
@@ -238,7 +239,7 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
     v = torch.cat((v_BTC[..., :start], delayed, v_BTC[..., end:]), dim=-1).view(B, T, G, H)
     if begin is not None:
         begin(k, v)
-    q = _MixNormRotate.apply(q, q_mean, *q_kernel, q.new_ones(q_mean.shape[2]), halos[0].to(high), keeps, rope, eps).to(dtype)
+    q = _MixNormRotate.apply(q, q_mean, *q_kernel, None, halos[0].to(high), keeps, rope, eps).to(dtype)
     return q, k, v
 
 
@@ -259,17 +260,19 @@ class _Attention(torch.autograd.Function):
     """Softmax over blocks of queries and the keys that any of them sees; saves q, k, v and the output, computes the
     probabilities again.
 
-    dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = dS K / sqrt(H);  dK = dS^T Q / sqrt(H). The heads of a group lie below
-    one another, (B G, N / G * queries, H), so that each group is one matrix product.
+    dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = dS K / sqrt(H);  dK = dS^T Q / sqrt(H). Each group is one matrix product: its
+    heads lie beside one another under each token, (B G, T N / G, H), so that a block of queries is a slice. Two buffers serve all blocks.
     """
 
     @staticmethod
     def forward(ctx, q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets):
-        G, out_BTNH = k_BSGH.shape[2], torch.empty_like(q_BTNH)
-        k, v = _below(k_BSGH, G), _below(v_BSGH, G)
-        for queries, keys, mask in _query_blocks(first_key_BT, offsets, k.dtype):
-            probs = _probabilities(_below(q_BTNH[:, queries], G), k[:, keys], mask)
-            out_BTNH[:, queries] = _beside(probs @ v[:, keys], q_BTNH[:, queries].shape)
+        G = k_BSGH.shape[2]
+        q, k, v = (_by_group(x, G) for x in (q_BTNH, k_BSGH, v_BSGH))
+        q *= q.shape[-1] ** -0.5
+        out, buffers = torch.empty_like(q), _score_buffers(q_BTNH, k)
+        for rows, keys, mask in _query_blocks(first_key_BT, offsets, q_BTNH.shape[2] // G, q.dtype):
+            out[:, rows] = torch.bmm(_probabilities(q[:, rows], k[:, keys], mask, buffers), v[:, keys])
+        out_BTNH = _by_token(out, q_BTNH)
         ctx.save_for_backward(q_BTNH, k_BSGH, v_BSGH, out_BTNH, first_key_BT)
         ctx.offsets = offsets
         return out_BTNH
@@ -278,51 +281,76 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout_BTNH):
         q_BTNH, k_BSGH, v_BSGH, out_BTNH, first_key_BT = ctx.saved_tensors
         G, scale = k_BSGH.shape[2], q_BTNH.shape[-1] ** -0.5
-        k, v = _below(k_BSGH, G), _below(v_BSGH, G)
-        dq_BTNH, dk, dv = torch.empty_like(q_BTNH), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys, mask in _query_blocks(first_key_BT, ctx.offsets, k.dtype):
-            q, out, dout = (_below(x[:, queries], G) for x in (q_BTNH, out_BTNH, dout_BTNH))
-            probs = _probabilities(q, k[:, keys], mask)
-            dv[:, keys] += probs.mT @ dout
-            dscores = (dout @ v[:, keys].mT).sub_(torch.linalg.vecdot(dout, out)[..., None]).mul_(probs)
-            dq_BTNH[:, queries] = _beside((dscores @ k[:, keys]).mul_(scale), q_BTNH[:, queries].shape)
-            dk[:, keys] += dscores.mT @ q.mul_(scale)
-        return dq_BTNH, _beside(dk, k_BSGH.shape).to(k_BSGH.dtype), _beside(dv, v_BSGH.shape).to(v_BSGH.dtype), None, None
+        q, k, v, out, dout = (_by_group(x, G) for x in (q_BTNH, k_BSGH, v_BSGH, out_BTNH, dout_BTNH))
+        q *= scale
+        along = torch.linalg.vecdot(dout, out)[..., None]
+        dq, dk, dv, buffers = out, torch.zeros_like(k), torch.zeros_like(v), _score_buffers(q_BTNH, k)
+        for rows, keys, mask in _query_blocks(first_key_BT, ctx.offsets, q_BTNH.shape[2] // G, q.dtype):
+            probs = _probabilities(q[:, rows], k[:, keys], mask, buffers)
+            dscores = torch.bmm(dout[:, rows], v[:, keys].mT, out=_as(buffers[0], probs.shape)).sub_(along[:, rows]).mul_(probs)
+            dv[:, keys] += torch.bmm(probs.mT, dout[:, rows])
+            dk[:, keys] += torch.bmm(dscores.mT, q[:, rows])
+            dq[:, rows] = torch.bmm(dscores, k[:, keys])
+        return _by_token(dq.mul_(scale), q_BTNH), _by_token(dk, k_BSGH), _by_token(dv, v_BSGH), None, None
 
 
-def _query_blocks(first_key_BT: Tensor, offsets: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Queries, the keys that any of them sees, and the mask (B, queries, keys): 0 where a query sees a key, else -inf."""
-    chunk = first_key_BT.shape[1] // len(offsets)
+Mask = tuple[slice, Tensor]  # keys of a block, and what is added to their scores: 0 where a query sees the key, else -inf
+
+
+def _query_blocks(first_key_BT: Tensor, offsets: tuple[int, ...], heads: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Mask]]:
+    """Rows (queries times heads of a group), the keys that any of them sees, and the mask ((B or 1), queries, keys).
+
+    Where all queries of a block begin at one key, only the keys from its first query on are masked.
+    """
+    chunk, device = first_key_BT.shape[1] // len(offsets), first_key_BT.device
+    above = torch.full((min(QUERY_BLOCK, chunk),) * 2, -math.inf, dtype=dtype, device=device).triu_(1)
     for c, offset in enumerate(offsets):
         for start in range(0, chunk, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, chunk)
-            queries = slice(c * chunk + start, c * chunk + stop)
-            first_BT = first_key_BT[:, queries]
-            keys = slice(int(first_BT.min()), offset + stop)
-            key_S = torch.arange(keys.start, keys.stop, device=first_BT.device)
-            index_T = torch.arange(offset + start, offset + stop, device=first_BT.device)
-            hidden_BTS = (key_S < first_BT[..., None]) | (key_S > index_T[:, None])
-            yield queries, keys, torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, -math.inf)
+            first_BT = first_key_BT[:, c * chunk + start : c * chunk + stop]
+            lowest, highest = map(int, torch.stack(first_BT.aminmax()).tolist())
+            count, keys = stop - start, offset + stop - lowest
+            if lowest == highest:
+                mask = slice(keys - count, keys), above[None, :count, :count]
+            else:
+                key_S = torch.arange(lowest, offset + stop, device=device)
+                hidden_BTS = (key_S < first_BT[..., None]) | (key_S > torch.arange(offset + start, offset + stop, device=device)[:, None])
+                mask = slice(0, keys), torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, -math.inf)
+            yield slice((c * chunk + start) * heads, (c * chunk + stop) * heads), slice(lowest, offset + stop), mask
 
 
-def _probabilities(q: Tensor, k: Tensor, mask_BTS: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(H) + mask): (B G, N / G * T, S) from (B G, N / G * T, H) and (B G, S, H)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    B, T, S = mask_BTS.shape
-    scores.view(B, -1, T, S).add_(mask_BTS[:, None])
-    return scores.softmax(-1)
+def _score_buffers(q_BTNH: Tensor, k: Tensor) -> Tensor:
+    """Room for the scores of one block, twice."""
+    B, T, N, _ = q_BTNH.shape
+    return k.new_empty(2, B * N * min(QUERY_BLOCK, T) * k.shape[1])
 
 
-def _below(x_BTNH: Tensor, groups: int) -> Tensor:
-    """(B, T, N, H) -> (B G, N / G * T, H), wide and newly laid out."""
-    B, T, N, H = x_BTNH.shape
-    return x_BTNH.transpose(1, 2).to(wide(x_BTNH.dtype), memory_format=torch.contiguous_format, copy=True).view(B * groups, -1, H)
+def _as(buffer: Tensor, shape: torch.Size) -> Tensor:
+    return buffer[: shape.numel()].view(shape)
 
 
-def _beside(x: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_below`: (B G, N / G * T, H) -> (B, T, N, H)."""
-    B, T, N, H = shape
-    return x.view(B, N, T, H).transpose(1, 2)
+def _probabilities(q: Tensor, k: Tensor, mask: Mask, buffers: Tensor) -> Tensor:
+    """softmax(q k^T + mask), in the second buffer: (B G, T N / G, S) from (B G, T N / G, H) and (B G, S, H)."""
+    shape = torch.Size((*q.shape[:2], k.shape[1]))
+    scores, (keys, hidden_BTS) = torch.bmm(q, k.mT, out=_as(buffers[0], shape)), mask
+    B, T, _ = hidden_BTS.shape
+    scores.view(B, -1, T, q.shape[1] // T, shape[2])[..., keys].add_(hidden_BTS[:, None, :, None])
+    return torch.softmax(scores, -1, out=_as(buffers[1], shape))
+
+
+def _by_group(x_BTNH: Tensor, groups: int) -> Tensor:
+    """(B, T, N, H) -> (B G, T N / G, H), wide and newly laid out."""
+    B, T, _, H = x_BTNH.shape
+    wide_x = x_BTNH.unflatten(2, (groups, -1)).transpose(1, 2).to(wide(x_BTNH.dtype), memory_format=torch.contiguous_format, copy=True)
+    return wide_x.view(B * groups, -1, H)
+
+
+def _by_token(x: Tensor, like_BTNH: Tensor) -> Tensor:
+    """The inverse of `_by_group`, in like's shape and dtype."""
+    B, T, N, H = like_BTNH.shape
+    out_BTNH = torch.empty_like(like_BTNH, memory_format=torch.contiguous_format)
+    out_BTNH.view(B, T, -1, x.shape[1] // T * H).copy_(x.view(B, -1, T, x.shape[1] // T * H).transpose(1, 2))
+    return out_BTNH
 
 # ---------------------------------------------------------------------------------------------------------------- experts
 

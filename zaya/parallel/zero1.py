@@ -163,10 +163,10 @@ class Zero1:
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         bucket = self._bucket_of[name]
+        target = bucket.view(bucket.grad, name)
 
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            target = bucket.view(bucket.grad, name)
             target.add_(parameter.grad) if self._collected[name] else target.copy_(parameter.grad)
             parameter.grad = None
             self._collected[name] += 1
