@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cpu.test_checkpoint import STEP, on_ranks, same, save_alone, save_threads, state
+from tests.cpu.test_checkpoint import STEP, cut, on_ranks, same, save_alone, save_threads, state
 from tools import inspect_checkpoint
 from zaya.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, hash_bytes
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share
+from zaya.shard import Layout
 
 
 def refused(path: Path) -> str:
@@ -46,10 +47,10 @@ def body_of(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------- damage
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flipped_bit_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str], soak_seed: int) -> None:
     """500 of them, over manifest and shards: by who opens and verifies it, and by tools.inspect_checkpoint."""
     path = save_threads(tmp_path, state(), 2)
-    rng = random.Random(1)
+    rng = random.Random(1 + soak_seed)
     clean = {file: file.read_bytes() for file in sorted(path.iterdir())}
     for i in range(500):
         file = rng.choice(list(clean))
@@ -220,6 +221,17 @@ def test_specific_manifests_are_refused(tmp_path: Path) -> None:
     tracemalloc.stop()
     (path / MANIFEST).write_text(text)
     Checkpoint.open(path).verify()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_save_refuses_to_replace_the_checkpoint_of_a_newer_program(tmp_path: Path, world_size: int) -> None:
+    path = save_threads(tmp_path, {"x": torch.zeros(6)}, world_size)
+    (path / MANIFEST).write_text(seal_body({**body_of(path), "format_version": 3, "whatever": {}}))
+    (path / "of-a-new-kind.bin").write_bytes(b"theirs")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    for result in on_ranks(tmp_path, [cut({"x": torch.ones(6)}, Layout(world_size), rank) for rank in range(world_size)]):
+        assert "has format_version 3; this program reads 1 and 2; it is not replaced: move it away" in str(result)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def test_cut_manifests_are_refused(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_keys_of_other_writers_are_kept(columns: None) -> None:
     assert again == manifest and again.tensors["x"].boxes[0] == box and '"another_name"' in manifest.to_json()
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path, columns: None, capsys: pytest.CaptureFixture[str]) -> None:
-    damage.test_every_flipped_bit_is_noticed(tmp_path, capsys)
+def test_every_flipped_bit_is_noticed(tmp_path: Path, columns: None, capsys: pytest.CaptureFixture[str], soak_seed: int) -> None:
+    damage.test_every_flipped_bit_is_noticed(tmp_path, capsys, soak_seed)
 
 
 def test_cut_manifests_are_refused(tmp_path: Path, columns: None) -> None:
@@ -200,7 +200,7 @@ def test_a_plan_becomes_the_manifest_that_was_written() -> None:
     flat = [(file, name, box) for file, parts in zip(names, contents, strict=True) for name, box in parts]
     hashes = [bytes([number]) * 16 for number in range(len(flat))]
     entries = plan.tensors([b"".join(hashes[:4]), b"", b"".join(hashes[4:])], names)
-    assert list(entries) == list(TABLE) and [(t.dtype, t.shape) for t in entries.values()] == list(TABLE.values())
+    assert list(entries) == sorted(TABLE) and {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == TABLE
     for (file, name, (offsets, sizes)), xxh3 in zip(flat, hashes, strict=True):
         key = name if sizes == TABLE[name][1] else f"{name}[{offsets[0]}:{offsets[0] + 2},0:6]"
         assert Box(file, key, offsets, sizes, xxh3.hex()) in entries[name].boxes

@@ -86,7 +86,7 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert list(a) == list(b) and all(same(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
 
 
 def tree(path: Path) -> dict[str, tuple[bytes, int]]:

@@ -264,7 +264,7 @@ def test_the_last_sound_checkpoint_outlives_the_failures_after_it(tmp_path: Path
 
 def run_nodes(roots: list[Path], shared: Path, steps: list[int], tensors: Callable[[int], dict[str, torch.Tensor]], ranks_per_node: int,
               keep_local: int = 2, **options: Any) -> list[Saver]:
-    """A rank per thread; each node has a root of its own."""
+    """A rank per thread; each node has a root of its own. Every other node's ranks name their tensors in the opposite order."""
     count = len(roots) * ranks_per_node
     ranks, savers, errors = Ranks(count), [], []
 
@@ -276,8 +276,9 @@ def run_nodes(roots: list[Path], shared: Path, steps: list[int], tensors: Callab
             saver = Saver(root, gather=ranks.gather("saver", rank), rank=rank, world_size=count, leads=rank % ranks_per_node == 0,
                           mirror=mirror, keep=keep_local)
             savers.append(saver)
+            turn: Callable[[Any], Any] = reversed if rank // ranks_per_node % 2 else list
             for step in steps:
-                saver.start(shares(tensors(step), rank, count), step=step, **COUNTERS)
+                saver.start(dict(turn(shares(tensors(step), rank, count).items())), step=step, **COUNTERS)
             saver.close()
         except BaseException as error:  # noqa: BLE001 - raised below
             errors.append(error)

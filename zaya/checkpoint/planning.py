@@ -18,7 +18,7 @@ from zaya.checkpoint.boxes import Boxes, Cut
 from zaya.checkpoint.manifest import TensorEntry, check_cover, hash_bytes
 
 Table = Mapping[str, tuple[str, tuple[int, ...]]]
-"""dtype and shape of every tensor by name, in the manifest's order, which may differ from rank to rank."""
+"""dtype and shape of every tensor by name, in an order that may differ from rank to rank."""
 
 
 def pack(table: Table, files: Iterable[Iterable[tuple[str, shard.Box]]]) -> bytes:
@@ -78,9 +78,8 @@ class SavePlan:
                 checked.add(id(cut))
 
     def tensors(self, hashes: Sequence[bytes], names: Sequence[str]) -> dict[str, TensorEntry]:
-        """The manifest's. `hashes`: by rank, 16 bytes for each of its boxes in order. `names` of all files, rank after rank."""
+        """The manifest's, sorted by name, so that every leader writes the same one. `hashes`: by rank, 16 bytes for each of its boxes in
+        order. `names` of all files, rank after rank."""
         ordered = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 16)[self._order]
-        place = {name: number for number, name in enumerate(sorted(self._table))}
-        return {name: TensorEntry(dtype, shape, Boxes(name, names, self._cuts[name],
-                                                      ordered[self._borders[place[name]] : self._borders[place[name] + 1]]))
-                for name, (dtype, shape) in self._table.items()}
+        return {name: TensorEntry(dtype, shape, Boxes(name, names, self._cuts[name], ordered[start:stop]))
+                for (name, (dtype, shape)), start, stop in zip(sorted(self._table.items()), self._borders, self._borders[1:])}

@@ -31,6 +31,7 @@ from zaya.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
+    UnknownVersion,
     check_name,
     disk_errors,
     hash_bytes,
@@ -134,7 +135,7 @@ class _Save:
         reports = cast(list[_Report], self.gather(report))
         assert len(reports) == self.world_size, "gather must return every rank's object on every rank"
         if self.leads and any(report.error for report in reports):
-            with contextlib.suppress(OSError):  # what is left has no manifest, or lies beside the older one's files
+            with contextlib.suppress(OSError, UnknownVersion):  # what is left has no manifest, or lies beside the older one's files
                 _sweep(self.directory)
         raise_on_all([report.error for report in reports])
         return reports
@@ -257,9 +258,12 @@ def _clear(directory: Path) -> frozenset[str]:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove what the directory's manifest does not name; without a valid manifest, the directory."""
+    """Remove what the directory's manifest does not name; without a valid manifest, the directory. UnknownVersion: it is another program's
+    checkpoint, and stays as it is."""
     try:
         files = load(directory).files
+    except UnknownVersion as error:
+        raise UnknownVersion(f"{error}; it is not replaced: move it away to save this step again") from None
     except CheckpointError:
         if directory.is_symlink():
             directory.unlink()
