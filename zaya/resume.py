@@ -106,7 +106,8 @@ def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
     pace = changed({"train.steps": recipe.train.steps, "train.global_batch_size": recipe.train.global_batch_size,
                     "train.dtype": recipe.train.dtype})
     others = changed(recipe.identity())
-    return ((f"; {pace}: the new recipe holds from here" if pace else "")
+    goes_on = ": the new recipe holds from here" if checkpoint.manifest.step < recipe.train.steps else ""
+    return ((f"; {pace}{goes_on}" if pace else "")
             + (f"; made by another recipe: {others}" if others else ""))
 
 

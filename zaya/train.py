@@ -1,8 +1,8 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
 Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
-2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved, 7 no checkpoint to start from can be
-read (one clear line for all but a bug, nothing half-written).
+2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved where there was any, 7 no checkpoint to
+start from can be read (one clear line for all but a bug, nothing half-written).
 """
 # ruff: noqa: E402  # settings first, then torch
 
@@ -17,7 +17,10 @@ import traceback
 from pathlib import Path
 
 from zaya import runtime
+from zaya.preemption import PREEMPTED, leave_by_signal
 
+if __name__ == "__main__":
+    leave_by_signal("zaya.train")
 # HIP reads its variables as torch loads: before the imports below.
 SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
 
@@ -37,7 +40,7 @@ from zaya.trainer import Trainer, open_data
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
 
 Train the run that a recipe describes, or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."""
-UNSAVED, PREEMPTED, UNREADABLE = 1, 3, 7
+UNSAVED, UNREADABLE = 1, 7
 log = logging.getLogger("zaya")
 
 
@@ -76,7 +79,8 @@ def recipe_of_run(run_dir: Path, tiers: Tiers) -> Recipe | None:
 
 
 def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, went_back: bool = False) -> MetricsWriter | None:
-    """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good.
+    """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good;
+    a finished run keeps the recipe.toml that it was made with.
 
     A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside, never mixed with it, never
     deleted. With them, or where those of another tier were (`went_back`), goes a copy of the record, and so before a run that starts over.
@@ -95,7 +99,7 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, went_back: bool = 
                 shutil.copy2(record, aside)
             metrics = MetricsWriter(record, resume_step=step)
         start_logging(recipe, mesh)
-        if mesh.rank == 0:
+        if mesh.rank == 0 and (step < recipe.train.steps or not (run_dir / "recipe.toml").exists()):
             temporary = run_dir / "recipe.toml.tmp"
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(recipe.to_toml())

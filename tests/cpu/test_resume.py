@@ -164,6 +164,20 @@ def test_a_changed_length_or_batch_is_said(folder: Path, whole: Path, capsys: Ca
             "the new recipe holds from here\n" in capsys.readouterr().out)
 
 
+def test_a_finished_run_keeps_the_recipe_it_was_made_with(folder: Path, whole: Path, capsys: Capture) -> None:
+    run_dir = folder / "shorter"
+    shutil.copytree(whole, run_dir)
+    recipe = str(written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "shorter"))
+    shutil.copy(recipe, run_dir / "recipe.toml")
+    capsys.readouterr()
+    assert main([recipe, "--train.steps=4"]) == 0
+    out = capsys.readouterr().out
+    assert "at step 6; train.steps was 6, is 4\n" in out and "is finished at step 6; nothing to do\n" in out
+    assert (run_dir / "recipe.toml").read_bytes() == Path(recipe).read_bytes() and losses(run_dir) == losses(whole)
+    (run_dir / "recipe.toml").unlink()
+    assert main([recipe]) == 0 and (run_dir / "recipe.toml").exists(), "a lost one comes back"
+
+
 def test_a_finished_run_does_not_look_at_what_a_fresh_one_starts_from(folder: Path, whole: Path) -> None:
     run_dir = folder / "finished"
     shutil.copytree(whole, run_dir)
@@ -382,15 +396,38 @@ def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.
 
 
 SLOW_STEPS = """
-import sys, time
-from zaya import train, trainer
+import runpy, sys, time
+from zaya import trainer
 step = trainer.Trainer.train_step
 def slow(self, votes=(0, 0)):
     time.sleep(0.4)
     return step(self, votes)
 trainer.Trainer.train_step = slow
-sys.exit(train.main(sys.argv[1:]))
+runpy.run_module("zaya.train", run_name="__main__", alter_sys=True)
 """
+SLOW_START = """
+import pathlib, runpy, sys, time
+from zaya import trainer
+def slow(self):
+    pathlib.Path(sys.argv[1] + ".started").touch()
+    time.sleep(60)
+trainer.Trainer.restore = slow
+runpy.run_module("zaya.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_has_nothing_to_save_and_exits_3(folder: Path, number: signal.Signals) -> None:
+    run_dir = folder / f"early-{number.name}"
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), run_dir.name)
+    job = subprocess.Popen([sys.executable, "-c", SLOW_START, str(recipe)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not Path(f"{recipe}.started").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(number)
+    _, stderr = job.communicate(timeout=30)
+    assert (job.returncode, stderr) == (3, f"zaya.train: {number.name}: nothing to save\n")
+    assert not run_dir.exists()
 
 
 def test_a_run_that_never_saves_ends_by_its_signal(folder: Path) -> None:
