@@ -9,7 +9,10 @@ RUN := runs/quickstart
 RECIPE := recipes/quickstart.toml
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup quickstart test test-full check lint clean accept-mi300x
+# Of make soak; 0: until interrupted.
+ROUNDS ?= 0
+
+.PHONY: help setup quickstart test test-full soak check lint clean accept-mi300x
 
 help:
 	@echo "make quickstart   set up, train a tiny ZAYA1 on real text on this machine, plot, sample, export"
@@ -17,6 +20,7 @@ help:
 	@echo "make check        lint, then test"
 	@echo "make accept-mi300x  on a node of 8 MI300X: checks, tests/gpu, layouts over RCCL, benchmarks, one report"
 	@echo "make test-full    test, with the slow ones"
+	@echo "make soak         the randomised tests (kills, damage, fuzzed manifests, layouts) with ever other seeds, until one fails; ROUNDS=n"
 	@echo "make lint         ruff and mypy"
 	@echo "make setup        build .venv only"
 	@echo "make clean        remove caches and build leftovers; .venv, runs/ and corpora/ stay"
@@ -44,6 +48,13 @@ test: setup
 
 test-full: setup
 	$(PYTEST) -m "slow or not slow" tests/cpu tests/dist tests/gpu
+
+# A round's seed is the time. ZAYA_SOAK=SEED pytest -m "soak or hypothesis" -k NAME runs a failure of a seeded test again.
+soak: setup
+	@round=0; while [ $(ROUNDS) -eq 0 ] || [ $$round -lt $(ROUNDS) ]; do \
+	    round=$$((round + 1)); export ZAYA_SOAK=$$(date +%s); echo "soak: round $$round, ZAYA_SOAK=$$ZAYA_SOAK"; \
+	    $(PYTEST) -x -m "soak or hypothesis" tests/cpu tests/dist || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

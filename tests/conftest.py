@@ -1,4 +1,4 @@
-"""Rules of the whole test suite: no network, and tests/gpu only where there is a GPU."""
+"""Rules of the whole test suite: no network, tests/gpu only where there is a GPU, and other seeds in every round of `make soak`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ if not has_gpu():
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
+@pytest.fixture(scope="session")
+def soak_seed() -> int:
+    """For a test to add to its seeds: 0, and in every round of `make soak` another number."""
+    return int(os.environ.get("ZAYA_SOAK", "0"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "soak_seed" in getattr(item, "fixturenames", ()):
+            item.add_marker("soak")
     gpu_items = [item for item in items if GPU_TESTS in item.path.parents]
     if not gpu_items:
         return

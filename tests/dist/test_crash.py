@@ -153,14 +153,14 @@ def crash_often(runs: Runs, kills: int, seed: int) -> None:
 
 @pytest.mark.parametrize("tiers", [False, True], ids=["one tier", "two tiers"])
 @pytest.mark.parametrize("kills", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def test_killed_in_saves_again_and_again(server: ForkServer, memory: Path, tmp_path: Path, tiers: bool, kills: int) -> None:
-    crash_often(Runs(server, memory if kills < 100 else tmp_path, tiers=tiers), kills, seed=kills)
+def test_killed_in_saves_again_and_again(server: ForkServer, memory: Path, tmp_path: Path, tiers: bool, kills: int, soak_seed: int) -> None:
+    crash_often(Runs(server, memory if kills < 100 else tmp_path, tiers=tiers), kills, seed=kills + soak_seed)
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def test_one_of_two_ranks_is_killed_in_a_save(server: ForkServer, memory: Path, tmp_path: Path, kills: int) -> None:
+def test_one_of_two_ranks_is_killed_in_a_save(server: ForkServer, memory: Path, tmp_path: Path, kills: int, soak_seed: int) -> None:
     """The other ends by itself; half a checkpoint of one rank is none."""
-    crash_often(Runs(server, memory if kills < 50 else tmp_path, ranks=2, parallel__ep=2), kills, seed=kills)
+    crash_often(Runs(server, memory if kills < 50 else tmp_path, ranks=2, parallel__ep=2), kills, seed=kills + soak_seed)
 
 
 JOB = """
