@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tools import bench_kernels_moe
 from zaya.cli import Parser
 from zaya.kernels import cases
-from zaya.kernels.peers import peers
+from zaya.kernels.peers import Peer, peers
 from zaya.kernels.timing import Clock, passes
 
 PEER_LIMIT = 0.2  # of a peer's difference from the op: both round, some peers after every step; other work is 1 apart
@@ -35,29 +35,44 @@ def ceilings(clock: Clock, rounds: int, size: int = 8192, copied: int = 1 << 30)
     return {"tflops": 2 * size**3 / times["matmul"] / 1e9, "gbs": 2 * copied / times["copy"] / 1e6}
 
 
+def errors_as_timed(case: cases.Case, ours: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    """Of what is timed in the op's place, on arguments of its own, against the op's results."""
+    if case.timed is None:
+        return {}
+    timed = cases.run(case.timed, case.make(device, torch.bfloat16), case.gradients, like=ours)
+    return {f"{name} as timed": cases.error(timed[name], ours[name]) for name in ours}
+
+
+def difference(peer: Peer, case: cases.Case, arguments: Mapping[str, Any], ours: Mapping[str, torch.Tensor]) -> float:
+    """Of a peer's results from the op's, at most; 0 where it leaves something out."""
+    if not peer.is_whole:
+        return 0.0
+    theirs = cases.run(peer.call, arguments, case.gradients, like=ours)
+    return max(cases.error(theirs[name], ours[name]) for name in ours)
+
+
 def bench(case: cases.Case, clock: Clock, limits: Mapping[str, float], rounds: int, device: torch.device) -> dict[str, Any]:
     """One case: the check, then times and memory of the op and of every peer that runs and agrees."""
     arguments = case.make(device, torch.bfloat16)
-    errors = cases.errors(case, arguments)
+    errors, ours = cases.errors(case, arguments), cases.run(case.op, arguments, case.gradients)
+    errors |= errors_as_timed(case, ours, device)
     row: dict[str, Any] = {"case": case.name, "errors": errors, "limit": case.limit, "left_out": {}}
     row["is_right"] = all(error <= case.limit for error in errors.values())
     if not row["is_right"]:
         return row
-    contenders, ours = {"zaya": passes(case.timed or case.op, case, arguments)}, cases.run(case.op, arguments, case.gradients)
+    contenders = {"zaya": passes(case.timed or case.op, case, arguments)}
     for name, peer in {**peers(case, arguments), **bench_kernels_moe.peers(case, arguments)}.items():
         try:
-            contenders[name] = passes(peer, case, arguments)
-            for call in contenders[name].values():
-                call()
-            if "," in name or name.startswith("torch fused"):  # leaves something out, or has updated the arguments in place
-                continue
-            theirs = cases.run(peer, arguments, case.gradients, like=ours)
-            difference = max(cases.error(theirs[name], ours[name]) for name in ours)
-            if difference > min(PEER_LIMIT, 5 * case.limit):
-                row["left_out"][name] = f"computes something else: {difference:.1e}"
+            own = case.make(device, torch.bfloat16) if peer.is_in_place else arguments
+            apart = difference(peer, case, own, ours)
+            if apart > min(PEER_LIMIT, 5 * case.limit):
+                row["left_out"][name] = f"computes something else: {apart:.1e}"
+            else:
+                contenders[name] = passes(peer.call, case, own)
+                for call in contenders[name].values():
+                    call()
         except Exception as error:  # noqa: BLE001  # a peer may fail in any way where its library or GPU does not suit it
             row["left_out"][name] = (str(error) or type(error).__name__).splitlines()[0][:120]
-        if name in row["left_out"]:
             contenders.pop(name, None)
         _empty_cache()
     del ours

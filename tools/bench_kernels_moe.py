@@ -85,7 +85,7 @@ class Block:
             def block(x_BTD: Tensor, weights: tuple[Tensor, ...], balance_bias: Tensor) -> Tensor:
                 return functional_call(module, {**dict(zip(names, weights)), links["router.balance_bias"]: balance_bias}, (x_BTD,))[0]
 
-            return block
+            return Peer(block)
 
         return {f"ZayaSparseMoeBlock ({name})": peer(name) for name in ("eager", *ALL_EXPERTS_FUNCTIONS.keys())}
 
@@ -128,4 +128,4 @@ def _experts(arguments: Mapping[str, Any]) -> dict[str, Peer]:
     def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, gate_Tk: Tensor, **_: Any) -> Tensor:
         return functional_call(module, {"gate_up_proj": gate_up_EFD, "down_proj": down_EDF}, (x_TD, index_Tk, gate_Tk))
 
-    return {"transformers' ZayaExperts": experts}
+    return {"transformers' ZayaExperts": Peer(experts)}

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from zaya.cli import Parser
-from zaya.kernels import cases, gfx942
+from zaya.kernels import cases, machine_code
 from zaya.kernels.launch import MI300X
 
 
@@ -29,7 +29,7 @@ from zaya.kernels.launch import MI300X
 class Launch:
     """A distinct launch, and the cases that make it."""
 
-    build: gfx942.Build
+    build: machine_code.Build
     config: dict[str, int]
     cases: list[str] = field(default_factory=list)
 
@@ -39,7 +39,7 @@ def launches(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) 
     found: dict[str, Launch] = {}
     for case in chosen:
         try:
-            with gfx942.recording() as noted:
+            with machine_code.recording() as noted:
                 cases.run(case.op, case.make(torch.device("meta"), dtype), case.gradients)
         except Exception as error:
             error.add_note(f"in case {case.name}")
@@ -53,7 +53,7 @@ def launches(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) 
 
 def report(found: list[Launch]) -> list[dict[str, Any]]:
     """The figures of every launch, in their order."""
-    every = tqdm(gfx942.all_figures([launch.build for launch in found]), total=len(found), unit="kernel", disable=None)
+    every = tqdm(machine_code.all_figures([launch.build for launch in found]), total=len(found), unit="kernel", disable=None)
     return [{"kernel": launch.build.kernel, "config": launch.config, "arch": MI300X.arch, **row, "cases": launch.cases}
             for launch, row in zip(found, every)]
 

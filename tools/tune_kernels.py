@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from zaya.cli import Parser
-from zaya.kernels import cases, gfx942, launch
+from zaya.kernels import cases, launch, machine_code
 from zaya.kernels.launch import MI300X, TABLE, Target
 from zaya.kernels.trials import Entry, Score, measured_scores
 
@@ -61,7 +61,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
     for number, candidate in enumerate(candidates):
         launch.replace_entry(kernel, index, candidate)
         try:
-            with gfx942.recording() as noted:
+            with machine_code.recording() as noted:
                 for case in chosen:
                     cases.run(case.op, case.make(torch.device("meta"), torch.bfloat16), case.gradients)
         except Exception:  # noqa: BLE001  # an op refuses a tile size in its own way; that candidate is out
@@ -72,7 +72,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
                 owners.append(number)
     launch.replace_entry(kernel, index, candidates[0])
     scores: list[Score] = [((-1.0,), "does not launch")] * len(candidates)
-    figures = tqdm(gfx942.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
+    figures = tqdm(machine_code.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
     for number, row in zip(owners, figures):
         share = row["mfma_share"] if row["is_matrix_kernel"] else 0.0
         score = (float(not row["broken"]), float(min(row["waves_per_simd"], 2)), share, row["wide_share"], float(row["waves_per_simd"]))
@@ -94,7 +94,7 @@ def is_better(score: tuple[float, ...], than: tuple[float, ...]) -> bool:
 
 def used_entries(table: dict[str, list[Entry]], chip: Target, chosen: list[cases.Case], only: str | None) -> list[tuple[str, int]]:
     """(kernel, index) of the chip's entries that the cases use, in the order of the table."""
-    with gfx942.recording(chip) as noted:
+    with machine_code.recording(chip) as noted:
         for case in chosen:
             cases.run(case.op, case.make(torch.device("meta"), torch.bfloat16), case.gradients)
     used = {(build.kernel, id(config.blocks)) for build, config in noted if only in (None, build.kernel)}

@@ -15,7 +15,7 @@ from tools import bench_kernels, bench_kernels_moe
 from zaya.kernels import cases, reference
 from zaya.kernels import peers as peers_module
 from zaya.kernels.cases import attention, cca
-from zaya.kernels.peers import peers
+from zaya.kernels.peers import Peer, peers
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,8 @@ def bench(case: cases.Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["residual_norm small many tiles", "rms_norm small router", "route small", "sort_by_expert small",
-                                  "newton_schulz small tall", "cross_entropy small", "experts small all on one", "grouped_gemm small"])
+                                  "newton_schulz small tall", "cross_entropy small", "experts small all on one", "grouped_gemm small",
+                                  "adamw small ragged", "adamw small rejected"])
 def test_peers_do_the_same_work(name: str) -> None:
     # The references round as bf16 programs do, some after every product.
     row = bench(reference_case(name, limit=5e-2))
@@ -80,7 +81,7 @@ def test_adamw_peer_takes_the_same_step() -> None:
     ours, theirs = (case.make(CPU, torch.float32) for _ in range(2))
     want = case.reference(**ours)
     (peer,) = peers(case, theirs).values()
-    got = peer(**theirs)
+    got = peer.call(**theirs)
     assert [cases.error(*pair) < 1e-3 for pair in zip(got, want)] == [True] * 4  # the last, in bf16, can round another way
 
 
@@ -95,7 +96,7 @@ def test_attention_peer_where_nothing_is_masked() -> None:
     arguments = case.make(CPU, torch.float32)
     found = peers(case, arguments)
     assert list(found) == ["sdpa FLASH", "sdpa cuDNN"]
-    assert cases.error(found["sdpa FLASH"](**arguments), reference.attention(**arguments)) < 1e-5
+    assert cases.error(found["sdpa FLASH"].call(**arguments), reference.attention(**arguments)) < 1e-5
 
 
 def test_a_wrong_kernel_gets_no_speed() -> None:
@@ -106,10 +107,40 @@ def test_a_wrong_kernel_gets_no_speed() -> None:
     assert "WRONG: out.0 1.0e-01" in line
 
 
+def test_what_is_timed_in_the_place_of_a_right_op_must_be_right_too() -> None:
+    case = reference_case("adamw small ragged")
+    row = bench(dataclasses.replace(case, timed=lambda **arguments: tuple(1.1 * tensor for tensor in case.op(**arguments))))
+    assert not row["is_right"] and "forward" not in row
+    (line,) = bench_kernels.lines(row)
+    assert "WRONG: out.0 as timed 1.0e-01" in line
+    assert bench(dataclasses.replace(case, timed=case.op))["is_right"]
+
+
+def test_a_peer_that_updates_its_arguments_spoils_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        weight.data.mul_(2)
+        return case.op(x, weight / 2, eps)
+
+    monkeypatch.setattr(bench_kernels, "peers", lambda case, _: {"in place": Peer(doubled, is_in_place=True), "same": Peer(case.op)})
+    case = reference_case("rms_norm small router", gradients=())
+    assert bench(case)["left_out"] == {}
+
+
+def test_a_peer_that_leaves_something_out_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kernels, "peers", lambda case, _: {"half of it": Peer(lambda **a: 2 * case.op(**a), is_whole=False)})
+    row = bench(reference_case("rms_norm small router"))
+    assert list(row["both"]["ms"]) == ["zaya", "half of it"] and row["left_out"] == {}
+
+
+def test_peers_of_one_document_are_timed_beside_several() -> None:
+    row = bench(reference_case("cca small ragged, fused projection"))
+    assert list(row["both"]["ms"]) == ["zaya", "eager, one document, no halo", "torch.compile of it"] and row["left_out"] == {}
+
+
 def test_a_peer_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_kernels, "peers", lambda case, _: {
-        "twice": lambda **a: 2 * case.op(**a), "without gradients": lambda **a: case.op(**a).detach() + 0 * case.op(**a),
-        "raises": lambda **a: 1 / 0})
+        "twice": Peer(lambda **a: 2 * case.op(**a)), "without gradients": Peer(lambda **a: case.op(**a).detach() + 0 * case.op(**a)),
+        "raises": Peer(lambda **a: 1 / 0)})
     row = bench(reference_case("rms_norm small router"))
     assert list(row["forward"]["ms"]) == list(row["both"]["ms"]) == ["zaya"]
     assert row["left_out"] == {"twice": "computes something else: 1.0e+00", "without gradients": "computes something else: 1.0e+00",

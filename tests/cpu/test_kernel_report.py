@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from zaya.kernels import gfx942
+from zaya.kernels import machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,25 +186,25 @@ kernel:
 """
 
 
-def code(asm: str = ASSEMBLY, num_warps: int = 4, lds_bytes: int = 0, dots: int = 3, dots_elsewhere: int = 0) -> gfx942.Code:
-    return gfx942.Code("kernel", asm, b"", num_warps, lds_bytes, dots, dots_elsewhere)
+def code(asm: str = ASSEMBLY, num_warps: int = 4, lds_bytes: int = 0, dots: int = 3, dots_elsewhere: int = 0) -> machine_code.Code:
+    return machine_code.Code("kernel", asm, b"", num_warps, lds_bytes, dots, dots_elsewhere)
 
 
 def test_regions_are_llvms_loops() -> None:
-    inner, rest, outer = gfx942.regions(ASSEMBLY)  # rest has matrix work, outer has none
+    inner, rest, outer = machine_code.regions(ASSEMBLY)  # rest has matrix work, outer has none
     assert (inner.label, inner.depth, outer.label, outer.depth, rest.depth) == ("BB0_2", 2, "BB0_1", 1, 0)
     assert (inner.instructions, inner.mfma, inner.valu, inner.lds, inner.stores) == (9, 2, 2, 1, 0)
     assert (inner.wide_loads, inner.narrow_loads, inner.wide_share) == (2, 1, 32 / 34)
     assert inner.mfma_share == 8 / 10  # two of four slots each, beside two vector instructions
     assert (outer.instructions, outer.mfma, outer.valu, outer.stores, outer.narrow_loads) == (4, 0, 1, 1, 1)
     assert (rest.mfma, rest.stores, rest.wide_share) == (1, 1, 1.0)
-    assert gfx942.hot(gfx942.regions(ASSEMBLY)) == inner
+    assert machine_code.hot(machine_code.regions(ASSEMBLY)) == inner
 
 
 def test_of_two_loops_with_equal_matrix_work_the_leaner_is_hot() -> None:
     loop = "{0}:  ; =>This Inner Loop Header: Depth=1\n\tv_mfma_f32_16x16x16_f16 v[0:3], v[4:5], v[6:7], v[0:3]\n"
     masked, plain = loop.format(".LBB0_1") + "\tv_cndmask_b32_e32 v1, v2, v3\n", loop.format(".LBB0_2")
-    assert gfx942.hot(gfx942.regions(masked + plain)).label == "BB0_2"
+    assert machine_code.hot(machine_code.regions(masked + plain)).label == "BB0_2"
 
 
 @pytest.mark.parametrize(("opcode", "slots"), [
@@ -212,7 +212,7 @@ def test_of_two_loops_with_equal_matrix_work_the_leaner_is_hot() -> None:
     ("v_mfma_f32_16x16x4_f32", 8), ("v_mfma_f32_4x4x4_16b_f16", 1), ("v_mfma_f64_16x16x4_f64", 8), ("v_mfma_f32_16x16x32_fp8_fp8", 4),
     ("v_mfma_i32_16x16x32_i8", 4), ("v_mfma_f32_16x16x8_xf32", 4)])
 def test_issue_slots_of_matrix_instructions(opcode: str, slots: int) -> None:
-    assert gfx942.mfma_slots(opcode) == slots
+    assert machine_code.mfma_slots(opcode) == slots
 
 
 @pytest.mark.parametrize(("vgprs", "num_warps", "lds_bytes", "waves"), [
@@ -221,12 +221,12 @@ def test_issue_slots_of_matrix_instructions(opcode: str, slots: int) -> None:
     (24, 4, 0, 8), (24, 4, 32768, 2), (24, 4, 32769, 1), (256, 8, 65536, 2), (257, 8, 0, 0), (24, 1, 0, 8)])
 def test_waves_per_simd(vgprs: int, num_warps: int, lds_bytes: int, waves: int) -> None:
     asm = ASSEMBLY.replace(".vgpr_count:     129", f".vgpr_count:     {vgprs}")
-    assert gfx942.resources(code(asm, num_warps, lds_bytes))["waves_per_simd"] == waves
+    assert machine_code.resources(code(asm, num_warps, lds_bytes))["waves_per_simd"] == waves
 
 
 def test_gates_name_what_is_wrong() -> None:
-    def broken(code: gfx942.Code) -> list[str]:
-        return gfx942.gates(code, gfx942.resources(code), gfx942.regions(code.asm))
+    def broken(code: machine_code.Code) -> list[str]:
+        return machine_code.gates(code, machine_code.resources(code), machine_code.regions(code.asm))
 
     assert broken(code()) == ["7 vector registers spilled", "2 scalar registers spilled", "48 bytes of scratch memory"]
     clean = ASSEMBLY.replace("spill_count: 7", "spill_count: 0").replace("spill_count: 2", "spill_count: 0").replace("size: 48", "size: 0")

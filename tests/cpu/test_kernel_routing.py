@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The softmax is fp32 for every dtype: few roundings of 6e-8. The gradient of fp16 logits is rounded to fp16, 2e-4.
 THRESHOLDS = {torch.float32: 5e-7, torch.float16: 4e-4}
+INF, NAN = float("inf"), float("nan")
 SMALL_CASES = [case for case in CASES if case.size == SMALL]
 
 
@@ -30,9 +31,15 @@ def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert all(error < THRESHOLDS[dtype] for error in found.values()), found
 
 
-def test_tokens_without_a_finite_logit_get_some_class_and_a_nan_gate() -> None:
-    choice, gate, counts = route(torch.full((3, 4), torch.nan, device=DEVICE), torch.zeros(4, device=DEVICE), 2)
-    assert bool(((choice >= 0) & (choice < 4)).all()) and bool(gate.isnan().all()) and int(counts.sum()) == 6
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("bias", [[-INF] * 4, [-INF, -INF, 0, -INF], [0, INF, -INF, INF], [0, NAN, 0, NAN], [0.0] * 4], ids=str)
+@pytest.mark.parametrize("logits", [[1, 3, 2, 0], [NAN] * 4, [1, NAN, -INF, 0], [-INF] * 4, [0, -INF, 5, -INF]], ids=str)
+def test_infinite_and_nan_scores_are_chosen_among_as_by_the_reference(logits: list[float], bias: list[float], top_k: int) -> None:
+    """A class is chosen once, whatever its score: NaN before all, the lowest index first. The gate tells of a row of NaN."""
+    logits_TC, bias_C = torch.tensor([logits, [0.0] * 4], device=DEVICE), torch.tensor(bias, device=DEVICE)
+    for got, want in zip(route(logits_TC, bias_C, top_k), reference.route(logits_TC, bias_C, top_k)):
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_route_sort_and_reference_agree_end_to_end() -> None:

@@ -52,13 +52,13 @@ def test_all_kernels_of_an_op_are_tried_at_once_and_what_does_not_fit_never() ->
         import torch, triton
         from triton.backends.compiler import GPUTarget
         from tools import tune_kernels as tune
-        from zaya.kernels import cases, gfx942, launch, trials
+        from zaya.kernels import cases, launch, machine_code, trials
 
         chip, gpu, cpu = launch.Target("sm_90", num_cus=132), GPUTarget("cuda", 90, 32), torch.device("cpu")
 
         class Clock:
             def by_launch(self, call, rounds):
-                with gfx942.recording(chip, gpu) as noted:
+                with machine_code.recording(chip, gpu) as noted:
                     call()
                 assert all(config.num_warps < 16 for _, config in noted), "a misfit is launched"
                 return {(build.kernel, id(config.blocks)): 8.0 / config.num_warps for build, config in noted}

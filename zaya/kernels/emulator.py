@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from zaya.kernels import gfx942
+from zaya.kernels import machine_code
 from zaya.kernels.launch import MI300X, Config, Launcher
 
 Execute = Callable[..., None]
@@ -48,11 +48,11 @@ def emulating(checkout: str | Path) -> Launcher:
     emulator = _load_emulator(Path(checkout))
 
     def launcher(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
-        build = gfx942.specialise(kernel, arguments, config.options(MI300X))
-        code = gfx942.build_code(build)
-        if scratch := gfx942.resources(code)["scratch_bytes"]:
+        build = machine_code.specialise(kernel, arguments, config.options(MI300X))
+        code = machine_code.build_code(build)
+        if scratch := machine_code.resources(code)["scratch_bytes"]:
             raise ValueError(f"{code.name} uses {scratch} bytes of scratch memory: the emulator cannot run a kernel that spills")
-        _run(emulator, code, gfx942.runtime_arguments(kernel, arguments, build), grid)
+        _run(emulator, code, machine_code.runtime_arguments(kernel, arguments, build), grid)
 
     return launcher
 
@@ -78,7 +78,7 @@ def _load_emulator(checkout: Path) -> Any:
     return emulator
 
 
-def _run(emulator: Any, code: gfx942.Code, arguments: list[tuple[str, Any]], grid: tuple[int, ...]) -> None:
+def _run(emulator: Any, code: machine_code.Code, arguments: list[tuple[str, Any]], grid: tuple[int, ...]) -> None:
     """Lay out code and arguments as the command processor would, then run every work-group."""
     memory, entry, size, rsrc2, preloaded = _load(code.elf)
     packed = _pack(arguments)

@@ -1,12 +1,13 @@
 """What torch offers for the same work, by case: the peers that kernels are timed against.
 
 A peer takes a case's keyword arguments and does the same work, forward, with a backward by autograd. Only the benchmark calls one. Where a
-peer cannot do all of a case's work it is not offered, or its name says what it leaves out.
+peer cannot do all of a case's work it is not offered, or says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zaya.kernels import reference
 from zaya.kernels.cases import Case
 
-Peer = Callable[..., Any]
+
+@dataclass(frozen=True)
+class Peer:
+    call: Callable[..., Any]
+    is_whole: bool = True
+    """It does all of the case's work, so its results are the op's. If not, they are not compared, and its name says what it leaves out."""
+    is_in_place: bool = False
+    """It updates its arguments, and needs some of its own."""
 
 
 def peers(case: Case, arguments: Mapping[str, Any]) -> dict[str, Peer]:
@@ -25,28 +33,29 @@ def peers(case: Case, arguments: Mapping[str, Any]) -> dict[str, Peer]:
     op, gradients = case.name.split()[0], bool(case.gradients)
     match op:
         case "residual_norm":
-            return {"torch.compile": torch.compile(_residual_norm), "eager": _residual_norm}
+            return {"torch.compile": Peer(torch.compile(_residual_norm)), "eager": Peer(_residual_norm)}
         case "rms_norm":
-            return {"F.rms_norm": _rms_norm, "torch.compile": torch.compile(_rms_norm)}
+            return {"F.rms_norm": Peer(_rms_norm), "torch.compile": Peer(torch.compile(_rms_norm))}
         case "adamw":
-            return {"torch fused AdamW and a cast": _fused_adamw}
+            return {"torch fused AdamW and a cast": Peer(_fused_adamw, is_in_place=True)}
         case "attention":
             return _attention_peers(arguments)
         case "cca":
-            return {"eager, one document, no halo": _cca, "torch.compile of it": torch.compile(_cca)}
+            return {"eager, one document, no halo": Peer(_cca, is_whole=False),
+                    "torch.compile of it": Peer(torch.compile(_cca), is_whole=False)}
         case "experts":
             grouped = _grouped_mm_experts if "order_R" in arguments else _grouped_mm_sorted
-            return {"loop of matmuls": case.reference} | ({"torch._grouped_mm": grouped} if all_routed(arguments) else {})
+            return {"loop of matmuls": Peer(case.reference)} | ({"torch._grouped_mm": Peer(grouped)} if all_routed(arguments) else {})
         case "grouped_gemm":
-            return {"torch._grouped_mm": _grouped_mm, "loop of matmuls": case.reference}
+            return {"torch._grouped_mm": Peer(_grouped_mm), "loop of matmuls": Peer(case.reference)}
         case "route":
-            return {"eager": case.reference, "torch.compile": torch.compile(case.reference)}
+            return {"eager": Peer(case.reference), "torch.compile": Peer(torch.compile(case.reference))}
         case "sort_by_expert":
-            return {"argsort and bincount": case.reference}
+            return {"argsort and bincount": Peer(case.reference)}
         case "cross_entropy" if gradients:
-            return {"F.cross_entropy on full logits": _cross_entropy}
+            return {"F.cross_entropy on full logits": Peer(_cross_entropy)}
         case "newton_schulz":
-            return {"torch.optim.Muon's": _muon}
+            return {"torch.optim.Muon's": Peer(_muon)}
     return {}
 
 
@@ -73,7 +82,7 @@ def _attention_peers(arguments: Mapping[str, Any]) -> dict[str, Peer]:
     """scaled_dot_product_attention where every query sees all keys before it; else flex_attention, compiled, with a block mask."""
     first_BT, offsets = arguments["first_key_BT"], arguments["offsets"]
     if offsets == (0,) and not first_BT.any():
-        return {"sdpa FLASH": _sdpa(SDPBackend.FLASH_ATTENTION), "sdpa cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION)}
+        return {"sdpa FLASH": Peer(_sdpa(SDPBackend.FLASH_ATTENTION)), "sdpa cuDNN": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION))}
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # here, because importing it takes seconds
 
     (B, T), S = first_BT.shape, arguments["k_BSGH"].shape[1]
@@ -90,10 +99,10 @@ def _attention_peers(arguments: Mapping[str, Any]) -> dict[str, Peer]:
         q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH))
         return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
-    return {"flex_attention": flex}
+    return {"flex_attention": Peer(flex)}
 
 
-def _sdpa(backend: SDPBackend) -> Peer:
+def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, **_: Any) -> Tensor:
         with sdpa_kernel(backend):
             q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH))

@@ -42,12 +42,14 @@ def _route_fwd_kernel(logits, bias, choice, gate, counts, num_tokens, C: tl.cons
     is_row, is_column = rows < num_tokens, columns < C
     probs = _softmax(logits, rows, columns, is_row, C)
     score = probs + tl.load(bias + columns, mask=is_column, other=0.0)[None, :]
+    # As the reference sorts: NaN first (as +inf: a row of it gets its first classes, and the gates will tell), -inf last. What is chosen,
+    # or no class, becomes -inf and must come after every class that is left, so these are at least the lowest finite number.
+    score = tl.where(score == score, tl.maximum(score, -3.4028234663852886e38), float("inf"))
     score = tl.where(is_column[None, :], score, float("-inf"))
     total = tl.zeros((BLOCK_C,), tl.int32)
     for slot in tl.static_range(TOP_K):
         best = tl.max(score, axis=1)
         index = tl.min(tl.where(score == best[:, None], columns[None, :], BLOCK_C), axis=1)
-        index = tl.where(index < C, index, 0)  # a row of NaN: some class there must be, and the gate will tell
         chosen = columns[None, :] == index[:, None]
         at = rows.to(tl.int64) * TOP_K + slot
         tl.store(choice + at, index, mask=is_row)

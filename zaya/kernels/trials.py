@@ -18,7 +18,7 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from zaya.kernels import cases, gfx942, launch
+from zaya.kernels import cases, launch, machine_code
 from zaya.kernels.timing import Clock, passes
 
 Entry = dict[str, Any]
@@ -79,7 +79,7 @@ def misfits(candidates: Candidates, calls: list[Callable[[], Any]]) -> dict[tupl
         for number in range(len(each)):
             key = install(candidates, dict.fromkeys(candidates, 0) | {entry: number})[entry]
             try:
-                with gfx942.recording(chip, gpu) as noted:
+                with machine_code.recording(chip, gpu) as noted:
                     for call in calls:
                         call()
             except Exception as error:  # noqa: BLE001  # an op refuses tile sizes in its own way
@@ -96,10 +96,10 @@ def misfits(candidates: Candidates, calls: list[Callable[[], Any]]) -> dict[tupl
     return refused | {owner: why for owner, why in zip(owners, found) if why}
 
 
-def misfit(build: gfx942.Build, gpu: GPUTarget, shared_bytes: int) -> str:
+def misfit(build: machine_code.Build, gpu: GPUTarget, shared_bytes: int) -> str:
     """Why a GPU with so much shared memory cannot run it; empty: it can."""
     try:
-        used = gfx942.compiled(build, gpu).metadata.shared
+        used = machine_code.compiled(build, gpu).metadata.shared
     except Exception as error:  # noqa: BLE001  # a compiler may fail in any way; that candidate is out
         return f"fails: {' '.join(str(error).split())[:80]}"
     return f"needs {used} bytes of shared memory of {shared_bytes}" if used > shared_bytes else ""

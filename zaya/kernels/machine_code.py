@@ -1,9 +1,9 @@
-"""What a launch becomes on an MI300X, on a machine that has none: Triton's AMD backend builds the code object, and this file reads it.
+"""What a launch becomes on a chip, on a machine that has none: Triton's backend builds the machine code, and this file reads the MI300X's.
 
 `specialise` does what Triton does between a launch and the compiler: types, constexprs, the integers equal to 1, what 16 divides, which
-tensors are small enough (2 GiB) for buffer instructions. `build_code` compiles that for gfx942; `resources` reads registers, spills and
-LDS off the assembly, `regions` its loops, `gates` what must not ship; `figures` is all of it. Tensors may lie on "meta". `recording` and
-`compiled` serve other GPUs, too. Knows no op.
+tensors are small enough (2 GiB) for buffer instructions; `recording` does it for every launch inside, `compiled` compiles one. These serve
+any GPU. `build_code` compiles for gfx942; `resources` reads registers, spills and LDS off its assembly, `regions` its loops, `gates` what
+must not ship; `figures` is all of it. Tensors may lie on "meta". Knows no op.
 """
 
 from __future__ import annotations
