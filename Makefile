@@ -1,6 +1,7 @@
 # Everything a user types. Each target sets .venv up first; the second time that costs nothing.
 #   make quickstart NPROC=2                train on two processes
 #   make setup PYTHON=python3.12           build .venv from another interpreter
+#   make soak ROUNDS=3                     three rounds of the randomised tests; 0: until one fails or it is interrupted
 
 PYTHON ?= python3
 NPROC ?= 1
@@ -9,7 +10,6 @@ RUN := runs/quickstart
 RECIPE := recipes/quickstart.toml
 PYTEST := $(BIN)/python -m pytest -q
 
-# Of make soak; 0: until interrupted.
 ROUNDS ?= 0
 
 .PHONY: help setup quickstart test test-full soak check lint clean accept-mi300x
@@ -20,7 +20,7 @@ help:
 	@echo "make check        lint, then test"
 	@echo "make accept-mi300x  on a node of 8 MI300X: checks, tests/gpu, layouts over RCCL, benchmarks, one report"
 	@echo "make test-full    test, with the slow ones"
-	@echo "make soak         the randomised tests (kills, damage, fuzzed manifests, layouts) with ever other seeds, until one fails; ROUNDS=n"
+	@echo "make soak         the randomised tests (kills, damage, fuzzed manifests, layouts) with new seeds each round, until one fails; ROUNDS=n for n rounds"
 	@echo "make lint         ruff and mypy"
 	@echo "make setup        build .venv only"
 	@echo "make clean        remove caches and build leftovers; .venv, runs/ and corpora/ stay"
@@ -49,7 +49,7 @@ test: setup
 test-full: setup
 	$(PYTEST) -m "slow or not slow" tests/cpu tests/dist tests/gpu
 
-# A round's seed is the time. ZAYA_SOAK=SEED pytest -m "soak or hypothesis" -k NAME runs a failure of a seeded test again.
+# A round's seed is the time. How to run a failure again: DEBUGGING.md.
 soak: setup
 	@round=0; while [ $(ROUNDS) -eq 0 ] || [ $$round -lt $(ROUNDS) ]; do \
 	    round=$$((round + 1)); export ZAYA_SOAK=$$(date +%s); echo "soak: round $$round, ZAYA_SOAK=$$ZAYA_SOAK"; \

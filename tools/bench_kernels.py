@@ -36,7 +36,7 @@ def ceilings(clock: Clock, rounds: int, size: int = 8192, copied: int = 1 << 30)
 
 
 def errors_as_timed(case: cases.Case, ours: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
-    """Of what is timed in the op's place, on arguments of its own, against the op's results."""
+    """Errors of what is timed in the op's place, on a set of arguments that it may update, against the op's results."""
     if case.timed is None:
         return {}
     timed = cases.run(case.timed, case.make(device, torch.bfloat16), case.gradients, like=ours)
@@ -44,7 +44,7 @@ def errors_as_timed(case: cases.Case, ours: Mapping[str, torch.Tensor], device: 
 
 
 def difference(peer: Peer, case: cases.Case, arguments: Mapping[str, Any], ours: Mapping[str, torch.Tensor]) -> float:
-    """Of a peer's results from the op's, at most; 0 where it leaves something out."""
+    """The largest error of a peer's results against the op's; 0, unmeasured, for a peer that leaves something out."""
     if not peer.is_whole:
         return 0.0
     theirs = cases.run(peer.call, arguments, case.gradients, like=ours)

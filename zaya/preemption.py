@@ -15,7 +15,7 @@ GRACE_S = 25.0
 """From the signal to the exit, at most: torchrun kills its workers 30 s after it has passed SIGTERM on."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PREEMPTED = 3
-"""The exit code."""
+"""Exit code of a job that a signal ended and that can be started again without loss."""
 
 
 def leave_by_signal(program: str) -> None:
@@ -23,7 +23,8 @@ def leave_by_signal(program: str) -> None:
 
     def leave(number: int, frame: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"{program}: {signal.Signals(number).name}: nothing to save\n".encode())  # print may be what was interrupted
+            # Not print: the signal may have come inside one.
+            os.write(2, f"{program}: {signal.Signals(number).name}: nothing to save; start it again to go on\n".encode())
         os._exit(PREEMPTED)
 
     for number in SIGNALS:
@@ -31,9 +32,9 @@ def leave_by_signal(program: str) -> None:
 
 
 class Preemption:
-    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. After one that came,
-    to this process or (`learn`) to another of the job, the signals stay ignored. One that is not active lets them end the process, as
-    they end any."""
+    """For the length of a `with` block. Active: `signal` is the name of the first signal that came, or empty; after one that came, to this
+    process or (`learn`) to another of the job, the signals stay ignored. Not active: they end the process as they end any, since exit
+    code 3 would say that the state is saved."""
 
     def __init__(self, active: bool = True) -> None:
         self.signal = ""

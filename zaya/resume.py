@@ -106,8 +106,8 @@ def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
     pace = changed({"train.steps": recipe.train.steps, "train.global_batch_size": recipe.train.global_batch_size,
                     "train.dtype": recipe.train.dtype})
     others = changed(recipe.identity())
-    goes_on = ": the new recipe holds from here" if checkpoint.manifest.step < recipe.train.steps else ""
-    return ((f"; {pace}{goes_on}" if pace else "")
+    is_finished = checkpoint.manifest.step >= recipe.train.steps
+    return ((f"; {pace}" + ("" if is_finished else ": the new recipe holds from here") if pace else "")
             + (f"; made by another recipe: {others}" if others else ""))
 
 

@@ -4,7 +4,7 @@ Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a b
 2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved where there was any, 7 no checkpoint to
 start from can be read (one clear line for all but a bug, nothing half-written).
 """
-# ruff: noqa: E402  # settings first, then torch
+# ruff: noqa: E402  # signals and settings first, then torch
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pathlib import Path
 from zaya import runtime
 from zaya.preemption import PREEMPTED, leave_by_signal
 
+SETTINGS: list[runtime.Outcome] = []
 if __name__ == "__main__":
-    leave_by_signal("zaya.train")
-# HIP reads its variables as torch loads: before the imports below.
-SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
+    leave_by_signal("zaya.train")  # importing torch takes seconds, in which a signal may come
+    SETTINGS = runtime.start("zaya.train")  # HIP reads its variables as torch loads
 
 import torch
 from tqdm import tqdm
@@ -80,7 +80,7 @@ def recipe_of_run(run_dir: Path, tiers: Tiers) -> Recipe | None:
 
 def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, went_back: bool = False) -> MetricsWriter | None:
     """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good;
-    a finished run keeps the recipe.toml that it was made with.
+    a finished run keeps the recipe.toml that it was made with, if it is still there.
 
     A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside, never mixed with it, never
     deleted. With them, or where those of another tier were (`went_back`), goes a copy of the record, and so before a run that starts over.

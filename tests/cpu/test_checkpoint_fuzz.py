@@ -217,7 +217,7 @@ def test_fuzzed_manifests(checkpoint: Path, capsys: pytest.CaptureFixture[str], 
         outside = {path for path in seen if not Path(path).is_relative_to(checkpoint) and not path.endswith("messages.mo")}  # argparse
         assert not outside, (outside, text[:2000])
         outcomes[code] += 1
-    assert outcomes[7] > count // 2 and outcomes[0] > count // 500, outcomes  # 1 to 3 % are harmless
+    assert outcomes[7] > count // 2 and outcomes[0] > count // 500, outcomes  # about 1 to 3 % are harmless: of 300 as few as 3
 
 
 def is_sound(path: Path, originals: set[bytes]) -> bool:

@@ -33,7 +33,8 @@ def test_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("bias", [[-INF] * 4, [-INF, -INF, 0, -INF], [0, INF, -INF, INF], [0, NAN, 0, NAN], [0.0] * 4], ids=str)
+@pytest.mark.parametrize("bias", [[-INF] * 4, [-INF, -INF, 0, -INF], [0, INF, -INF, INF], [0, NAN, 0, NAN], [INF, NAN, 0, -INF], [0.0] * 4],
+                         ids=str)
 @pytest.mark.parametrize("logits", [[1, 3, 2, 0], [NAN] * 4, [1, NAN, -INF, 0], [-INF] * 4, [0, -INF, 5, -INF]], ids=str)
 def test_infinite_and_nan_scores_are_chosen_among_as_by_the_reference(logits: list[float], bias: list[float], top_k: int) -> None:
     """A class is chosen once, whatever its score: NaN before all, the lowest index first. The gate tells of a row of NaN."""

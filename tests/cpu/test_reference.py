@@ -145,13 +145,14 @@ def test_a_vanishing_head_is_divided_by_eps_and_not_by_zero() -> None:
 @pytest.mark.parametrize("positions", PACKINGS)
 @pytest.mark.parametrize("window", [1, 4, 100])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
-def test_attention_equals_a_masked_softmax(positions: Tensor, window: int, heads: int, groups: int,
+@pytest.mark.parametrize("alike", [True, False])  # rows packed alike: their queries may all begin at one key
+def test_attention_equals_a_masked_softmax(positions: Tensor, window: int, heads: int, groups: int, alike: bool,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "QUERY_BLOCK", 5)  # several ragged blocks in 17 tokens
     torch.manual_seed(3)
     T, H = len(positions), 4
     index = torch.arange(T)
-    rows = torch.stack([positions, documents(3, 14)])  # the rows of a batch are packed differently
+    rows = torch.stack([positions, positions if alike else documents(3, 14)])
     first_BT = torch.maximum(index - rows, index - window + 1)
     visible = ((index >= first_BT[..., None]) & (index <= index[:, None]))[:, None]
 

@@ -426,7 +426,7 @@ def test_a_signal_before_the_first_step_has_nothing_to_save_and_exits_3(folder: 
         time.sleep(0.02)
     job.send_signal(number)
     _, stderr = job.communicate(timeout=30)
-    assert (job.returncode, stderr) == (3, f"zaya.train: {number.name}: nothing to save\n")
+    assert (job.returncode, stderr) == (3, f"zaya.train: {number.name}: nothing to save; start it again to go on\n")
     assert not run_dir.exists()
 
 

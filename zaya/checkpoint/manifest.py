@@ -64,8 +64,9 @@ class CheckpointError(ValueError):
     """Every rank has raised it: one of them should say it."""
 
 
-class UnknownVersion(CheckpointError):
-    """A manifest that is whole, by its hash, in a format that this program does not know: another program's, not the remains of a save."""
+class UnknownVersionError(CheckpointError):
+    """The manifest's hash is right, its format_version unknown: another program's checkpoint (a newer one's, most likely), not the remains
+    of a save."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class Manifest:
         body = _sealed_body(text)
         version = body.pop("format_version", None)
         if type(version) is not int or version not in (FORMAT_VERSION, COLUMNS_VERSION):
-            raise UnknownVersion(f"has format_version {reprlib.repr(version)}; this program reads {FORMAT_VERSION} and {COLUMNS_VERSION}")
+            raise UnknownVersionError(f"has format_version {reprlib.repr(version)}; this program reads {FORMAT_VERSION} and "
+                                      f"{COLUMNS_VERSION}")
         names = [f.name for f in dataclasses.fields(cls)] + ["cuts"] * (version == COLUMNS_VERSION)
         _fields(body, names, f"manifest of format_version {version}")
         tensors, files = _plain_tensors(body) if version == FORMAT_VERSION else _column_tensors(body)
@@ -183,7 +185,7 @@ def load(directory: Path) -> Manifest:
     try:
         return Manifest.from_json(raw.decode("latin-1"))  # every byte is a character; from_json refuses those that are not ASCII
     except CheckpointError as error:
-        raise type(error)(f"{path} {error}") from None
+        raise type(error)(f"{path} {error}") from None  # an UnknownVersionError stays one: save spares what it is about
 
 
 @contextlib.contextmanager

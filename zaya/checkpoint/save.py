@@ -31,7 +31,7 @@ from zaya.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
-    UnknownVersion,
+    UnknownVersionError,
     check_name,
     disk_errors,
     hash_bytes,
@@ -81,17 +81,18 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
     again and compared before the checkpoint exists. `first` is called before anything is written, and fails the save by an OSError: for
     what must be on the disk before the checkpoint. `written` is told the bytes of boxes that this rank has written, box by box.
 
-    1. All ranks: plan files; leaders clear the remains of a killed save, but leave a complete checkpoint of this step in place. Gather.
+    1. All ranks: plan files; leaders clear the remains of a killed save, but leave a complete checkpoint of this step in place, and refuse
+       to replace one of an unknown format (UnknownVersionError). Gather.
        Every rank now checks that the boxes cover the tensors, and chooses file names that no directory has: all come to the same.
     2. All ranks write, fsync and read back their files. Gather of hashes.
     3. Leaders make the manifest (what all ranks have reported leads each to the same), fsync the directory, write the manifest under a
        temporary name, fsync it, rename it (this instant makes the checkpoint, or replaces the older one) and remove the files of the
        older one. Gather: now the checkpoint exists for every rank.
 
-    An OSError or a wrong share on any rank becomes one CheckpointError on every rank at the next gather, without further collectives;
-    the leaders have then removed what was written, and an older checkpoint of the same step in their directory is untouched. (If the disk
-    fails after the rename, the new one stays: it is sound, and only said to have failed. Of several leaders' directories some may then
-    have the new one, others the older.) Anything else raises on its rank alone.
+    An OSError, a wrong share or a checkpoint that must not be replaced becomes, on any rank, one CheckpointError on every rank at the next
+    gather, without further collectives; the leaders have then removed what this save wrote, and an older checkpoint of the same step in
+    their directory is untouched. (If the disk fails after the rename, the new one stays: it is sound, and only said to have failed. Of
+    several leaders' directories some may then have the new one, others the older.) Anything else raises on its rank alone.
     """
     blank = checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
                              hf_config=hf_config or {}))
@@ -135,7 +136,8 @@ class _Save:
         reports = cast(list[_Report], self.gather(report))
         assert len(reports) == self.world_size, "gather must return every rank's object on every rank"
         if self.leads and any(report.error for report in reports):
-            with contextlib.suppress(OSError, UnknownVersion):  # what is left has no manifest, or lies beside the older one's files
+            # OSError: what is left has no manifest, or lies beside the older one's files. UnknownVersionError: nothing was written there.
+            with contextlib.suppress(OSError, UnknownVersionError):
                 _sweep(self.directory)
         raise_on_all([report.error for report in reports])
         return reports
@@ -250,7 +252,7 @@ def _table(table: Table) -> str:
 
 
 def _clear(directory: Path) -> frozenset[str]:
-    """Remove what a killed save has left; the names that stay."""
+    """Remove what a killed save has left; the names that stay. UnknownVersionError: as `_sweep`."""
     if not directory.exists():
         return frozenset()
     _sweep(directory)
@@ -258,12 +260,12 @@ def _clear(directory: Path) -> frozenset[str]:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove what the directory's manifest does not name; without a valid manifest, the directory. UnknownVersion: it is another program's
-    checkpoint, and stays as it is."""
+    """Remove what the directory's manifest does not name; without a valid manifest, the directory. UnknownVersionError: it is another
+    program's checkpoint, and stays as it is."""
     try:
         files = load(directory).files
-    except UnknownVersion as error:
-        raise UnknownVersion(f"{error}; it is not replaced: move it away to save this step again") from None
+    except UnknownVersionError as error:
+        raise UnknownVersionError(f"{error}; it is not replaced: move it away to save this step again") from None
     except CheckpointError:
         if directory.is_symlink():
             directory.unlink()

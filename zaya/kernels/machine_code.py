@@ -25,7 +25,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from zaya.kernels.launch import MI300X, Config, Target, launching_through
 
-TARGET = GPUTarget("hip", "gfx942", 64)
+# The MI300X:
+GFX942 = GPUTarget("hip", "gfx942", 64)
 SIMDS = 4  # per CU
 VGPRS = 512  # per lane of a SIMD: 256 architectural and 256 accumulation registers, one file, allocated by 8
 MAX_WAVES_PER_SIMD = 8
@@ -99,7 +100,7 @@ class Region:
     """Of the bytes that a lane loads, the share that comes in 16-byte loads; 1 without any load."""
 
 
-def specialise(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any], gpu: GPUTarget = TARGET) -> Build:
+def specialise(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any], gpu: GPUTarget = GFX942) -> Build:
     """What Triton would compile for a launch of `kernel` with all `arguments` (constexprs among them) and launch `options`."""
     keywords = {**arguments, **options}
     with warnings.catch_warnings():
@@ -118,7 +119,7 @@ def runtime_arguments(kernel: Any, arguments: Mapping[str, Any], build: Build) -
     return [(kind, value) for (_, kind), value in zip(build.signature, values, strict=True) if kind != "constexpr"]
 
 
-def compiled(build: Build, gpu: GPUTarget = TARGET) -> Any:
+def compiled(build: Build, gpu: GPUTarget = GFX942) -> Any:
     """Triton's compiled kernel, or the one in its cache. Raises whatever the compiler does."""
     kernel = getattr(importlib.import_module(build.module), build.kernel)
     source = ASTSource(kernel, dict(build.signature), dict(build.constexprs), {path: attr for path, attr in build.attrs})
@@ -234,7 +235,7 @@ def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def recording(chip: Target = MI300X, gpu: GPUTarget = TARGET) -> Iterator[list[tuple[Build, Config]]]:
+def recording(chip: Target = MI300X, gpu: GPUTarget = GFX942) -> Iterator[list[tuple[Build, Config]]]:
     """Inside, launches are noted in the list instead of being run, as on an MI300X; chip, gpu: another, to launch.py and to Triton."""
     noted: list[tuple[Build, Config]] = []
 

@@ -21,11 +21,14 @@ from zaya.kernels.cases import Case
 
 @dataclass(frozen=True)
 class Peer:
+    """A contender for a case's time."""
+
     call: Callable[..., Any]
+    """Takes the case's arguments by name, returns what the op returns."""
     is_whole: bool = True
     """It does all of the case's work, so its results are the op's. If not, they are not compared, and its name says what it leaves out."""
     is_in_place: bool = False
-    """It updates its arguments, and needs some of its own."""
+    """It updates its arguments, so it gets a set of its own."""
 
 
 def peers(case: Case, arguments: Mapping[str, Any]) -> dict[str, Peer]:
@@ -42,7 +45,7 @@ def peers(case: Case, arguments: Mapping[str, Any]) -> dict[str, Peer]:
             return _attention_peers(arguments)
         case "cca":
             return {"eager, one document, no halo": Peer(_cca, is_whole=False),
-                    "torch.compile of it": Peer(torch.compile(_cca), is_whole=False)}
+                    "torch.compile, one document, no halo": Peer(torch.compile(_cca), is_whole=False)}
         case "experts":
             grouped = _grouped_mm_experts if "order_R" in arguments else _grouped_mm_sorted
             return {"loop of matmuls": Peer(case.reference)} | ({"torch._grouped_mm": Peer(grouped)} if all_routed(arguments) else {})

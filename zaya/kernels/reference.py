@@ -6,7 +6,7 @@ and what is computed again. Knows no module, recipe or rank.
 
 Letters: B batch rows, T tokens, S keys of the whole sequence, D hidden, H head dim, N query heads, G KV heads (a group = N / G query
 heads), C channels or router classes, E experts, F expert width, R rows routed, V vocabulary, K chunks of the sequence on this
-device, n tokens of a halo.
+device, n tokens of a halo, Q queries of a block.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def rope_table(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dt
 
 
 def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE on the first half of each head; the transpose is rotate(x, cos, -sin)."""
+    """Rotate-half RoPE on the first half of each head, its quarters a and b: (a cos - b sin, b cos + a sin). One multiply-add over both;
+    the transpose is rotate(x, cos, -sin)."""
     quarter = x_BTNH.shape[-1] // 4
     cos, sin = cos[:, :, None], sin[:, :, None]
     out = torch.cat((x_BTNH[..., quarter : 2 * quarter], x_BTNH[..., :quarter], x_BTNH[..., 2 * quarter :]), dim=-1)
@@ -156,18 +157,19 @@ class _Shift(torch.autograd.Function):
 
 
 class _MixNormRotate(torch.autograd.Function):
-    """out = rotate(temperature * sqrt(H) * u / |u|) with u = conv(x) + mean, heads of H channels; temperature None is 1.
+    """out = rotate(temperature * e), e = r u, r = sqrt(H) / |u|, u = conv(x) + mean, heads of H channels; temperature None is 1.
 
-    Saves the normed u and 1 / |u|; backward builds the taps of the convolution again. |u| is clamped from below at eps.
+    With d = temperature * rotate^T(dout):  du = r (d - e (d . e) / H), without the second term where |u| < eps, to which it is clamped;
+    dtemperature = sum rotate^T(dout) . e. Saves x, e and r; backward builds the taps of the convolution again.
     """
 
     @staticmethod
     def forward(ctx, x_BTC, mean_BTNH, kernel, constant, temperature_N, halo, keeps, rope, eps):
         H = constant.shape[-1]
         u = mean_BTNH + constant
-        conv = _by_head(u.view(x_BTC.shape), H)
+        u_by_head = _by_head(u.view(x_BTC.shape), H)  # the same memory
         for tap_BTC, tap_kernel in zip(_taps(x_BTC, halo, keeps), kernel.split(H, dim=1)):
-            torch.baddbmm(conv, _by_head(tap_BTC, H), tap_kernel, out=conv)
+            torch.baddbmm(u_by_head, _by_head(tap_BTC, H), tap_kernel, out=u_by_head)
         norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
         inverse = math.sqrt(H) / norm.clamp_min(eps)
         unit = u.mul_(inverse)
@@ -186,6 +188,7 @@ class _MixNormRotate(torch.autograd.Function):
             dout, along = dout.mul_(temperature[:, None]), along * temperature[:, None]
         du = dout.addcmul_((along / -H).masked_fill_(clamped, 0.0), unit).mul_(inverse)
         dz = _by_head(du.view(x.shape), H)
+        # Tap 0 is x itself, so its gradient begins dx; those of taps 1 and 2 are shifted back into it.
         dx, dtap, dhalo, dkernels = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(halo), []
         for by, (tap_BTC, tap_kernel) in enumerate(zip(_taps(x, halo, keeps), kernel.split(H, dim=1))):
             dkernels.append(torch.bmm(_by_head(tap_BTC, H).mT, dz))
@@ -196,7 +199,7 @@ class _MixNormRotate(torch.autograd.Function):
 
 
 def _by_head(x_BTC: Tensor, head_dim: int) -> Tensor:
-    """A view (N, B T, H)."""
+    """(B, T, C), which must be contiguous, as a view (N, B T, H)."""
     return x_BTC.view(-1, x_BTC.shape[-1] // head_dim, head_dim).transpose(0, 1)
 
 
@@ -261,7 +264,7 @@ class _Attention(torch.autograd.Function):
     probabilities again.
 
     dV = P^T dO;  dS = P * (dO V^T - rowsum(dO * O));  dQ = dS K / sqrt(H);  dK = dS^T Q / sqrt(H). Each group is one matrix product: its
-    heads lie beside one another under each token, (B G, T N / G, H), so that a block of queries is a slice. Two buffers serve all blocks.
+    heads lie beside one another under each token, (B G, T N / G, H), so that a block of queries is a slice.
     """
 
     @staticmethod
@@ -269,9 +272,9 @@ class _Attention(torch.autograd.Function):
         G = k_BSGH.shape[2]
         q, k, v = (_by_group(x, G) for x in (q_BTNH, k_BSGH, v_BSGH))
         q *= q.shape[-1] ** -0.5
-        out, buffers = torch.empty_like(q), _score_buffers(q_BTNH, k)
+        out = torch.empty_like(q)
         for rows, keys, mask in _query_blocks(first_key_BT, offsets, q_BTNH.shape[2] // G, q.dtype):
-            out[:, rows] = torch.bmm(_probabilities(q[:, rows], k[:, keys], mask, buffers), v[:, keys])
+            out[:, rows] = torch.bmm(_probabilities(q[:, rows], k[:, keys], mask), v[:, keys])
         out_BTNH = _by_token(out, q_BTNH)
         ctx.save_for_backward(q_BTNH, k_BSGH, v_BSGH, out_BTNH, first_key_BT)
         ctx.offsets = offsets
@@ -284,58 +287,49 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, dout = (_by_group(x, G) for x in (q_BTNH, k_BSGH, v_BSGH, out_BTNH, dout_BTNH))
         q *= scale
         along = torch.linalg.vecdot(dout, out)[..., None]
-        dq, dk, dv, buffers = out, torch.zeros_like(k), torch.zeros_like(v), _score_buffers(q_BTNH, k)
+        dq, dk, dv = out, torch.zeros_like(k), torch.zeros_like(v)  # out has been read: dq takes its memory
         for rows, keys, mask in _query_blocks(first_key_BT, ctx.offsets, q_BTNH.shape[2] // G, q.dtype):
-            probs = _probabilities(q[:, rows], k[:, keys], mask, buffers)
-            dscores = torch.bmm(dout[:, rows], v[:, keys].mT, out=_as(buffers[0], probs.shape)).sub_(along[:, rows]).mul_(probs)
+            probs = _probabilities(q[:, rows], k[:, keys], mask)
+            dscores = torch.bmm(dout[:, rows], v[:, keys].mT).sub_(along[:, rows]).mul_(probs)
             dv[:, keys] += torch.bmm(probs.mT, dout[:, rows])
             dk[:, keys] += torch.bmm(dscores.mT, q[:, rows])
             dq[:, rows] = torch.bmm(dscores, k[:, keys])
         return _by_token(dq.mul_(scale), q_BTNH), _by_token(dk, k_BSGH), _by_token(dv, v_BSGH), None, None
 
 
-Mask = tuple[slice, Tensor]  # keys of a block, and what is added to their scores: 0 where a query sees the key, else -inf
+Mask = tuple[slice, Tensor]  # which keys of a block, and what is added to their scores: 0 where a query sees the key, else -inf
 
 
-def _query_blocks(first_key_BT: Tensor, offsets: tuple[int, ...], heads: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Mask]]:
-    """Rows (queries times heads of a group), the keys that any of them sees, and the mask ((B or 1), queries, keys).
+def _query_blocks(first_key_BT: Tensor, offsets: tuple[int, ...], group_heads: int,
+                  dtype: torch.dtype) -> Iterator[tuple[slice, slice, Mask]]:
+    """By block: its rows (Q queries times the heads of a group), the keys that any of them sees, and the mask (B or 1, Q, keys).
 
-    Where all queries of a block begin at one key, only the keys from its first query on are masked.
+    Where all queries begin at one key, only the block's own keys need one, and a triangle serves all rows of the batch.
     """
     chunk, device = first_key_BT.shape[1] // len(offsets), first_key_BT.device
-    above = torch.full((min(QUERY_BLOCK, chunk),) * 2, -math.inf, dtype=dtype, device=device).triu_(1)
+    triangle = torch.full((min(QUERY_BLOCK, chunk),) * 2, -math.inf, dtype=dtype, device=device).triu_(1)
     for c, offset in enumerate(offsets):
         for start in range(0, chunk, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, chunk)
-            first_BT = first_key_BT[:, c * chunk + start : c * chunk + stop]
-            lowest, highest = map(int, torch.stack(first_BT.aminmax()).tolist())
-            count, keys = stop - start, offset + stop - lowest
+            first_BQ = first_key_BT[:, c * chunk + start : c * chunk + stop]
+            lowest, highest = torch.stack(first_BQ.aminmax()).tolist()  # both at once: the device is waited for once
             if lowest == highest:
-                mask = slice(keys - count, keys), above[None, :count, :count]
+                num_queries, num_keys = stop - start, offset + stop - lowest
+                mask = slice(num_keys - num_queries, num_keys), triangle[None, :num_queries, :num_queries]
             else:
                 key_S = torch.arange(lowest, offset + stop, device=device)
-                hidden_BTS = (key_S < first_BT[..., None]) | (key_S > torch.arange(offset + start, offset + stop, device=device)[:, None])
-                mask = slice(0, keys), torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, -math.inf)
-            yield slice((c * chunk + start) * heads, (c * chunk + stop) * heads), slice(lowest, offset + stop), mask
+                own_Q = torch.arange(offset + start, offset + stop, device=device)
+                hidden_BQS = (key_S < first_BQ[..., None]) | (key_S > own_Q[:, None])
+                mask = slice(None), torch.zeros_like(hidden_BQS, dtype=dtype).masked_fill_(hidden_BQS, -math.inf)
+            yield slice((c * chunk + start) * group_heads, (c * chunk + stop) * group_heads), slice(lowest, offset + stop), mask
 
 
-def _score_buffers(q_BTNH: Tensor, k: Tensor) -> Tensor:
-    """Room for the scores of one block, twice."""
-    B, T, N, _ = q_BTNH.shape
-    return k.new_empty(2, B * N * min(QUERY_BLOCK, T) * k.shape[1])
-
-
-def _as(buffer: Tensor, shape: torch.Size) -> Tensor:
-    return buffer[: shape.numel()].view(shape)
-
-
-def _probabilities(q: Tensor, k: Tensor, mask: Mask, buffers: Tensor) -> Tensor:
-    """softmax(q k^T + mask), in the second buffer: (B G, T N / G, S) from (B G, T N / G, H) and (B G, S, H)."""
-    shape = torch.Size((*q.shape[:2], k.shape[1]))
-    scores, (keys, hidden_BTS) = torch.bmm(q, k.mT, out=_as(buffers[0], shape)), mask
-    B, T, _ = hidden_BTS.shape
-    scores.view(B, -1, T, q.shape[1] // T, shape[2])[..., keys].add_(hidden_BTS[:, None, :, None])
-    return torch.softmax(scores, -1, out=_as(buffers[1], shape))
+def _probabilities(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k^T + mask): (B G, Q N / G, S) from (B G, Q N / G, H) and (B G, S, H)."""
+    scores, (masked, mask_BQS) = torch.bmm(q, k.mT), mask
+    B, Q, _ = mask_BQS.shape  # B = 1: one mask for all rows
+    scores.view(B, -1, Q, q.shape[1] // Q, k.shape[1])[..., masked].add_(mask_BQS[:, None, :, None])
+    return scores.softmax(-1)
 
 
 def _by_group(x_BTNH: Tensor, groups: int) -> Tensor:
@@ -347,10 +341,9 @@ def _by_group(x_BTNH: Tensor, groups: int) -> Tensor:
 
 def _by_token(x: Tensor, like_BTNH: Tensor) -> Tensor:
     """The inverse of `_by_group`, in like's shape and dtype."""
-    B, T, N, H = like_BTNH.shape
-    out_BTNH = torch.empty_like(like_BTNH, memory_format=torch.contiguous_format)
-    out_BTNH.view(B, T, -1, x.shape[1] // T * H).copy_(x.view(B, -1, T, x.shape[1] // T * H).transpose(1, 2))
-    return out_BTNH
+    B, T, _, H = like_BTNH.shape
+    by_group = x.view(B, -1, T, x.shape[1] // T * H)
+    return by_group.transpose(1, 2).to(like_BTNH.dtype, memory_format=torch.contiguous_format, copy=True).view(like_BTNH.shape)
 
 # ---------------------------------------------------------------------------------------------------------------- experts
 

@@ -1,7 +1,8 @@
 """Which experts a token goes to, and the order that brings each expert's tokens together: all on the device, nothing waits for the host.
 
-p = softmax(logits) in fp32. The classes of a token are the k largest of p + balance bias, the lowest index first among equals; its gates
-are their raw probabilities. Only the gates pass a gradient:  dlogits_i = p_i (sum_j dgate_j [i = c_j] - sum_j dgate_j p_cj).
+p = softmax(logits) in fp32. The classes of a token are the k largest of p + balance bias, NaN before all, the lowest index first among
+equals; its gates are their raw probabilities. Only the gates pass a gradient:
+    dlogits_i = p_i (sum_j dgate_j [i = c_j] - sum_j dgate_j p_cj).
 Saves logits and choice; the backward computes p again.
 
 The sort is a counting sort, stable because ranks inside a block of assignments are prefix sums in their order: one kernel counts the
@@ -21,6 +22,7 @@ from zaya.kernels.backend import MAX_CLASSES
 from zaya.kernels.launch import check, config, launch, target
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_FP32 = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -42,9 +44,9 @@ def _route_fwd_kernel(logits, bias, choice, gate, counts, num_tokens, C: tl.cons
     is_row, is_column = rows < num_tokens, columns < C
     probs = _softmax(logits, rows, columns, is_row, C)
     score = probs + tl.load(bias + columns, mask=is_column, other=0.0)[None, :]
-    # As the reference sorts: NaN first (as +inf: a row of it gets its first classes, and the gates will tell), -inf last. What is chosen,
-    # or no class, becomes -inf and must come after every class that is left, so these are at least the lowest finite number.
-    score = tl.where(score == score, tl.maximum(score, -3.4028234663852886e38), float("inf"))
+    # The reference's order: NaN, +inf, finite numbers, -inf; the lowest index first among equals. Infinities become the largest finite
+    # numbers, which leaves +inf for NaN (the gates will tell) and -inf for columns beyond C and for classes already chosen.
+    score = tl.where(score == score, tl.minimum(tl.maximum(score, -MAX_FP32), MAX_FP32), float("inf"))
     score = tl.where(is_column[None, :], score, float("-inf"))
     total = tl.zeros((BLOCK_C,), tl.int32)
     for slot in tl.static_range(TOP_K):

@@ -51,7 +51,7 @@ class Case:
     backward_bytes: int = 0
     """The same of the backward pass; 0: not counted."""
     timed: Callable[..., Any] | None = None
-    """What a benchmark calls instead of `op`, where that works on copies: it updates its arguments, and returns the same as `op`."""
+    """What benchmark and tuner call instead of `op`, where that works on copies: it updates its arguments, and returns the same as `op`."""
 
 
 def cases(size: str | None = None) -> list[Case]:
