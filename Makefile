@@ -51,7 +51,8 @@ test-full: setup
 
 # A round's seed is the time. How to run a failure again: DEBUGGING.md.
 soak: setup
-	@round=0; while [ $(ROUNDS) -eq 0 ] || [ $$round -lt $(ROUNDS) ]; do \
+	@case "$(ROUNDS)" in ''|*[!0-9]*) echo "make soak: ROUNDS=$(ROUNDS) is not a whole number" >&2; exit 2;; esac; \
+	round=0; while [ $(ROUNDS) -eq 0 ] || [ $$round -lt $(ROUNDS) ]; do \
 	    round=$$((round + 1)); export ZAYA_SOAK=$$(date +%s); echo "soak: round $$round, ZAYA_SOAK=$$ZAYA_SOAK"; \
 	    $(PYTEST) -x -m "soak or hypothesis" tests/cpu tests/dist || exit 1; \
 	done

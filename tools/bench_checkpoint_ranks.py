@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -368,3 +369,8 @@ def run_rank(rank: int, world_size: int, model: ModelConfig, folder: Path, pairs
         (folder / "wrong").write_text(f"rank {rank}: {error}", encoding="ascii")
         os._exit(1)  # the others wait in a collective that this rank will not join; the parent ends them
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    print("bench_checkpoint_ranks is a part of tools.bench_checkpoint: run that", file=sys.stderr)
+    sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,3 +130,8 @@ def _experts(arguments: Mapping[str, Any]) -> dict[str, Peer]:
         return functional_call(module, {"gate_up_proj": gate_up_EFD, "down_proj": down_EDF}, (x_TD, index_Tk, gate_Tk))
 
     return {"transformers' ZayaExperts": Peer(experts)}
+
+
+if __name__ == "__main__":
+    print("bench_kernels_moe is a part of tools.bench_kernels: run that", file=sys.stderr)
+    sys.exit(2)

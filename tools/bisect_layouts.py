@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zaya.cli import Parser, layout_sizes
+from zaya.cli import Parser, layout_sizes, positive
 from zaya.config import Recipe, load_recipe
 from zaya.parallel.mesh import close_mesh, open_mesh
 from zaya.shard import Layout
@@ -219,9 +219,15 @@ def _run(recipe: str, ranks: int, overrides: list[str], timeout_s: float) -> lis
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                    "-m", "tools.bisect_layouts", "--worker", folder, recipe, *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise ValueError(f"{' '.join(overrides) or 'one process'} failed:\n{done.stderr[-2000:]}")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
+            try:
+                _, stderr = job.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                job.terminate()  # torchrun takes its workers with it
+                raise ValueError(f"{' '.join(overrides) or 'one process'} took longer than --timeout {timeout_s:g}") from None
+        if job.returncode:
+            raise ValueError(f"{' '.join(overrides) or 'one process'} failed:\n{stderr[-2000:]}")
         by_rank = [pickle.loads((Path(folder) / f"rank-{rank}").read_bytes()) for rank in range(ranks)]  # written just now, by ourselves
         return [{key: [Part(*part) for part in parts] for key, parts in notes.items()} for notes in by_rank]
 
@@ -242,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--a", default="ranks=1", metavar="LAYOUT", help="the layout to trust (ranks=1)")
     parser.add_argument("--b", default="ranks=2", metavar="LAYOUT", help="the layout in question (ranks=2)")
     parser.add_argument("--dtype", default="fp64", choices=sorted(TOLERANCE), help="fp64 | fp32")
-    parser.add_argument("--tolerance", type=float, help="RMS of a difference over RMS of the tensor (1e-9 in fp64, 1e-3 in fp32)")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of each of the two jobs (600)")
+    parser.add_argument("--tolerance", type=positive, help="RMS of a difference over RMS of the tensor (1e-9 in fp64, 1e-3 in fp32)")
+    parser.add_argument("--timeout", type=positive, default=600.0, metavar="SECONDS", help="of each of the two jobs (600)")
     parser.add_argument("--all", action="store_true", help="print every tensor, not only the first that parts")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args(argv)
@@ -258,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         for ranks, flags in layouts:
             load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)
         a, b = (_run(options.recipe, ranks, [*overrides, *flags], options.timeout) for ranks, flags in layouts)
-    except (ValueError, subprocess.TimeoutExpired) as error:
+    except ValueError as error:
         print(f"tools.bisect_layouts: {error}", file=sys.stderr)
         return 2
     tolerance = TOLERANCE[options.dtype] if options.tolerance is None else options.tolerance

@@ -14,7 +14,7 @@ import json
 import sys
 from typing import Any
 
-from zaya.cli import Parser
+from zaya.cli import Parser, positive
 from zaya.config import Recipe, load_recipe
 from zaya.parallel.account import BYTES, activation_bytes, held_bytes, model_traffic, zero1_traffic
 from zaya.parallel.partition import make_buckets, muon_rounds
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                     epilog="Overrides of the recipe: --section.key=value", allow_abbrev=False)
     parser.add_argument("recipe", help="recipe (.toml)")
     parser.add_argument("--ranks", required=True, type=int, metavar="N", help="GPUs of the job")
-    parser.add_argument("--gpu-gb", type=float, default=192.0, metavar="GB", help="memory of one GPU (192: MI300X)")
+    parser.add_argument("--gpu-gb", type=positive, default=192.0, metavar="GB", help="memory of one GPU (192: MI300X)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     try:
         options, overrides = parser.parse_known_args(argv)

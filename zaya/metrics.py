@@ -76,12 +76,12 @@ def _thousands(value: float) -> str:
 
 
 class MetricsWriter:
-    """The only writer of one metrics.jsonl, on rank 0. Calls: construct at (re)start, append after every step, close at the end.
+    """The only writer of one metrics.jsonl, on rank 0. Calls: construct at (re)start, which locks and checks the file and changes nothing
+    in it; cut; append after every step; close at the end.
 
     A disk that fails does not stop the training: rows wait in memory until it takes them.
 
-    `resume_step`: the step of the checkpoint the run goes on from, 0 for a fresh run. Later rows are cut off, training and
-    evaluation alike, and so is a line torn by a crash; the next training row must be resume_step + 1.
+    `resume_step`: the step of the checkpoint the run goes on from, 0 for a fresh run; the next training row must be resume_step + 1.
     Raises ValueError where the file that is there cannot be this run's record.
     """
 
@@ -95,14 +95,18 @@ class MetricsWriter:
         self._file = open(path, "ab", buffering=0)
         try:
             self._lock(path)
-            end = self._find_end(path, resume_step)
+            self._end = self._find_end(path, resume_step)
         except ValueError:
             self._file.close()
             raise
         self._waiting = bytearray()
         self._writing = threading.Lock()
+
+    def cut(self) -> None:
+        """Take off the rows of steps after resume_step, training and evaluation alike, and a line torn by a crash. OSError: they are still
+        there."""
         # Truncating is one call of the system: a crash leaves the old file or the new one. Appending: a crash can only tear the tail.
-        self._file.truncate(end)
+        self._file.truncate(self._end)
 
     def _lock(self, path: Path) -> None:
         """Until the file is closed or the process ends. ValueError: another process has it."""

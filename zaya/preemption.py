@@ -1,12 +1,10 @@
 """Notice that the job must go: SIGTERM (Slurm, Kubernetes, torchrun) or SIGUSR1. Standard library only.
 
-In the training loop the handler only notes it; the loop looks after every step, so that a step is never cut in two. Before and after the
-loop there is nothing to save, and the process leaves at once.
+The handler only notes it; the training loop looks after every step, so that a step is never cut in two.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from types import FrameType
@@ -14,27 +12,11 @@ from types import FrameType
 GRACE_S = 25.0
 """From the signal to the exit, at most: torchrun kills its workers 30 s after it has passed SIGTERM on."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-PREEMPTED = 3
-"""Exit code of a job that a signal ended and that can be started again without loss."""
-
-
-def leave_by_signal(program: str) -> None:
-    """Outside of every `Preemption` a signal is the end, in order: one line, of rank 0, and the exit code of a preempted job."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            # Not print: the signal may have come inside one.
-            os.write(2, f"{program}: {signal.Signals(number).name}: nothing to save; start it again to go on\n".encode())
-        os._exit(PREEMPTED)
-
-    for number in SIGNALS:
-        signal.signal(number, leave)
 
 
 class Preemption:
-    """For the length of a `with` block. Active: `signal` is the name of the first signal that came, or empty; after one that came, to this
-    process or (`learn`) to another of the job, the signals stay ignored. Not active: they end the process as they end any, since exit
-    code 3 would say that the state is saved."""
+    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. After one that came,
+    to this process or (`learn`) to another of the job, the signals stay ignored."""
 
     def __init__(self, active: bool = True) -> None:
         self.signal = ""
@@ -42,8 +24,8 @@ class Preemption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Preemption:
-        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            self._before = {number: signal.signal(number, self._note if self._active else signal.SIG_DFL) for number in SIGNALS}
+        if self._active and threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def learn(self) -> None:

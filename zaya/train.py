@@ -1,10 +1,10 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
 Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
-2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved where there was any, 7 no checkpoint to
-start from can be read (one clear line for all but a bug, nothing half-written).
+2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved, 7 no checkpoint to start from can be
+read (one clear line for all but a bug, nothing half-written). A signal outside of the training loop ends it as any process.
 """
-# ruff: noqa: E402  # signals and settings first, then torch
+# ruff: noqa: E402  # settings first, then torch
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from zaya import runtime
-from zaya.preemption import PREEMPTED, leave_by_signal
 
-SETTINGS: list[runtime.Outcome] = []
-if __name__ == "__main__":
-    leave_by_signal("zaya.train")  # importing torch takes seconds, in which a signal may come
-    SETTINGS = runtime.start("zaya.train")  # HIP reads its variables as torch loads
+# HIP reads its variables as torch loads: before the imports below.
+SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
 
 import torch
 from tqdm import tqdm
@@ -34,13 +32,14 @@ from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
 from zaya.shard import Layout
-from zaya.tiers import Tiers, newest_recipe
+from zaya.tiers import Tiers, agreed, newest_recipe
 from zaya.trainer import Trainer, open_data
 
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
 
 Train the run that a recipe describes, or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."""
-UNSAVED, UNREADABLE = 1, 7
+UNSAVED, PREEMPTED, UNREADABLE = 1, 3, 7
+RANK_0_S = 10.0  # a rank's start may take that much longer than another's
 log = logging.getLogger("zaya")
 
 
@@ -78,26 +77,38 @@ def recipe_of_run(run_dir: Path, tiers: Tiers) -> Recipe | None:
     return None
 
 
-def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, went_back: bool = False) -> MetricsWriter | None:
+def open_record(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter | None:
+    """The record of a run that was here before, on rank 0, locked and checked; nothing is changed yet. ValueError: another process writes
+    it, or it is not this run's."""
+    path = Path(recipe.run.dir) / "metrics.jsonl"
+    try:
+        return MetricsWriter(path, resume_step=step) if mesh.rank == 0 and path.exists() else None
+    except OSError as error:
+        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
+
+
+def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None = None,
+                       went_back: bool = False) -> MetricsWriter | None:
     """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good;
     a finished run keeps the recipe.toml that it was made with, if it is still there.
 
     A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside, never mixed with it, never
     deleted. With them, or where those of another tier were (`went_back`), goes a copy of the record, and so before a run that starts over.
-    ValueError: something there cannot be written, or is not this run's.
+    `record`: what `open_record` found. ValueError: something there cannot be written.
     """
     run_dir, shared = Path(recipe.run.dir), Tiers.of(recipe).shared
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        metrics, record = None, run_dir / "metrics.jsonl"
+        metrics, path = None, run_dir / "metrics.jsonl"
         if mesh.rank == 0:
+            metrics = record or MetricsWriter(path, resume_step=step)
             aside = set_aside(shared, step)
-            if aside is None and (went_back or (step == 0 and record.is_file() and record.stat().st_size)):
+            if aside is None and (went_back or (step == 0 and path.stat().st_size)):
                 aside = next(path for path in (run_dir / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
                 aside.mkdir()
-            if aside is not None and record.is_file():
-                shutil.copy2(record, aside)
-            metrics = MetricsWriter(record, resume_step=step)
+            if aside is not None and path.stat().st_size:
+                shutil.copy2(path, aside)
+            metrics.cut()
         start_logging(recipe, mesh)
         if mesh.rank == 0 and (step < recipe.train.steps or not (run_dir / "recipe.toml").exists()):
             temporary = run_dir / "recipe.toml.tmp"
@@ -131,10 +142,15 @@ class _ConsoleHandler(logging.Handler):
 
 
 def refuse(error: ValueError, mesh: Mesh | None) -> int:
-    """One line and the exit code. Before the mesh opens every rank finds the same fault, and of some all are told: rank 0 says it."""
+    """One line and the exit code. Before the mesh opens every rank finds the same fault, and of some all are told: rank 0 says it.
+
+    The others wait for that: torchrun ends all ranks when it sees one leave. Where the fault is theirs alone, they are still there
+    afterwards, and say it themselves.
+    """
     rank = rank_from_environment()
-    if rank == 0 or (mesh is not None and not (isinstance(error, CheckpointError) and error.on_all_ranks)):
-        print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
+    if rank and (mesh is None or getattr(error, "on_all_ranks", False)):
+        time.sleep(RANK_0_S)
+    print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
     return 2
 
 
@@ -160,11 +176,12 @@ def main(argv: list[str]) -> int:
         mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, world_size_from_environment()))
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
+        record = agreed(lambda: open_record(recipe, mesh, trainer.step), mesh)  # before anything is set aside
         local = Tiers.of(recipe).local
         went_back = local is not None and any(later > trainer.step for later in complete_steps(local))
         # The local tier is set aside first: a kill in between leaves the record with the shared tier's checkpoints.
         trainer.open_saver()
-        metrics = open_run_directory(recipe, mesh, trainer.step, went_back)
+        metrics = open_run_directory(recipe, mesh, trainer.step, record, went_back)
     except CheckpointError as error:
         refuse(error, mesh)
         return UNREADABLE
@@ -192,8 +209,8 @@ if __name__ == "__main__":
     except Exception:  # noqa: BLE001 - printed, and the process ends
         traceback.print_exc()
         exit_code = 1
-    if exit_code:
-        # At once and without collectives: the others learn it from the closed connections, a process group must not be waited for.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+    # At once and without collectives: the others learn it from the closed connections, a process group must not be waited for. After a run
+    # that is whole too: the interpreter takes a second to end, in which a signal would make a failure of it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -223,14 +223,15 @@ def test_specific_manifests_are_refused(tmp_path: Path) -> None:
     Checkpoint.open(path).verify()
 
 
+@pytest.mark.parametrize("odd", [{"format_version": 3, "whatever": {}}, {"step": None}], ids=str)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_save_refuses_to_replace_the_checkpoint_of_a_newer_program(tmp_path: Path, world_size: int) -> None:
+def test_a_save_refuses_to_replace_the_checkpoint_of_another_program(tmp_path: Path, world_size: int, odd: dict[str, Any]) -> None:
     path = save_threads(tmp_path, {"x": torch.zeros(6)}, world_size)
-    (path / MANIFEST).write_text(seal_body({**body_of(path), "format_version": 3, "whatever": {}}))
+    (path / MANIFEST).write_text(seal_body({**body_of(path), **odd}))
     (path / "of-a-new-kind.bin").write_bytes(b"theirs")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     for result in on_ranks(tmp_path, [cut({"x": torch.ones(6)}, Layout(world_size), rank) for rank in range(world_size)]):
-        assert "has format_version 3; this program reads 1 and 2; it is not replaced: move it away" in str(result)
+        assert "; it is not replaced: move it away" in str(result)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 

@@ -20,6 +20,7 @@ def row(step: int, **changed: object) -> Row:
 
 def write(path: Path, resume_step: int, last_step: int, eval_every: int = 0) -> None:
     writer = MetricsWriter(path, resume_step)
+    writer.cut()
     for step in range(resume_step + 1, last_step + 1):
         writer.append(row(step))
         if eval_every and step % eval_every == 0:

@@ -42,22 +42,46 @@ if os.environ["RANK"] == "1":
         zero1.muon_direction = raises(zero1.muon_direction, 2)
     elif where == "a save":
         TrainState.owned = raises(TrainState.owned, 2)  # the first call measures the memory that a save needs
+    elif where == "the recipe":
+        sys.argv[1] += ".elsewhere"
+        open(os.environ["FAULT"], "w").write(str(time.time()))
+elif where == "every rank, and rank 0 is late":
+    open(os.environ["FAULT"], "w").write(str(time.time()))
+    time.sleep(3)
 sys.argv[0] = "zaya.train"
 runpy.run_module("zaya.train", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("where", ["forward", "a collective", "the optimizer", "a save"])
-def test_a_rank_that_raises_ends_the_job_with_its_traceback_first(tmp_path: Path, where: str) -> None:
+def run(tmp_path: Path, where: str, *overrides: str) -> str:
+    """What the job with a fault there has said; it has ended in time, and failed."""
     recipe, script = tmp_path / "recipe.toml", tmp_path / "job.py"
     script.write_text(JOB)
     recipe.write_text(tiny.recipe(tmp_path, train__steps=50, checkpoint__interval=4, parallel__ep=2).to_toml())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": str(tmp_path / "fault"), "PYTHONPATH": str(ROOT),
                    "GLOO_SOCKET_IFNAME": "lo"}
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), where, str(recipe)]
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), where, str(recipe),
+           *overrides]
     done = subprocess.run(job, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
     seconds = time.time() - float((tmp_path / "fault").read_text())
     assert done.returncode == 1
-    first = done.stderr[done.stderr.index("Traceback"):]
-    assert f"RuntimeError: planted in {where}" in first.split("Traceback")[1], done.stderr[-4000:]
     assert seconds < END_S, f"the job ended {seconds:.0f} s after the fault"
+    return done.stderr
+
+
+@pytest.mark.parametrize("where", ["forward", "a collective", "the optimizer", "a save"])
+def test_a_rank_that_raises_ends_the_job_with_its_traceback_first(tmp_path: Path, where: str) -> None:
+    said = run(tmp_path, where)
+    first = said[said.index("Traceback"):]
+    assert f"RuntimeError: planted in {where}" in first.split("Traceback")[1], said[-4000:]
+
+
+def test_bad_input_is_said_once_however_late_rank_0_finds_it(tmp_path: Path) -> None:
+    said = run(tmp_path, "every rank, and rank 0 is late", "--train.steps=-5")
+    assert [line for line in said.splitlines() if line.startswith("zaya.train: ")] == ["zaya.train: train.steps = -5 must be at least 1"]
+
+
+def test_bad_input_of_one_rank_is_said_by_it(tmp_path: Path) -> None:
+    said = run(tmp_path, "the recipe")
+    (line,) = [line for line in said.splitlines() if line.startswith("zaya.train: ")]
+    assert line.startswith("zaya.train: rank 1: ") and "recipe.toml.elsewhere" in line

@@ -64,9 +64,9 @@ class CheckpointError(ValueError):
     """Every rank has raised it: one of them should say it."""
 
 
-class UnknownVersionError(CheckpointError):
-    """The manifest's hash is right, its format_version unknown: another program's checkpoint (a newer one's, most likely), not the remains
-    of a save."""
+class ForeignError(CheckpointError):
+    """The manifest's own hash is right, and this program cannot read what it says: another program's checkpoint (a newer one's, most
+    likely), not the remains of a save."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,20 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The only way in: checks hash, types, ranges, names, and that boxes tile tensors and files exactly. CheckpointError if not."""
-        body = _sealed_body(text)
+        """The only way in: checks hash, types, ranges, names, and that boxes tile tensors and files exactly. CheckpointError if not, a
+        ForeignError where the hash is right."""
+        _check_seal(text)
+        try:
+            return cls._from_sealed(text)
+        except CheckpointError as error:
+            raise ForeignError(str(error)) from None
+
+    @classmethod
+    def _from_sealed(cls, text: str) -> Manifest:
+        body = _body(text)
         version = body.pop("format_version", None)
         if type(version) is not int or version not in (FORMAT_VERSION, COLUMNS_VERSION):
-            raise UnknownVersionError(f"has format_version {reprlib.repr(version)}; this program reads {FORMAT_VERSION} and "
-                                      f"{COLUMNS_VERSION}")
+            raise CheckpointError(f"has format_version {reprlib.repr(version)}; this program reads {FORMAT_VERSION} and {COLUMNS_VERSION}")
         names = [f.name for f in dataclasses.fields(cls)] + ["cuts"] * (version == COLUMNS_VERSION)
         _fields(body, names, f"manifest of format_version {version}")
         tensors, files = _plain_tensors(body) if version == FORMAT_VERSION else _column_tensors(body)
@@ -154,8 +162,8 @@ def _spell(body: Mapping[str, Any]) -> Iterator[str]:
     yield "}"
 
 
-def _sealed_body(text: str) -> dict[str, Any]:
-    """The manifest's object, after its hash was found right."""
+def _check_seal(text: str) -> None:
+    """CheckpointError: the first line is not the hash of all others."""
     if not text.isascii():
         raise CheckpointError("holds bytes that are not ASCII")
     end = text.find("\n")
@@ -164,6 +172,10 @@ def _sealed_body(text: str) -> dict[str, Any]:
         raise CheckpointError("does not begin with its own hash: not a manifest, or cut short")
     if hash_bytes(memoryview(text.encode("ascii"))[end + 1 :]) != match[1]:
         raise CheckpointError("does not match its own hash: it was changed or cut short")
+
+
+def _body(text: str) -> dict[str, Any]:
+    """The manifest's object."""
     if sum(map(text.count, ",[{")) > MAX_VALUES:
         raise CheckpointError(f"holds more than {MAX_VALUES} values: not a manifest")
     return _dict(_fields(parse_json(text), ("xxh3", "manifest"), "the document")["manifest"], "manifest")
@@ -185,7 +197,7 @@ def load(directory: Path) -> Manifest:
     try:
         return Manifest.from_json(raw.decode("latin-1"))  # every byte is a character; from_json refuses those that are not ASCII
     except CheckpointError as error:
-        raise type(error)(f"{path} {error}") from None  # an UnknownVersionError stays one: save spares what it is about
+        raise type(error)(f"{path} {error}") from None  # a ForeignError stays one: save spares what it is about
 
 
 @contextlib.contextmanager
@@ -202,8 +214,7 @@ def raise_on_all(errors: Sequence[str], kind: type[ValueError] = CheckpointError
     found = [f"rank {rank}: {error}" if len(errors) > 1 else error for rank, error in enumerate(errors) if error]
     if found:
         raised = kind(found[0] + (f" (and {len(found) - 1} more ranks)" if found[1:] else ""))
-        if isinstance(raised, CheckpointError):
-            raised.on_all_ranks = True
+        raised.on_all_ranks = True  # type: ignore[attr-defined]  # a ValueError that is none of ours learns it here
         raise raised
 
 

@@ -30,8 +30,8 @@ from zaya.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     FileEntry,
+    ForeignError,
     Manifest,
-    UnknownVersionError,
     check_name,
     disk_errors,
     hash_bytes,
@@ -82,7 +82,7 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
     what must be on the disk before the checkpoint. `written` is told the bytes of boxes that this rank has written, box by box.
 
     1. All ranks: plan files; leaders clear the remains of a killed save, but leave a complete checkpoint of this step in place, and refuse
-       to replace one of an unknown format (UnknownVersionError). Gather.
+       to replace another program's (ForeignError). Gather.
        Every rank now checks that the boxes cover the tensors, and chooses file names that no directory has: all come to the same.
     2. All ranks write, fsync and read back their files. Gather of hashes.
     3. Leaders make the manifest (what all ranks have reported leads each to the same), fsync the directory, write the manifest under a
@@ -136,8 +136,8 @@ class _Save:
         reports = cast(list[_Report], self.gather(report))
         assert len(reports) == self.world_size, "gather must return every rank's object on every rank"
         if self.leads and any(report.error for report in reports):
-            # OSError: what is left has no manifest, or lies beside the older one's files. UnknownVersionError: nothing was written there.
-            with contextlib.suppress(OSError, UnknownVersionError):
+            # OSError: what is left has no manifest, or lies beside the older one's files. ForeignError: nothing was written there.
+            with contextlib.suppress(OSError, ForeignError):
                 _sweep(self.directory)
         raise_on_all([report.error for report in reports])
         return reports
@@ -252,7 +252,7 @@ def _table(table: Table) -> str:
 
 
 def _clear(directory: Path) -> frozenset[str]:
-    """Remove what a killed save has left; the names that stay. UnknownVersionError: as `_sweep`."""
+    """Remove what a killed save has left; the names that stay. ForeignError: as `_sweep`."""
     if not directory.exists():
         return frozenset()
     _sweep(directory)
@@ -260,12 +260,12 @@ def _clear(directory: Path) -> frozenset[str]:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove what the directory's manifest does not name; without a valid manifest, the directory. UnknownVersionError: it is another
+    """Remove what the directory's manifest does not name; without a valid manifest, the directory. ForeignError: it is another
     program's checkpoint, and stays as it is."""
     try:
         files = load(directory).files
-    except UnknownVersionError as error:
-        raise UnknownVersionError(f"{error}; it is not replaced: move it away to save this step again") from None
+    except ForeignError as error:
+        raise ForeignError(f"{error}; it is not replaced: move it away to save this step again") from None
     except CheckpointError:
         if directory.is_symlink():
             directory.unlink()

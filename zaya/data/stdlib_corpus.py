@@ -6,6 +6,7 @@ file, by name; about one file in twenty is held out. The same Python version giv
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import tokenize
 import zlib
@@ -27,11 +28,15 @@ _HELD_OUT_EVERY = 20
 def build(data: DataConfig, vocab_size: int) -> None:
     """Make what is missing of data.train[0], data.valid and data.tokenizer: a byte-level BPE of `vocab_size` entries, of training files.
 
-    All appear together or not at all. ValueError where an existing tokenizer has another vocabulary, or a corpus lacks its tokenizer.
+    All appear together or not at all. ValueError where an existing tokenizer has another vocabulary, or a corpus lacks its tokenizer or
+    half of itself.
     """
     tokenizer_path = Path(data.tokenizer)
     corpora = [(Path(f"{name}.bin"), Path(f"{name}.idx"), held_out) for name, held_out in ((data.valid, True), (data.train[0], False))]
     missing = [row for row in corpora if not (row[0].exists() and row[1].exists())]
+    for half in (path for row in missing for path in row[:2] if path.exists()):
+        raise ValueError(f"{half} is half of a corpus; remove it, and the corpus is made of the standard library, or name new paths in "
+                         "data.train and data.valid")
     have_tokenizer = tokenizer_path.exists()
     if have_tokenizer:
         tokenizer = load_tokenizer(tokenizer_path)
@@ -54,6 +59,7 @@ def build(data: DataConfig, vocab_size: int) -> None:
         for bin_path, _, held_out in missing:
             documents = _documents(held_out=held_out, task=f"tokenizing {bin_path.stem}")
             write_corpus(next(pairs), next(pairs), documents, tokenizer, end_id, plain_text=True)
+    tqdm.write(f"made {', '.join(str(row[0].with_suffix('')) for row in missing)} of the standard library's source", file=sys.stderr)
 
 
 def source_files() -> list[tuple[str, Path]]:

@@ -166,7 +166,7 @@ class _MixNormRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTC, mean_BTNH, kernel, constant, temperature_N, halo, keeps, rope, eps):
         H = constant.shape[-1]
-        u = mean_BTNH + constant
+        u = (mean_BTNH + constant).contiguous()
         u_by_head = _by_head(u.view(x_BTC.shape), H)  # the same memory
         for tap_BTC, tap_kernel in zip(_taps(x_BTC, halo, keeps), kernel.split(H, dim=1)):
             torch.baddbmm(u_by_head, _by_head(tap_BTC, H), tap_kernel, out=u_by_head)
@@ -180,7 +180,7 @@ class _MixNormRotate(torch.autograd.Function):
     def backward(ctx, dout):
         x, unit, inverse, clamped, kernel, temperature, halo, *keeps, cos, sin = ctx.saved_tensors
         H = unit.shape[-1]
-        dout = rotate(dout, cos, -sin)
+        dout = rotate(dout, cos, -sin).contiguous()
         along = torch.linalg.vecdot(dout, unit)[..., None]
         dtemperature = None
         if temperature is not None:
