@@ -19,7 +19,7 @@ from zaya.checkpoint import save as save_module
 from zaya.checkpoint import saver as saver_module
 from zaya.checkpoint.directory import complete_steps, newest, step_path
 from zaya.checkpoint.files import File
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError
+from zaya.checkpoint.manifest import MANIFEST, CheckpointError, hash_bytes
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share
@@ -335,6 +335,17 @@ def test_a_mirror_that_cannot_gives_up_and_leaves_nothing_that_looks_whole(tmp_p
     with pytest.raises(CheckpointError, match="the checkpoint of step 1 is on the local tier only"):
         run_nodes([tmp_path / "node"], tmp_path / "shared", [1], state, 1)
     assert newest(tmp_path / "shared") is None and complete_steps(tmp_path / "node") == [1]
+
+
+def test_the_mirror_does_not_replace_another_programs_checkpoint(tmp_path: Path) -> None:
+    theirs = step_path(tmp_path / "shared", 1) / MANIFEST
+    theirs.parent.mkdir(parents=True)
+    text = '"manifest": {"format_version": 3}}\n'
+    theirs.write_text(f'{{"xxh3": "{hash_bytes(text.encode())}",\n{text}')
+    before = theirs.read_text()
+    with pytest.raises(CheckpointError, match="the checkpoint of step 1 is on the local tier only"):
+        run_nodes([tmp_path / "node"], tmp_path / "shared", [1], state, 1)
+    assert theirs.read_text() == before and os.listdir(theirs.parent) == [MANIFEST]
 
 
 def test_a_slow_mirror_keeps_its_bandwidth_and_takes_the_newest(tmp_path: Path) -> None:
