@@ -308,7 +308,13 @@ def test_stdlib_corpus_makes_only_what_is_missing(tmp_path: Path, few_files: Non
     data = stdlib_data(tmp_path)
     stdlib_corpus.build(data, 512)
     made = contents(tmp_path)
-    (tmp_path / "valid.idx").unlink()
+    for name in ("valid.idx", "valid.bin"):
+        (tmp_path / name).unlink()
+    stdlib_corpus.build(data, 512)
+    assert contents(tmp_path) == made
+    (tmp_path / "train.idx").unlink()
+    with pytest.raises(ValueError, match=r"train\.bin is half of a corpus; remove it"):  # it may be the user's own
+        stdlib_corpus.build(data, 512)
     (tmp_path / "train.bin").unlink()
     stdlib_corpus.build(data, 512)
     assert contents(tmp_path) == made
