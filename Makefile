@@ -5,12 +5,11 @@
 
 PYTHON ?= python3
 NPROC ?= 1
+ROUNDS ?= 0
 BIN := .venv/bin
 RUN := runs/quickstart
 RECIPE := recipes/quickstart.toml
 PYTEST := $(BIN)/python -m pytest -q
-
-ROUNDS ?= 0
 
 .PHONY: help setup quickstart test test-full soak check lint clean accept-mi300x
 

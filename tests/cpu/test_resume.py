@@ -68,11 +68,17 @@ def whole(folder: Path) -> Path:
     return folder / "whole"
 
 
-def test_the_newest_that_verifies_is_taken_and_the_others_are_named(folder: Path, whole: Path, capsys: Capture) -> None:
-    run_dir = folder / "fallback"
+def finished(folder: Path, whole: Path, name: str, **overrides: object) -> tuple[Path, str]:
+    """A copy of that run under `name`, and its recipe."""
+    run_dir = folder / name
     shutil.copytree(whole, run_dir)
-    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "fallback")
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir), **overrides), name)
     shutil.copy(recipe, run_dir / "recipe.toml")
+    return run_dir, str(recipe)
+
+
+def test_the_newest_that_verifies_is_taken_and_the_others_are_named(folder: Path, whole: Path, capsys: Capture) -> None:
+    run_dir, recipe = finished(folder, whole, "fallback")
     damage(step_path(run_dir / "checkpoints", 6))
     manifest = step_path(run_dir / "checkpoints", 4) / "manifest.json"
     manifest.write_text(manifest.read_text()[:-100])
@@ -88,10 +94,7 @@ def test_the_newest_that_verifies_is_taken_and_the_others_are_named(folder: Path
 
 
 def test_if_none_verifies_the_run_ends_and_nothing_changes(folder: Path, whole: Path, capsys: Capture) -> None:
-    run_dir = folder / "hopeless"
-    shutil.copytree(whole, run_dir)
-    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "hopeless")
-    shutil.copy(recipe, run_dir / "recipe.toml")
+    run_dir, recipe = finished(folder, whole, "hopeless")
     for step in (2, 4, 6):
         damage(step_path(run_dir / "checkpoints", step))
     record = (run_dir / "metrics.jsonl").read_bytes()
@@ -150,10 +153,7 @@ def test_two_tiers(folder: Path, capsys: Capture) -> None:
 
 
 def test_a_changed_length_or_batch_is_said(folder: Path, whole: Path, capsys: Capture) -> None:
-    run_dir = folder / "longer"
-    shutil.copytree(whole, run_dir)
-    recipe = str(written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "longer"))
-    shutil.copy(recipe, run_dir / "recipe.toml")
+    run_dir, recipe = finished(folder, whole, "longer")
     capsys.readouterr()
     assert main([recipe]) == 0
     assert "at step 6\n" in capsys.readouterr().out, "nothing changed, nothing to say"
@@ -165,10 +165,7 @@ def test_a_changed_length_or_batch_is_said(folder: Path, whole: Path, capsys: Ca
 
 
 def test_a_finished_run_keeps_the_recipe_it_was_made_with(folder: Path, whole: Path, capsys: Capture) -> None:
-    run_dir = folder / "shorter"
-    shutil.copytree(whole, run_dir)
-    recipe = str(written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "shorter"))
-    shutil.copy(recipe, run_dir / "recipe.toml")
+    run_dir, recipe = finished(folder, whole, "shorter")
     capsys.readouterr()
     assert main([recipe, "--train.steps=4"]) == 0
     out = capsys.readouterr().out
@@ -202,10 +199,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_a_finished_run_does_not_look_at_what_a_fresh_one_starts_from(folder: Path, whole: Path) -> None:
-    run_dir = folder / "finished"
-    shutil.copytree(whole, run_dir)
-    recipe = str(written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "finished"))
-    shutil.copy(recipe, run_dir / "recipe.toml")
+    run_dir, recipe = finished(folder, whole, "finished")
     assert main([recipe, "--init.checkpoint=/nowhere"]) == 0
     assert main([recipe, "--init.checkpoint=/nowhere", f"--run.dir={folder / 'unstarted'}"]) == 2
 
@@ -321,21 +315,15 @@ def test_a_signal_ends_the_wait_for_the_mirror(folder: Path, capsys: Capture, mo
 
 
 def test_a_directory_that_holds_another_step_is_passed_over(folder: Path, whole: Path, capsys: Capture) -> None:
-    run_dir = folder / "renamed"
-    shutil.copytree(whole, run_dir)
+    run_dir, recipe = finished(folder, whole, "renamed", train__steps=7)
     shutil.copytree(step_path(run_dir / "checkpoints", 2), step_path(run_dir / "checkpoints", 8))
-    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir), train__steps=7), "renamed")
-    shutil.copy(recipe, run_dir / "recipe.toml")
     assert main([str(recipe)]) == 0
     out = capsys.readouterr().out
     assert "passed over the checkpoint of step 8:" in out and "holds a checkpoint of step 2" in out and "at step 6" in out
 
 
 def test_starting_over_keeps_the_record(folder: Path, whole: Path) -> None:
-    run_dir = folder / "over"
-    shutil.copytree(whole, run_dir)
-    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(run_dir)), "over")
-    shutil.copy(recipe, run_dir / "recipe.toml")
+    run_dir, recipe = finished(folder, whole, "over")
     shutil.rmtree(run_dir / "checkpoints")
     assert main([str(recipe)]) == 0
     assert losses(run_dir) == losses(whole) and len(read_rows(run_dir / "set-aside-1/metrics.jsonl")[0]) == 6

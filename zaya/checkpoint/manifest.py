@@ -197,7 +197,18 @@ def load(directory: Path) -> Manifest:
     try:
         return Manifest.from_json(raw.decode("latin-1"))  # every byte is a character; from_json refuses those that are not ASCII
     except CheckpointError as error:
-        raise type(error)(f"{path} {error}") from None  # a ForeignError stays one: save spares what it is about
+        raise type(error)(f"{path} {error}") from None  # a ForeignError stays one: writers spare what it is about
+
+
+def load_replaceable(directory: Path) -> Manifest | None:
+    """The manifest of what a writer of this step finds in its place; None: nothing, or the remains of a checkpoint. ForeignError: another
+    program's, which must stay as it is."""
+    try:
+        return load(directory)
+    except ForeignError as error:
+        raise ForeignError(f"{error}; it is not replaced: move it away to write this step again") from None
+    except CheckpointError:
+        return None
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 from zaya.checkpoint.directory import complete_steps, identity, prune, remove, step_path, sync_directory
 from zaya.checkpoint.files import write_manifest
-from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, ForeignError, disk_errors, load, raise_on_all
+from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, disk_errors, load, load_replaceable, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 
 RETRIES = 3
@@ -205,12 +205,8 @@ class Mirror:
 
 def _make_way(target: Path) -> None:
     """An older copy of this step, or half of one, goes. ForeignError: it is another program's checkpoint, and stays as it is."""
-    try:
-        load(target)
-    except ForeignError as error:
-        raise ForeignError(f"{error}; it is not replaced: move it away to mirror this step") from None
-    except (CheckpointError, OSError):
-        pass  # half of one
+    with contextlib.suppress(OSError):  # one that cannot be read is half of one
+        load_replaceable(target)
     if target.exists():
         remove(target)
     target.mkdir(parents=True)

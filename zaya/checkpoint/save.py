@@ -35,7 +35,7 @@ from zaya.checkpoint.manifest import (
     check_name,
     disk_errors,
     hash_bytes,
-    load,
+    load_replaceable,
     raise_on_all,
 )
 from zaya.checkpoint.planning import SavePlan, Table, pack
@@ -262,17 +262,13 @@ def _clear(directory: Path) -> frozenset[str]:
 def _sweep(directory: Path) -> None:
     """Remove what the directory's manifest does not name; without a valid manifest, the directory. ForeignError: it is another
     program's checkpoint, and stays as it is."""
-    try:
-        files = load(directory).files
-    except ForeignError as error:
-        raise ForeignError(f"{error}; it is not replaced: move it away to save this step again") from None
-    except CheckpointError:
-        if directory.is_symlink():
-            directory.unlink()
-        else:
-            shutil.rmtree(directory)
+    manifest = load_replaceable(directory)
+    if manifest is not None:
+        _keep_only(directory, manifest.files)
+    elif directory.is_symlink():
+        directory.unlink()
     else:
-        _keep_only(directory, files)
+        shutil.rmtree(directory)
 
 
 def _keep_only(directory: Path, files: Container[str]) -> None:

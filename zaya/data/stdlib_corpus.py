@@ -34,7 +34,8 @@ def build(data: DataConfig, vocab_size: int) -> None:
     tokenizer_path = Path(data.tokenizer)
     corpora = [(Path(f"{name}.bin"), Path(f"{name}.idx"), held_out) for name, held_out in ((data.valid, True), (data.train[0], False))]
     missing = [row for row in corpora if not (row[0].exists() and row[1].exists())]
-    for half in (path for row in missing for path in row[:2] if path.exists()):
+    half = next((path for row in missing for path in row[:2] if path.exists()), None)
+    if half is not None:
         raise ValueError(f"{half} is half of a corpus; remove it, and the corpus is made of the standard library, or name new paths in "
                          "data.train and data.valid")
     have_tokenizer = tokenizer_path.exists()
