@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tiny import recipe
 from zaya.kernels import backend
+from zaya.kernels.launch import Config, launching_through
 from zaya.parallel.mesh import open_mesh
 from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
@@ -80,6 +82,25 @@ def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps:
         shares[kernels] = torch.stack([r.shares_LE for r in results])
     torch.testing.assert_close(curves["triton"], curves["reference"], rtol=2e-5, atol=0)  # fp32 sums in another order
     assert torch.equal(shares["triton"], shares["reference"])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_what_kernels_get_in_training_is_aligned(tmp_path: Path, optimizer: str) -> None:
+    """Loads of 16 bytes, and the machine code that the report proves, are for tensors that start at a multiple of 16."""
+    parts = recipe(tmp_path, model__head_dim=32, train__steps=9, train__global_batch_size=4, train__micro_batch_size=2, train__dtype="bf16",
+                   train__kernels="triton", optim__name=optimizer)
+    mesh = open_mesh("auto", Layout(1))
+    trainer = Trainer(parts, mesh, open_data(parts, mesh))
+    kernels, crooked = set[str](), set[tuple[str, str]]()
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
+        kernels.add(kernel.__name__)
+        crooked.update((kernel.__name__, name) for name, value in arguments.items()
+                       if isinstance(value, torch.Tensor) and value.data_ptr() % 16)
+
+    with launching_through(note):
+        trainer.train_step()
+    assert len(kernels) >= 27 + 4 * (optimizer == "muon") and not crooked
 
 
 @pytest.mark.parametrize(("width", "classes", "says"), [

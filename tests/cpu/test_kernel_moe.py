@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from zaya.kernels import launch, moe, reference
-from zaya.kernels.cases import SMALL, Case, cotangent, error, errors, run, widened
+from zaya.kernels.cases import SMALL, Case, error, errors, run, widened
 from zaya.kernels.cases.moe import CASES, routed
 from zaya.kernels.launch import Config, launching_through
+from zaya.kernels.reference import GradientSum
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,19 +56,29 @@ def test_small_tiles_and_dies_leave_the_result(monkeypatch: pytest.MonkeyPatch) 
     assert all(error < THRESHOLDS[torch.float32] for error in found.values()), found
 
 
-def test_weight_gradients_add_up_in_given_buffers() -> None:
+@pytest.mark.parametrize(("total", "words"), [
+    (torch.zeros(2, 32, 16, dtype=torch.float16), "gradient_sums.1 has dtype float16, expected float32"),
+    (torch.zeros(2, 16, 32).mT, "gradient_sums.1 has strides"), (torch.zeros(2, 32, 8), "gradient_sums.1 has shape")])
+def test_refuses_other_sums(total: Tensor, words: str) -> None:
+    sums = GradientSum(torch.zeros(2, 32, 32, device=DEVICE)), GradientSum(total.to(DEVICE))
+    with pytest.raises(ValueError, match=words):
+        moe.experts(**arguments_with(gradient_sums=sums))
+
+
+@pytest.mark.parametrize("op", [moe.experts, reference.experts])
+def test_weight_gradients_add_up_in_given_sums(op: Any) -> None:
+    """Two micro-batches: the first replaces what is in the sums, the second adds to it; autograd gets the rest."""
     case = SMALL_CASES[0]
     arguments = case.make(DEVICE, torch.float16)
     want = run(case.reference, widened(arguments), case.gradients)
-    out, h = moe.forward(**arguments)
-    into = tuple(torch.ones_like(arguments[name], dtype=torch.float32) for name in ("gate_up_EFD", "down_EDF"))
-    x, order, gate = arguments["x_TD"], arguments["order_R"], arguments["gate_Tk"]
-    dout = cotangent(want["out.0"], 0).to(out.dtype)
-    dx, dgate_up, ddown, _ = moe.backward(dout, x, h, arguments["sizes_E"], arguments["gate_up_EFD"], arguments["down_EDF"], order, gate,
-                                          weight_grad_out=(into[0], into[1]))
-    assert dgate_up is None and ddown is None and error(dx, want["d x_TD"]) < THRESHOLDS[torch.float16]
-    for buffer, name in zip(into, ("d gate_up_EFD", "d down_EDF")):
-        assert error(buffer - 1, want[name]) < THRESHOLDS[torch.float16]
+    weights = ("gate_up_EFD", "down_EDF")
+    sums = tuple(GradientSum(torch.full_like(arguments[name], math.nan, dtype=torch.float32)) for name in weights)
+    for times in (1, 2):
+        got = run(op, {**arguments, "gradient_sums": sums}, case.gradients)
+        assert error(got["d x_TD"], want["d x_TD"]) < THRESHOLDS[torch.float16]
+        for gradient, name in zip(sums, weights):
+            assert got[f"d {name}"].is_sparse and not got[f"d {name}"]._nnz()
+            assert error(gradient.total / times, want[f"d {name}"]) < THRESHOLDS[torch.float16]
 
 
 def test_sizes_beyond_the_rows_are_cut_at_the_last() -> None:

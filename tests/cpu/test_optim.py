@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zaya.config import OptimConfig
+from zaya.kernels.reference import no_gradient
 from zaya.optim import RouterBalance, muon_direction, muon_step, orthogonalise
 from zaya.parallel.mesh import make_mesh
 from zaya.parallel.zero1 import Zero1
@@ -147,7 +148,40 @@ def test_micro_batches_add_up_and_the_next_step_starts_anew() -> None:
         for factor in (1.0, 10.0):
             (parameters["b"] * factor).sum().backward()
         optimizer.finish_gradients()
-        assert optimizer.buckets[0].grad.tolist() == [11.0, 11.0, 11.0] and parameters["b"].grad is None
+        assert optimizer.gradient_sum("b").total.tolist() == [11.0, 11.0, 11.0] and parameters["b"].grad is None
+
+
+class AddsItself(torch.autograd.Function):
+    """(weight * factor).sum() of an op that adds weight's gradient to a sum, where it has one, twice (as in two chunks)."""
+
+    @staticmethod
+    def forward(ctx, weight, factor, gradient_sum):
+        ctx.save_for_backward(weight)
+        ctx.factor, ctx.gradient_sum = factor, gradient_sum
+        return weight.detach().float().sum() * factor
+
+    @staticmethod
+    def backward(ctx, dout):
+        weight, = ctx.saved_tensors
+        if ctx.gradient_sum is not None:
+            for _ in range(2):
+                ctx.gradient_sum.add(torch.full(weight.shape, ctx.factor / 2))
+        return no_gradient(weight), None, None
+
+
+def test_an_op_adds_a_gradient_unrounded_by_itself() -> None:
+    parameters, optimizer = make([row("w", (4, 6), Muon(1), decay=True), row("b", (3,), AdamW(), decay=False)], torch.bfloat16, CONFIG)
+    for _ in range(2):
+        optimizer.start_step(micro_batches=2)
+        for factor in (1.0, 2**-12):
+            (AddsItself.apply(parameters["w"], factor, optimizer.gradient_sum("w")) + parameters["b"].sum()).backward()
+        optimizer.finish_gradients()
+        assert (optimizer.gradient_sum("w").total == 1 + 2**-12).all(), "bf16 would have lost the second one"
+        assert (optimizer.gradient_sum("b").total == 2).all() and parameters["w"].grad is None
+    optimizer.start_step()
+    (AddsItself.apply(parameters["w"], 1.0, None) + parameters["b"].sum()).backward()
+    with pytest.raises(AssertionError, match="no gradient: .'w'"):
+        optimizer.finish_gradients()
 
 
 def test_norm_counts_every_gradient_once() -> None:

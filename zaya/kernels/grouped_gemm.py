@@ -276,6 +276,16 @@ def _dgate_kernel(parts, order, offsets, dgate, num_rows, E: tl.constexpr, NUM_P
 
 
 @triton.jit
+def _store_tile(tile, out, rows, columns, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """A tile of out (M, N), or a part of one, replaced or added to."""
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    to = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if ACCUMULATE:
+        tile += tl.load(to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _weight_grad_kernel(a_rows, b_rows, order, offsets, largest_first, out, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                         TOP_K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ACCUMULATE: tl.constexpr,
                         NUM_XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -309,9 +319,15 @@ def _weight_grad_kernel(a_rows, b_rows, order, offsets, largest_first, out, E: t
         a = tl.load(a_rows + a_at[None, :] + a_column[:, None], mask=is_row[None, :], other=0.0)
         b = tl.load(b_rows + b_at[:, None] + b_column[None, :], mask=is_row[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    rows, columns = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    to = out + expert.to(tl.int64) * (M * N) + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    if ACCUMULATE:
-        acc += tl.load(to, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to, acc.to(out.dtype.element_ty), mask=mask)
+    rows, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N
+    out += expert.to(tl.int64) * (M * N)
+    if ACCUMULATE:  # a quarter at a time: beside a tile there are no registers for another
+        columns = column + tl.arange(0, BLOCK_N // 4)
+        left, right = _halves(acc, BLOCK_M, BLOCK_N // 2)
+        for half in tl.static_range(2):
+            one, two = _halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 4)
+            _store_tile(one, out, rows, columns, M, N, True)
+            _store_tile(two, out, rows, columns + BLOCK_N // 4, M, N, True)
+            columns += BLOCK_N // 2
+    else:
+        _store_tile(acc, out, rows, column + tl.arange(0, BLOCK_N), M, N, False)

@@ -29,18 +29,20 @@ from zaya.kernels.grouped_gemm import (
     _weight_grad_kernel,
 )
 from zaya.kernels.launch import Config, check, config, launch, target
+from zaya.kernels.reference import GradientSum, GradientSums, no_gradient
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 256  # the widest tile: other widths need clamped columns, whose registers the largest tiles do not have on gfx942
 
 
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
-            gate_Tk: Tensor | None = None) -> Tensor:
+            gate_Tk: Tensor | None = None, gradient_sums: GradientSums | None = None) -> Tensor:
     """The experts' output per token, gated and summed over its slots (T, D); zero for tokens that no expert takes.
 
     gate_up (E, 2F, D) = [gate | up], down (E, D, F); sizes (E,) int32 or int64: assignments of each expert; order (R,) int32: assignment
     (token * k + slot) of each sorted row, as sort_by_expert gives it, those of no expert last; gate (T, k) fp32.
     Without order and gate x is a row per assignment, already sorted, and so is the result: rows beyond the sum of sizes come out zero.
+    gradient_sums: of gate_up and down, fp32.
     """
     if gate_up_EFD.dim() != 3:
         raise ValueError(f"gate_up_EFD has shape {tuple(gate_up_EFD.shape)}, expected (E, 2F, D)")
@@ -59,7 +61,10 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
         if gate_Tk.shape[1] == 0:
             raise ValueError(f"gate_Tk has shape {tuple(gate_Tk.shape)}, expected at least one slot per token")
         check("order_R", order_R, shape=(gate_Tk.numel(),), dtypes=(torch.int32,), device=device)
-    return _Experts.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
+    if gradient_sums is not None:
+        for index, weight in enumerate((gate_up_EFD, down_EDF)):
+            check(f"gradient_sums.{index}", gradient_sums[index].total, shape=tuple(weight.shape), dtypes=(torch.float32,), device=device)
+    return _Experts.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
 
 
 def rows_times_weights(rows_RK: Tensor, sizes_E: Tensor, weights_ENK: Tensor) -> Tensor:
@@ -75,15 +80,20 @@ def rows_times_weights(rows_RK: Tensor, sizes_E: Tensor, weights_ENK: Tensor) ->
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk):
+    def forward(ctx, x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums):
         out_TD, h_RF = forward(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
         ctx.save_for_backward(x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
+        ctx.gradient_sums = gradient_sums
         return out_TD
 
     @staticmethod
     def backward(ctx, dout_TD):
-        dx_TD, dgate_up_EFD, ddown_EDF, dgate_Tk = backward(dout_TD.contiguous(), *ctx.saved_tensors)
-        return dx_TD, None, dgate_up_EFD, ddown_EDF, None, dgate_Tk
+        x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk = ctx.saved_tensors
+        weights = gate_up_EFD, down_EDF
+        sums = ctx.gradient_sums or (GradientSum(torch.empty_like(gate_up_EFD)), GradientSum(torch.empty_like(down_EDF)))
+        dx_TD, dgate_Tk = backward(dout_TD.contiguous(), x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, sums)
+        dweights = map(no_gradient, weights) if ctx.gradient_sums else (gradient.total for gradient in sums)
+        return dx_TD, None, *dweights, None, dgate_Tk, None
 
 
 def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
@@ -101,10 +111,8 @@ def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
 
 
 def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
-             gate_Tk: Tensor | None, weight_grad_out: tuple[Tensor, Tensor] | None = None,
-             ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, gate_up, down and gate. weight_grad_out: fp32 buffers of the weights' shapes to which theirs are added, unrounded;
-    they are then not returned."""
+             gate_Tk: Tensor | None, gradient_sums: GradientSums) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and gate; those of gate_up and down enter their sums."""
     E, D, F = down_EDF.shape
     R, slots = _rows(x_TD, gate_Tk)
     tiles = _Tiles(sizes_E, R, down_EDF.shape[1:])
@@ -115,17 +123,14 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
     tiles.launch(_gate_up_bwd_kernel, {"dy": dout_TD, "weights": down_EDF, "order": order_R, "gates": gate_Tk, "h": h_RF, "dh": dh_RF,
                                        "act": act_RF, "dgate_parts": parts, "num_rows": R, "D": D, "F": F, "TOP_K": slots})
     tiles.rows(dh_RF, gate_up_EFD.mT, order_R, None, dx_RD)
-    into = weight_grad_out or (torch.empty_like(gate_up_EFD), torch.empty_like(down_EDF))
-    gathered = order_R is not None
-    shared = {"order": order_R, "TOP_K": slots, "ACCUMULATE": weight_grad_out is not None}
-    tiles.weight_grad(into[0], {"a_rows": dh_RF, "b_rows": x_TD, "GATHER_A": False, "GATHER_B": gathered, **shared})
-    tiles.weight_grad(into[1], {"a_rows": dout_TD, "b_rows": act_RF, "GATHER_A": gathered, "GATHER_B": False, **shared})
+    gathered, shared = order_R is not None, {"order": order_R, "TOP_K": slots}
+    tiles.weight_grad(gradient_sums[0], {"a_rows": dh_RF, "b_rows": x_TD, "GATHER_A": False, "GATHER_B": gathered, **shared})
+    tiles.weight_grad(gradient_sums[1], {"a_rows": dout_TD, "b_rows": act_RF, "GATHER_A": gathered, "GATHER_B": False, **shared})
     dgate_Tk = None
     if gate_Tk is not None and parts is not None:
         dgate_Tk = torch.empty_like(gate_Tk)
         tiles.dgate(parts, order_R, dgate_Tk)
-    weight_grads = (None, None) if weight_grad_out is not None else into
-    return _sum_slots(dx_RD, slots), *weight_grads, dgate_Tk
+    return _sum_slots(dx_RD, slots), dgate_Tk
 
 
 class _Tiles:
@@ -169,13 +174,13 @@ class _Tiles:
                                    "out": out_RN, "num_rows": self.num_rows, "E": E, "K": K, "N": N,
                                    "K_IS_INNER": weights_ENK.stride(2) == 1})
 
-    def weight_grad(self, into_EMN: Tensor, arguments: dict[str, Any]) -> None:
-        E, M, N = into_EMN.shape
+    def weight_grad(self, gradient: GradientSum, arguments: dict[str, Any]) -> None:
+        E, M, N = gradient.total.shape
         chosen = self.config(_weight_grad_kernel, arguments["a_rows"].dtype)
         programs = E * triton.cdiv(M, chosen.blocks["BLOCK_M"]) * triton.cdiv(N, chosen.blocks["BLOCK_N"])
         launch(_weight_grad_kernel, (programs,), {
-            **arguments, "offsets": self.offsets, "largest_first": self.largest_first, "out": into_EMN, "E": E, "M": M, "N": N,
-            "NUM_XCDS": self.target.num_xcds, "WIDE": _is_wide(arguments)}, chosen)
+            **arguments, "offsets": self.offsets, "largest_first": self.largest_first, "out": gradient.total,
+            "ACCUMULATE": gradient.begin(), "E": E, "M": M, "N": N, "NUM_XCDS": self.target.num_xcds, "WIDE": _is_wide(arguments)}, chosen)
 
     def dgate(self, parts: Tensor, order_R: Tensor | None, dgate_Tk: Tensor) -> None:
         chosen = config(_dgate_kernel, self.target)

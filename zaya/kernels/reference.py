@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -370,21 +371,47 @@ def sort_by_expert(choice_Tk: Tensor, num_classes: int) -> tuple[Tensor, Tensor]
     return choice_R.argsort(stable=True).int(), sizes_C
 
 
+@dataclass
+class GradientSum:
+    """The sum of a weight's gradients over the micro-batches of a step, in the accumulation dtype. An op that is given one adds to it,
+    unrounded, what autograd would have got in the weight's dtype; autograd gets `no_gradient`."""
+
+    total: Tensor
+    begun: bool = False
+    """Whether total holds a gradient of this step: the first one replaces what is there."""
+
+    def begin(self) -> bool:
+        """Whether the caller is to add to total, not to replace it: it writes a gradient now."""
+        begun, self.begun = self.begun, True
+        return begun
+
+    def add(self, gradient: Tensor) -> None:
+        self.total.add_(gradient) if self.begin() else self.total.copy_(gradient)
+
+
+def no_gradient(weight: Tensor) -> Tensor:
+    """A zero of weight's shape without memory, so that hooks on weight learn that its gradient is complete."""
+    return torch.zeros_like(weight, layout=torch.sparse_coo)
+
+
+GradientSums = tuple[GradientSum, GradientSum]
+
+
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
-            gate_Tk: Tensor | None = None) -> Tensor:
+            gate_Tk: Tensor | None = None, gradient_sums: GradientSums | None = None) -> Tensor:
     """SwiGLU experts: down(silu(gate) * up), gate_up = [gate | up] (E, 2F, D), down (E, D, F); each token's results times its gates (T, k),
     summed (T, D). Tokens that no expert takes come out zero.
 
     sizes (E,) int64: assignments of each expert, which `order` (R,) brings together; those of no expert come last. Without order and gate
-    x is a row per assignment, already sorted, and so is the result. Waits for the device once.
+    x is a row per assignment, already sorted, and so is the result. gradient_sums: of gate_up and down. Waits for the device once.
     """
     sizes = sizes_E.tolist()
     if order_R is None or gate_Tk is None:
-        return _Experts.apply(x_TD, sizes, gate_up_EFD, down_EDF)
+        return _Experts.apply(x_TD, sizes, gate_up_EFD, down_EDF, gradient_sums)
     T, k = gate_Tk.shape
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R.long(), torch.arange(T * k, dtype=order_R.dtype, device=order_R.device))
     rows_RD = _Permute.apply(x_TD[:, None].expand(T, k, -1).flatten(0, 1), order_R, inverse_R)
-    y_RD = _Permute.apply(_Experts.apply(rows_RD, sizes, gate_up_EFD, down_EDF), inverse_R, order_R)
+    y_RD = _Permute.apply(_Experts.apply(rows_RD, sizes, gate_up_EFD, down_EDF, gradient_sums), inverse_R, order_R)
     return (y_RD.view(T, k, x_TD.shape[-1]) * gate_Tk[..., None].to(y_RD.dtype)).sum(1)
 
 
@@ -392,7 +419,7 @@ class _Experts(torch.autograd.Function):
     """One expert after the other, so that its rows stay in cache between its products. Saves the rows and gate | up, not the activation."""
 
     @staticmethod
-    def forward(ctx, x_RD, sizes, gate_up_EFD, down_EDF):
+    def forward(ctx, x_RD, sizes, gate_up_EFD, down_EDF, gradient_sums):
         gate_up_RF = x_RD.new_empty(x_RD.shape[0], gate_up_EFD.shape[1])
         y_RD = torch.empty_like(x_RD)
         for expert, (start, end) in enumerate(_spans(sizes)):
@@ -400,24 +427,32 @@ class _Experts(torch.autograd.Function):
             torch.mm(F.silu(gate).mul_(up), down_EDF[expert].t(), out=y_RD[start:end])
         y_RD[sum(sizes):] = 0
         ctx.save_for_backward(x_RD, gate_up_RF, gate_up_EFD, down_EDF)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.gradient_sums = sizes, gradient_sums
         return y_RD
 
     @staticmethod
     def backward(ctx, dy_RD):
         x_RD, gate_up_RF, gate_up_EFD, down_EDF = ctx.saved_tensors
-        dx_RD, dgate_up_EFD, ddown_EDF = torch.empty_like(x_RD), torch.empty_like(gate_up_EFD), torch.empty_like(down_EDF)
+        dx_RD, weights = torch.empty_like(x_RD), (gate_up_EFD, down_EDF)
+        sums = ctx.gradient_sums or tuple(GradientSum(torch.empty_like(weight)) for weight in weights)
+        (dgate_up_EFD, ddown_EDF), betas = (gradient.total for gradient in sums), [int(gradient.begin()) for gradient in sums]
         for expert, (start, end) in enumerate(_spans(ctx.sizes)):
             gate, up = gate_up_RF[start:end].chunk(2, dim=-1)
             x, dy, activated = x_RD[start:end], dy_RD[start:end], F.silu(gate)
-            torch.mm(dy.t(), activated * up, out=ddown_EDF[expert])
+            _add_product(ddown_EDF[expert], dy.t(), activated * up, betas[1])
             dhidden = dy @ down_EDF[expert]
             dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
             dgate_up = torch.cat((dgate, dhidden.mul_(activated)), dim=-1)
             torch.mm(dgate_up, gate_up_EFD[expert], out=dx_RD[start:end])
-            torch.mm(dgate_up.t(), x, out=dgate_up_EFD[expert])
+            _add_product(dgate_up_EFD[expert], dgate_up.t(), x, betas[0])
         dx_RD[sum(ctx.sizes):] = 0
-        return dx_RD, None, dgate_up_EFD, ddown_EDF
+        dweights = map(no_gradient, weights) if ctx.gradient_sums else (dgate_up_EFD, ddown_EDF)
+        return dx_RD, None, *dweights, None
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """out = beta out + a @ b, in out's dtype; what out held does not matter where beta is 0."""
+    torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
 def _spans(sizes: list[int]) -> list[tuple[int, int]]:

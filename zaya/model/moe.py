@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zaya.config import ModelConfig
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
+from zaya.kernels.reference import GradientSums
 from zaya.model.layers import Linear, RMSNorm, parameter, recomputed
 
 SKIP_BIAS = -1.0  # the skip class' balance bias: where released training started it, and where it stays
@@ -48,16 +49,18 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of the experts on this device."""
+    """Weights of the experts on this device. Seam: `gradient_sums` of gate_up and down, where something wants their gradients unrounded
+    and summed over micro-batches; by default autograd gets them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up = parameter(E, 2 * width, D)
         self.down = parameter(E, D, width)
+        self.gradient_sums: GradientSums | None = None
 
     def forward(self, x_TD: Tensor, sizes_E: Tensor, order_R: Tensor | None = None, gate_Tk: Tensor | None = None) -> Tensor:
-        return ops().experts(x_TD, sizes_E, self.gate_up, self.down, order_R, gate_Tk)
+        return ops().experts(x_TD, sizes_E, self.gate_up, self.down, order_R, gate_Tk, self.gradient_sums)
 
 
 class Dispatcher(Protocol):

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,19 +36,23 @@ from torch.utils.checkpoint import checkpoint
 
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
+from zaya.kernels.reference import GradientSum, GradientSums, no_gradient
 from zaya.parallel.collectives import Group, Pending, all_gather, all_to_all
 
 CHUNK_FACTOR = 2.0  # rows a rank takes at once, as a multiple of its own assignments; an estimate, not measured
 
 
 class Weights(Protocol):
-    """The experts of this rank: gate_up (E / ep, 2 F, D), down (E / ep, D, F)."""
+    """The experts of this rank: gate_up (E / ep, 2 F, D), down (E / ep, D, F), and where their gradients are summed, if anywhere."""
 
     @property
     def gate_up(self) -> Tensor: ...
 
     @property
     def down(self) -> Tensor: ...
+
+    @property
+    def gradient_sums(self) -> GradientSums | None: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class ExpertParallel:
         num_local = len(experts.gate_up)
         if self.ep.size == 1:
             self.last_rows = choice_Tk.numel()
-            inputs = (x_TD, sizes_C[:num_local], experts.gate_up, experts.down, order_A, gate_Tk)
+            inputs = (x_TD, sizes_C[:num_local], experts.gate_up, experts.down, order_A, gate_Tk, experts.gradient_sums)
             if self.recompute:
                 return checkpoint(ops().experts, *inputs, use_reentrant=False, preserve_rng_state=False)
             return ops().experts(*inputs)
@@ -90,7 +95,8 @@ class ExpertParallel:
         plan, parts_nSE = self._plan(counts_SC, num_local)
         self.last_rows, self.last_chunks = plan.most_rows, len(plan.send)
         sent_A = _in_order_sent(order_A, parts_nSE, self.ep.rank, sum(map(sum, plan.send)))
-        return _Experts.apply(x_TD, gate_Tk, experts.gate_up, experts.down, sent_A, parts_nSE, self.ep, plan, torch.is_grad_enabled())
+        return _Experts.apply(x_TD, gate_Tk, experts.gate_up, experts.down, experts.gradient_sums, sent_A, parts_nSE, self.ep, plan,
+                              torch.is_grad_enabled())
 
     def _plan(self, counts_SC: Tensor, num_local: int) -> tuple[Plan, Tensor]:
         """The plan, and on the device the rows of each chunk by source and expert (n, S, E)."""
@@ -112,16 +118,15 @@ def most_rows(assignments: int, num_experts: int, chunk_factor: float = CHUNK_FA
     return int(chunk_factor * assignments) + num_experts
 
 
-def buffers_bytes(rows: int, assignments: int, num_local: int, hidden: int, width: int, element_size: int) -> int:
+def buffers_bytes(rows: int, assignments: int, hidden: int, width: int, element_size: int) -> int:
     """The most that backward of a call holds if it computes again, from the rows of its largest chunk and the experts of this rank.
 
     Received, 6 D + 5 F elements a row: x and dy of this chunk and of the next, dx of this one and of the last, which is on its way back;
     gate | up, its gradient and the activation. (Forward: 4 D + 3 F.) This rank's own, 4 D an assignment: what it has sent of x and dy and
-    got back of dx is never more than 3 D, and the gradient is D. The weights' gradients: their sum in fp32, and a chunk's. The gates' few
-    bytes a row are not counted.
+    got back of dx is never more than 3 D, and the gradient is D. The weights' gradients enter their sums at once. The gates' few bytes a
+    row are not counted.
     """
-    weights = 3 * num_local * hidden * width
-    return element_size * (rows * (6 * hidden + 5 * width) + 4 * assignments * hidden + weights) + 4 * weights
+    return element_size * (rows * (6 * hidden + 5 * width) + 4 * assignments * hidden)
 
 
 def _on_host(counts_SC: Tensor, group: Group) -> Tensor:
@@ -151,23 +156,25 @@ def _in_order_sent(order_A: Tensor, parts_nSE: Tensor, rank: int, num_rows: int)
 class _Experts(torch.autograd.Function):
     """Keeps the chunks' graphs, or nothing that was received (`Plan.recompute`). Inputs of the graphs are no leaves, which would hold on
     to their tensors, and whatever the experts' op saves in them is saved by this function instead: so it is seen, and let go, by whoever
-    takes care of saved tensors (recomputation of a whole block does)."""
+    takes care of saved tensors (recomputation of a whole block does). The weights get their gradients outside the graphs, in sums over the
+    chunks (and, where these are given, over micro-batches), unrounded: the number of chunks does not show in bf16."""
 
     @staticmethod
-    def forward(ctx, x_TD, gate_Tk, gate_up, down, sent_A, parts_nSE, group, plan, training):
+    def forward(ctx, x_TD, gate_Tk, gate_up, down, gradient_sums, sent_A, parts_nSE, group, plan, training):
         T, k = gate_Tk.shape
         keep = training and any(ctx.needs_input_grad) and not plan.recompute
         graphs: list[_Graph] = []
+        sums = gradient_sums or tuple(GradientSum(torch.empty_like(w, dtype=reference.wide(w.dtype))) for w in (gate_up, down))
 
         def compute(chunk: int, x_RD: Tensor, gate_R1: Tensor) -> list[Tensor]:
             if not keep:
-                return [_compute_chunk(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down)]
-            graphs.append(_Graph(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down))
+                return [_compute_chunk(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down, sums)]
+            graphs.append(_Graph(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down, sums))
             return [graphs[-1].take_result()]
 
         out_AD = x_TD.new_zeros(T * k, x_TD.shape[1])
         _pipeline(group, plan, sent_A, [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)], compute, [("y", out_AD)])
-        ctx.group, ctx.plan, ctx.graphs = group, plan, graphs
+        ctx.group, ctx.plan, ctx.graphs, ctx.sums, ctx.given = group, plan, graphs, sums, gradient_sums is not None
         again = (x_TD, gate_Tk, gate_up, down) if plan.recompute else (None, gate_Tk, gate_up, down)
         ctx.save_for_backward(*again, sent_A, parts_nSE, *(tensor for graph in graphs for tensor in graph.take_saved()))
         return _sum_slots(out_AD, k)
@@ -180,32 +187,28 @@ class _Experts(torch.autograd.Function):
         k = gate_Tk.shape[1]
         for graph in graphs:
             saved = graph.give_saved(saved)
-        # Sums over several chunks are taken in fp32, so that their number does not show in bf16's rounding.
-        dtype = gate_up.dtype if len(plan.send) == 1 else reference.wide(gate_up.dtype)
-        dweights: list[Tensor] = []
 
-        def compute(chunk: int, dy_RD: Tensor, *again: Tensor) -> list[Tensor]:
-            graph = _Graph(group, plan, chunk, parts_nSE, *again, gate_up, down, hook=False) if plan.recompute else graphs[chunk]
-            graph.take_result()
-            dx_RD, dgate_R1, *partial = graph.gradients(dy_RD)
-            if chunk == 0:
-                dweights.extend(gradient.to(dtype) for gradient in partial)
+        def compute(chunk: int, dy_RD: Tensor, *again: Tensor) -> Sequence[Tensor]:
+            if plan.recompute:
+                x_RD, gate_R1 = again
+                graph = _Graph(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down, ctx.sums, hook=False)
             else:
-                for total, gradient in zip(dweights, partial):
-                    total += gradient
-            return [dx_RD, dgate_R1]
+                graph = graphs[chunk]
+            graph.take_result()
+            return graph.gradients(dy_RD)
 
         sources = [("dy", dout_TD, k)]
         if plan.recompute:
             sources += [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)]
         dx_AD, dgate_A1 = dout_TD.new_zeros(gate_Tk.numel(), dout_TD.shape[1]), torch.zeros_like(gate_Tk).view(-1, 1)
         _pipeline(group, plan, sent_A, sources, compute, [("dx", dx_AD), ("dgate", dgate_A1)])
-        dgate_up, ddown = (total.to(gate_up.dtype) for total in dweights)
-        return _sum_slots(dx_AD, k), dgate_A1.view_as(gate_Tk), dgate_up, ddown, None, None, None, None, None
+        weights = (gate_up, down)
+        dweights = map(no_gradient, weights) if ctx.given else (s.total.to(w.dtype) for s, w in zip(ctx.sums, weights))
+        return _sum_slots(dx_AD, k), dgate_A1.view_as(gate_Tk), *dweights, *[None] * 6
 
 
 def _pipeline(group: Group, plan: Plan, sent_A: Tensor, sources: Sequence[tuple[str, Tensor, int]],
-              compute: Callable[..., list[Tensor]], targets: Sequence[tuple[str, Tensor]]) -> None:
+              compute: Callable[..., Sequence[Tensor]], targets: Sequence[tuple[str, Tensor]]) -> None:
     """For every chunk: rows of each source to the experts' ranks, compute(chunk, *received), its results back to rows of the targets.
 
     A source has a row for each `slots` assignments, a target one for each; rows that went nowhere stay as they are.
@@ -235,7 +238,7 @@ def _pipeline(group: Group, plan: Plan, sent_A: Tensor, sources: Sequence[tuple[
 
 
 def _compute_chunk(group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD: Tensor, gate_R1: Tensor, gate_up: Tensor,
-                   down: Tensor) -> Tensor:
+                   down: Tensor, sums: GradientSums) -> Tensor:
     """Received rows lie by source, then by expert; the op takes them by expert and leaves its results where the rows were."""
     group.ledger.note("compute", "experts", str(chunk))
     num_local = len(gate_up)
@@ -243,22 +246,19 @@ def _compute_chunk(group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD
     experts = torch.arange(num_local, dtype=torch.int32, device=parts_SE.device).repeat(group.size)
     expert_R = experts.repeat_interleave(parts_SE.flatten(), output_size=len(x_RD))
     order_R, sizes_E = ops().sort_by_expert(expert_R[:, None], num_local)
-    return ops().experts(x_RD, sizes_E, gate_up, down, order_R, gate_R1)
+    return ops().experts(x_RD, sizes_E, gate_up, down, order_R, gate_R1, sums)
 
 
 class _Graph:
     """One chunk's experts with what autograd keeps of them: the tensors (apart, until backward gives them back) and the edges."""
 
-    def __init__(self, group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, *inputs: Tensor, hook: bool = True) -> None:
+    def __init__(self, group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD: Tensor, gate_R1: Tensor, gate_up: Tensor,
+                 down: Tensor, sums: GradientSums, hook: bool = True) -> None:
         self._saved: list[Tensor] = []
-        with torch.enable_grad():
-            entered = _Entry.apply(torch.empty(0, requires_grad=True), *inputs)
+        with torch.enable_grad(), saved_tensors_hooks(self._save, self._saved_tensor) if hook else nullcontext():
+            entered = _Entry.apply(torch.empty(0, requires_grad=True), x_RD, gate_R1)
             self._inputs = [get_gradient_edge(tensor) for tensor in entered]
-            if hook:
-                with saved_tensors_hooks(self._save, self._saved_tensor):
-                    result = _compute_chunk(group, plan, chunk, parts_nSE, *entered)
-            else:
-                result = _compute_chunk(group, plan, chunk, parts_nSE, *entered)
+            result = _compute_chunk(group, plan, chunk, parts_nSE, entered[0], entered[1], gate_up.detach(), down.detach(), sums)
         self._result: Tensor | None = result.detach()
         self._output: GradientEdge | None = get_gradient_edge(result)
 
@@ -276,7 +276,7 @@ class _Graph:
         return saved[self._num_saved :]
 
     def gradients(self, dy_RD: Tensor) -> tuple[Tensor, ...]:
-        """Of the inputs. Once: the graph and its tensors are freed."""
+        """Of x and gate. Once: the graph and its tensors are freed."""
         assert self._output is not None
         gradients = torch.autograd.grad([self._output], self._inputs, [dy_RD])
         self._output, self._saved = None, []

@@ -10,6 +10,7 @@ op's own).
     attention.context                      zig-zag context parallelism            cp
     moe.dispatcher                         uneven all-to-all                      ep
     embedding.lookup, .cross_entropy       vocabulary parallel                    tp
+    experts.gradient_sums                  the buckets of ZeRO-1                  (none)
 """
 
 from __future__ import annotations
@@ -82,8 +83,7 @@ def describe(recipe: Recipe, mesh: Mesh) -> list[str]:
         model = recipe.model
         tokens = recipe.micro_batch_rows(mesh.dp.size) * recipe.train.seq_len // (mesh.cp.size * mesh.tp.size)
         rows = most_rows(tokens, model.num_experts)
-        held = buffers_bytes(rows, tokens, model.num_experts // mesh.ep.size, model.hidden_size, model.moe_intermediate_size,
-                             BYTES[recipe.train.dtype])
+        held = buffers_bytes(rows, tokens, model.hidden_size, model.moe_intermediate_size, BYTES[recipe.train.dtype])
         lines.append(f"  experts take at most {rows:,} rows at once, whatever the router does: {held / 2**20:,.0f} MiB of buffers")
     return lines
 
@@ -94,6 +94,9 @@ def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str,
     if recipe.parallel.engine == "zaya":
         zero1 = Zero1({name: model.get_parameter(name) for name in table}, table, recipe.optim, mesh, reduce_dtype=reduce_dtype)
         install_waits(model, zero1)
+        for index, block in enumerate(model.blocks):
+            gate_up, down = (zero1.gradient_sum(f"blocks.{index}.moe.experts.{name}") for name in ("gate_up", "down"))
+            block.moe.experts.gradient_sums = gate_up, down
         return zero1
     head = _Head(model.embedding)
     model.embedding.add_module("head", head)

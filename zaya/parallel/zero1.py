@@ -2,8 +2,8 @@
 
 Who owns what is zaya/parallel/partition.py's. Per step, on every rank, in one fixed order:
 
-1. backward: a hook copies (micro-batch 1) or adds (later ones) each gradient into its bucket. When the last micro-batch has completed a
-   bucket, and all buckets before it, its reduce-scatter is launched; backward goes on.
+1. backward: a hook copies (micro-batch 1) or adds (later ones) each gradient into its bucket, unless an op has (`gradient_sum`). When the
+   last micro-batch has completed a bucket, and all buckets before it, its reduce-scatter is launched; backward goes on.
 2. `finish_gradients` waits for them: this rank then has the summed gradient of its shards. With zero_size they are summed over blocks too.
 3. `squared_norm`: of the shards here; summed over all ranks, every logical element is in it once.
 4. `update`: Muon's momentum, its pieces sent to the matrices' owners (all rounds at once); AdamW on the other shards meanwhile; then each
@@ -127,6 +127,7 @@ class Zero1:
         self.step = torch.zeros((), dtype=torch.float32, device=self.buckets[0].master.device)
         self._bucket_of = {name: bucket for bucket in self.buckets for name in bucket.plan.spans}
         self._rows = {row.name: row for bucket in self.buckets for row in bucket.plan.rows}
+        self._sums = {name: reference.GradientSum(bucket.view(bucket.grad, name)) for name, bucket in self._bucket_of.items()}
         self._collected: dict[str, int] = {}
         self._micro_batches = 0
         self._to_reduce: list[Bucket] = []
@@ -139,9 +140,15 @@ class Zero1:
         """The next gradients replace the old ones; the micro_batches-th of each parameter completes it."""
         self._micro_batches = micro_batches
         self._collected = dict.fromkeys(self._bucket_of, 0)
+        for gradient in self._sums.values():
+            gradient.begun = False
         for bucket in self.buckets:
             bucket.missing = len(bucket.plan.rows)
         self._to_reduce = list(self.buckets)  # the last in the forward pass is taken first
+
+    def gradient_sum(self, name: str) -> reference.GradientSum:
+        """The part of the bucket where a parameter's gradients are summed, for an op that adds to it by itself."""
+        return self._sums[name]
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch's summed loss."""
@@ -149,7 +156,7 @@ class Zero1:
 
     def finish_gradients(self) -> None:
         """Every shard's gradient is summed. Every parameter must have received one from each micro-batch."""
-        missing = [name for name, times in self._collected.items() if times != self._micro_batches]
+        missing = [name for name, times in self._collected.items() if times != self._micro_batches or not self._sums[name].begun]
         assert self._collected and not missing, f"a parameter received no gradient: {missing[:1]}"
         for bucket in reversed(self.buckets):
             bucket.finish_reduce()
@@ -162,12 +169,12 @@ class Zero1:
         return torch.stack(norms).double().square().sum()
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
-        bucket = self._bucket_of[name]
-        target = bucket.view(bucket.grad, name)
+        bucket, total = self._bucket_of[name], self._sums[name]
 
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            target.add_(parameter.grad) if self._collected[name] else target.copy_(parameter.grad)
+            if not parameter.grad.is_sparse:  # it is reference.no_gradient: an op has added it
+                total.add(parameter.grad)
             parameter.grad = None
             self._collected[name] += 1
             if self._collected[name] == self._micro_batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,35 @@ def routed(tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: 
         return {**arguments, "order_R": random(R).argsort().int(), "gate_Tk": 0.5 + 0.2 * random(tokens, slots)}
 
     return make
+
+
+class _IntoSums(torch.autograd.Function):
+    """experts whose weights' gradients come from the sums of two equal micro-batches: the first replaces, the second adds."""
+
+    @staticmethod
+    def forward(ctx, x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk):
+        with torch.enable_grad():
+            x_TD, gate_Tk = (tensor.detach().requires_grad_() for tensor in (x_TD, gate_Tk))
+            ctx.sums = tuple(reference.GradientSum(torch.empty_like(w, dtype=reference.wide(w.dtype))) for w in (gate_up_EFD, down_EDF))
+            ctx.inputs, ctx.dtype = (x_TD, gate_Tk), x_TD.dtype
+            ctx.out = experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, ctx.sums)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, dout_TD):
+        for _ in range(2):
+            dx_TD, dgate_Tk = torch.autograd.grad(ctx.out, ctx.inputs, dout_TD, retain_graph=True)
+        dgate_up_EFD, ddown_EDF = ((gradient.total / 2).to(ctx.dtype) for gradient in ctx.sums)
+        return dx_TD, None, dgate_up_EFD, ddown_EDF, None, dgate_Tk
+
+
+def experts_into_sums(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor, gate_Tk: Tensor) -> Tensor:
+    """The op as the trainer calls it."""
+    return _IntoSums.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
+
+
+def _into_sums(case: Case) -> Case:
+    return replace(case, name=f"{case.name} into sums", op=experts_into_sums)
 
 
 def _case(name: str, size: str, tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: int = 1,
@@ -75,11 +105,14 @@ CASES: list[Case] = [
     _case("small sorted rows", SMALL, 90, 64, 32, (40, 0, 43), is_sorted=True),
     # Widths of whole tiles, as the models have: no column is clamped, no inner loop has a mask.
     _case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5)),
+    _into_sums(_case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5))),
+    _into_sums(_case("small ragged", SMALL, 110, 72, 40, (50, 0, 33, 1))),
     # 4 rows of 4,096 tokens
     _case("8b uniform", CHIP, 16384, 2048, 2048, _uniform(16384, 16)),
     _case("8b skewed", CHIP, 16384, 2048, 2048, _skewed(16384, 16)),
     _case("8b two slots", CHIP, 8192, 2048, 2048, _uniform(16384, 16), slots=2),
     _case("8b sorted rows", CHIP, 16384, 2048, 2048, _uniform(16384, 16), is_sorted=True),
+    _into_sums(_case("8b uniform", CHIP, 16384, 2048, 2048, _uniform(16384, 16))),
     _case("74b uniform", CHIP, 16384, 4096, 4096, _uniform(16384, 24)),
     _case("74b skewed", CHIP, 16384, 4096, 4096, _skewed(16384, 24)),
     _product("small", SMALL, 60, 64, (0, 50, 10)),
