@@ -1,17 +1,20 @@
 """Compile every shipped kernel configuration for the MI300X, without one, and print what its machine code uses; exit 1 where a gate fails.
 
-Each chip case runs forward and backward on "meta" tensors, which compute nothing, so an op that waited for the device would fail here.
-Equal launches are compiled once, in as many processes as there are CPUs.
+Each chip case runs forward and backward on "meta" tensors, which compute nothing, so an op that waited for the device would fail here; so
+does a training step of every bf16 recipe, whole and as a rank of a layout has it. Equal launches are compiled once, in as many processes as
+there are CPUs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 # The interpreter's stand-in for a kernel cannot be compiled. Triton reads this once, as it is imported.
@@ -21,33 +24,97 @@ import torch
 from tqdm import tqdm
 
 from zaya.cli import Parser
-from zaya.kernels import cases, machine_code
+from zaya.config import ModelConfig, Recipe, load_recipe
+from zaya.kernels import backend, cases, machine_code
+from zaya.kernels.backend import ops
 from zaya.kernels.launch import MI300X
+from zaya.kernels.reference import GradientSum
+from zaya.model.transformer import Zaya
+from zaya.optim import RouterBalance
+from zaya.plan import Muon, plan
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+BLOCKS = 4  # of a recipe's model: both kinds of attention, a first router and later ones
+LAYOUTS = ((1, 1), (2, 8))  # tp and ep of what a rank holds, where the model divides so
 
 
 @dataclass
 class Launch:
-    """A distinct launch, and the cases that make it."""
+    """A distinct launch, and the cases (or recipes) that make it."""
 
     build: machine_code.Build
     config: dict[str, int]
     cases: list[str] = field(default_factory=list)
 
 
-def launches(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """The distinct launches of the cases, forward and backward."""
+Runs = list[tuple[str, Callable[[], object]]]  # by name: what makes launches
+
+
+def of_cases(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) -> Runs:
+    """Forward and backward of each."""
+
+    def run(case: cases.Case) -> None:
+        cases.run(case.op, case.make(torch.device("meta"), dtype), case.gradients)
+
+    return [(case.name, functools.partial(run, case)) for case in chosen]
+
+
+def of_training() -> Runs:
+    """A step of every bf16 recipe under every layout of LAYOUTS."""
+    runs: Runs = []
+    for path in sorted(RECIPES.glob("*.toml")):
+        recipe = load_recipe(path)
+        for tp, ep in LAYOUTS:
+            if recipe.train.dtype == "bf16" and recipe.model.num_kv_heads % tp == recipe.model.num_experts % ep == 0:
+                name = f"training {path.stem}" + (f" tp={tp} ep={ep}" if tp * ep > 1 else "")
+                runs.append((name, functools.partial(training_step, recipe, of_rank(recipe.model, tp, ep))))
+    return runs
+
+
+def of_rank(model: ModelConfig, tp: int, ep: int) -> ModelConfig:
+    """The first blocks, with as many heads and experts as a rank holds."""
+    return replace(model, num_layers=BLOCKS, num_heads=model.num_heads // tp, num_kv_heads=model.num_kv_heads // tp,
+                   num_experts=model.num_experts // ep)
+
+
+def training_step(recipe: Recipe, model: ModelConfig) -> None:
+    """Forward and backward of two micro-batches, and the optimizers' rules, on "meta"."""
+    backend.choose("triton", torch.device("cuda"), torch.bfloat16, model.head_dim, model.hidden_size, model.num_router_classes)
+    with torch.device("meta"):
+        module = Zaya(model, torch.bfloat16, recipe.train.recompute)
+        for block in module.blocks:
+            experts = block.moe.experts
+            gate_up, down = (GradientSum(torch.empty_like(w, dtype=torch.float32)) for w in (experts.gate_up, experts.down))
+            experts.gradient_sums = gate_up, down
+        tokens = torch.zeros(recipe.train.micro_batch_size, recipe.train.seq_len, dtype=torch.int64)
+        for _ in range(2):
+            output = module(tokens, tokens)
+            module.loss(output.hidden_BTD, tokens).backward()
+        commit, step = torch.tensor(True), torch.zeros(())
+        RouterBalance([block.moe.router.balance_bias for block in module.blocks], model.num_experts, 1e-3).update(output.counts_LC, commit)
+        shard, rounded = torch.empty(4, 1 << 20).unbind(), torch.empty(1 << 20, dtype=torch.bfloat16)
+        ops().adamw_(*shard, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=step, step=step, commit=commit,
+                     out=rounded)
+        for row in plan(model).values():
+            if isinstance(row.optimizer, Muon):
+                height = row.shape[-2] // row.optimizer.blocks
+                ops().newton_schulz(torch.empty(row.numel // (height * row.shape[-1]), height, row.shape[-1], dtype=torch.bfloat16))
+
+
+def launches(runs: Runs) -> list[Launch]:
+    """The distinct launches of all runs."""
     found: dict[str, Launch] = {}
-    for case in chosen:
+    for name, run in runs:
         try:
             with machine_code.recording() as noted:
-                cases.run(case.op, case.make(torch.device("meta"), dtype), case.gradients)
+                run()
         except Exception as error:
-            error.add_note(f"in case {case.name}")
+            error.add_note(f"in {name}")
             raise
         for build, config in noted:
             entry = found.setdefault(build.key, Launch(build, {**config.blocks, **config.options(MI300X)}))
-            if case.name not in entry.cases:
-                entry.cases.append(case.name)
+            if name not in entry.cases:
+                entry.cases.append(name)
     return list(found.values())
 
 
@@ -76,16 +143,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = Parser(prog="tools.kernel_report", description=__doc__)
     parser.add_argument("--arch", choices=[MI300X.arch], default=MI300X.arch, help="chip to compile for")
-    parser.add_argument("--op", help="only cases whose name starts so: attention, experts, ...")
+    parser.add_argument("--op", help="only what has such a name: attention, experts, ..., training")
     parser.add_argument("--json", action="store_true", help="print every figure as a JSON list instead of a table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel
-    chosen = [case for case in cases.cases(cases.CHIP) if case.name.startswith(arguments.op or "")]
+    runs = of_cases(cases.cases(cases.CHIP)) + of_training()
+    chosen = [(name, run) for name, run in runs if name.startswith(arguments.op or "")]
     if not chosen:
-        names = sorted({case.name.partition(" ")[0] for case in cases.cases(cases.CHIP)})
-        parser.error(f"--op {arguments.op}: no chip case has such a name; there are {', '.join(names)}")
+        names = sorted({name.partition(" ")[0] for name, _ in runs})
+        parser.error(f"--op {arguments.op}: nothing has such a name; there are {', '.join(names)}")
     rows = report(launches(chosen))
-    print(json.dumps(rows, indent=1) if arguments.json else table(rows))
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        training = [row for row in rows if row["cases"][0].startswith("training")]
+        for title, part in (("Cases", [row for row in rows if row not in training]), ("Beside these, in training steps", training)):
+            if part:
+                print(f"{title}: {len(part)} launches\n\n{table(part)}\n")
     broken = [f"{row['kernel']} {row['config']} ({row['cases'][0]}): {'; '.join(row['broken'])}" for row in rows if row["broken"]]
     for line in broken:
         print("GATE", line, file=sys.stderr)

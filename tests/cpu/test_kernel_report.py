@@ -106,14 +106,14 @@ PLANTED = textwrap.dedent('''
 def planted(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     (tmp_path / "planted.py").write_text(PLANTED)
     (tmp_path / "script.py").write_text(
-        "import json, torch, planted\nfrom tools.kernel_report import launches, report\n"
+        "import json, torch, planted\nfrom tools.kernel_report import launches, of_cases, report\n"
         f"if __name__ == '__main__':\n    {code}\n")
     return run([str(tmp_path / "script.py")], tmp_path)
 
 
 def test_planted_faults_are_caught(tmp_path: Path) -> None:
-    result = planted("""found = launches([planted.GOOD, planted.SPILLS, planted.LDS, planted.NO_MFMA])
-    found += launches([planted.GOOD], torch.float64)  # the kernel's sum would change its type in the loop
+    result = planted("""found = launches(of_cases([planted.GOOD, planted.SPILLS, planted.LDS, planted.NO_MFMA]))
+    found += launches(of_cases([planted.GOOD], torch.float64))  # the kernel's sum would change its type in the loop
     print(json.dumps(report(found)))""", tmp_path)
     assert result.returncode == 0, result.stderr
     good, spills, lds, no_mfma, no_code = json.loads(result.stdout)
@@ -126,13 +126,13 @@ def test_planted_faults_are_caught(tmp_path: Path) -> None:
 
 
 def test_equal_launches_are_compiled_once(tmp_path: Path) -> None:
-    result = planted("print(json.dumps([launch.cases for launch in launches(planted.SCALES)]))", tmp_path)
+    result = planted("print(json.dumps([launch.cases for launch in launches(of_cases(planted.SCALES))]))", tmp_path)
     # 3 and 5 run the same code; 16 lets the compiler divide by it, 1 becomes a constant.
     assert json.loads(result.stdout) == [["three", "five"], ["sixteen"], ["one"]], result.stderr
 
 
 def test_an_op_that_waits_for_the_device_is_caught(tmp_path: Path) -> None:
-    result = planted("launches([planted.WAITS])", tmp_path)
+    result = planted("launches(of_cases([planted.WAITS]))", tmp_path)
     assert result.returncode == 1 and "meta" in result.stderr
 
 

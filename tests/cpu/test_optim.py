@@ -173,10 +173,10 @@ def test_an_op_adds_a_gradient_unrounded_by_itself() -> None:
     parameters, optimizer = make([row("w", (4, 6), Muon(1), decay=True), row("b", (3,), AdamW(), decay=False)], torch.bfloat16, CONFIG)
     for _ in range(2):
         optimizer.start_step(micro_batches=2)
-        for factor in (1.0, 2**-12):
+        for factor in (1 + 2**-12, 2.0):
             (AddsItself.apply(parameters["w"], factor, optimizer.gradient_sum("w")) + parameters["b"].sum()).backward()
         optimizer.finish_gradients()
-        assert (optimizer.gradient_sum("w").total == 1 + 2**-12).all(), "bf16 would have lost the second one"
+        assert (optimizer.gradient_sum("w").total == 3 + 2**-12).all(), "bf16 would have rounded the first to 1"
         assert (optimizer.gradient_sum("b").total == 2).all() and parameters["w"].grad is None
     optimizer.start_step()
     (AddsItself.apply(parameters["w"], 1.0, None) + parameters["b"].sum()).backward()

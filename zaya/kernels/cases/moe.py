@@ -62,7 +62,7 @@ def experts_into_sums(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_E
 
 
 def _into_sums(case: Case) -> Case:
-    return replace(case, name=f"{case.name} into sums", op=experts_into_sums)
+    return replace(case, name=case.name.replace("experts", "experts_into_sums"), op=experts_into_sums, backward_flops=4 * case.flops)
 
 
 def _case(name: str, size: str, tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: int = 1,

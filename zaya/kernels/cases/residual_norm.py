@@ -34,10 +34,13 @@ def join(*shape: int, channel_scale: float = 1.0) -> Callable[[torch.device, tor
     return make
 
 
-def norm(*shape: int) -> Callable[[torch.device, torch.dtype], dict[str, Any]]:
+def norm(*shape: int, of_stream: bool = False) -> Callable[[torch.device, torch.dtype], dict[str, Any]]:
+    """rms_norm in the compute dtype, or of the stream, which is fp32."""
+
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         random = _random(device, 37)
-        return {"x": (3 * random(*shape)).to(dtype), "weight": (1 + 0.2 * random(shape[-1])).to(dtype), "eps": EPS}
+        return {"x": (3 * random(*shape)).to(torch.float32 if of_stream else dtype), "weight": (1 + 0.2 * random(shape[-1])).to(dtype),
+                "eps": EPS}
 
     return make
 
@@ -53,10 +56,10 @@ def _joins(name: str, size: str, *shape: int, channel_scale: float = 1.0) -> Cas
                 JOIN_GRADIENTS, num_bytes=12 * elements, backward_bytes=18 * elements)
 
 
-def _norms(name: str, size: str, *shape: int) -> Case:
-    elements = torch.Size(shape).numel()
-    return Case(f"rms_norm {name}", size, rms_norm, reference.rms_norm, norm(*shape), ("x", "weight"), num_bytes=4 * elements,
-                backward_bytes=6 * elements)
+def _norms(name: str, size: str, *shape: int, of_stream: bool = False) -> Case:
+    elements, x_bytes = torch.Size(shape).numel(), 4 if of_stream else 2
+    return Case(f"rms_norm {name}", size, rms_norm, reference.rms_norm, norm(*shape, of_stream=of_stream), ("x", "weight"),
+                num_bytes=(x_bytes + 2) * elements, backward_bytes=(2 * x_bytes + 2) * elements)
 
 
 CASES = [
@@ -70,11 +73,12 @@ CASES = [
     _joins("small channels off", SMALL, 4, 96, channel_scale=0.0),
     _norms("small router", SMALL, 3, 91, 256),
     _norms("small odd width", SMALL, 9, 201),
+    _norms("small stream", SMALL, 7, 201, of_stream=True),
     _norms("small 4096", SMALL, 3, 4096),
     _norms("small wider than 4096", SMALL, 2, 4200),
     _joins("8b", CHIP, 4, 4096, 2048),
     _joins("74b", CHIP, 2, 4096, 4096),
     _norms("8b router", CHIP, 4, 4096, 256),
-    _norms("8b first norm", CHIP, 4, 4096, 2048),
-    _norms("74b first norm", CHIP, 2, 4096, 4096),
+    _norms("8b first norm", CHIP, 4, 4096, 2048, of_stream=True),
+    _norms("74b first norm", CHIP, 2, 4096, 4096, of_stream=True),
 ]
