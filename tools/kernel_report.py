@@ -82,10 +82,10 @@ def training_step(recipe: Recipe, model: ModelConfig) -> None:
     backend.choose("triton", torch.device("cuda"), torch.bfloat16, model.head_dim, model.hidden_size, model.num_router_classes)
     with torch.device("meta"):
         module = Zaya(model, torch.bfloat16, recipe.train.recompute)
+        module.embedding.gradient_sum = sum_for(module.embedding.weight)
         for block in module.blocks:
             experts = block.moe.experts
-            gate_up, down = (GradientSum(torch.empty_like(w, dtype=torch.float32)) for w in (experts.gate_up, experts.down))
-            experts.gradient_sums = gate_up, down
+            experts.gradient_sums = sum_for(experts.gate_up), sum_for(experts.down)
         tokens = torch.zeros(recipe.train.micro_batch_size, recipe.train.seq_len, dtype=torch.int64)
         for _ in range(2):
             output = module(tokens, tokens)
@@ -99,6 +99,10 @@ def training_step(recipe: Recipe, model: ModelConfig) -> None:
             if isinstance(row.optimizer, Muon):
                 height = row.shape[-2] // row.optimizer.blocks
                 ops().newton_schulz(torch.empty(row.numel // (height * row.shape[-1]), height, row.shape[-1], dtype=torch.bfloat16))
+
+
+def sum_for(weight: torch.Tensor) -> GradientSum:
+    return GradientSum(torch.empty_like(weight, dtype=torch.float32))
 
 
 def launches(runs: Runs) -> list[Launch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from zaya.kernels import cross_entropy as module
 from zaya.kernels import reference
-from zaya.kernels.cases import SMALL, Case, error, run
+from zaya.kernels.cases import SMALL, Case, error, run, widened
 from zaya.kernels.cases.cross_entropy import CASES, head
 from zaya.kernels.cross_entropy import Partials, cross_entropy, gradients, partials
 from zaya.kernels.launch import Config, launching_through
-from zaya.kernels.reference import IGNORE
+from zaya.kernels.reference import IGNORE, GradientSum
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,6 +112,25 @@ def test_backward_twice_gives_the_same() -> None:
     loss = 0.5 * cross_entropy(**arguments)
     first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("op", [cross_entropy, reference.cross_entropy])
+def test_the_weights_gradient_adds_up_in_a_given_sum(op: Any) -> None:
+    """Two micro-batches: the first replaces what is in the sum, the second adds to it; autograd gets the rest."""
+    arguments, names = head(37, 24, 300)(DEVICE, torch.float16), ("hidden_TD", "weight_VD")
+    want = run(reference.cross_entropy, widened(arguments), names)
+    gradient = GradientSum(torch.full_like(arguments["weight_VD"], math.nan, dtype=torch.float32))
+    for times in (1, 2):
+        got = run(op, {**arguments, "gradient_sum": gradient}, names)
+        assert error(got["d hidden_TD"], want["d hidden_TD"]) < THRESHOLDS[torch.float16]
+        assert got["d weight_VD"].is_sparse and not got["d weight_VD"]._nnz()
+        assert error(gradient.total / times, want["d weight_VD"]) < THRESHOLDS[torch.float16]
+
+
+def test_refuses_another_sum() -> None:
+    sum_of_halves = GradientSum(torch.zeros(50, 8, dtype=torch.float16, device=DEVICE))
+    with pytest.raises(ValueError, match="gradient_sum has dtype float16, expected float32"):
+        cross_entropy(**head(9, 8, 50)(DEVICE, torch.float16), gradient_sum=sum_of_halves)
 
 
 def test_no_tokens_lose_nothing() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from zaya.config import OptimConfig
-from zaya.kernels.reference import no_gradient
 from zaya.optim import RouterBalance, muon_direction, muon_step, orthogonalise
 from zaya.parallel.mesh import make_mesh
 from zaya.parallel.zero1 import Zero1
@@ -152,21 +151,20 @@ def test_micro_batches_add_up_and_the_next_step_starts_anew() -> None:
 
 
 class AddsItself(torch.autograd.Function):
-    """(weight * factor).sum() of an op that adds weight's gradient to a sum, where it has one, twice (as in two chunks)."""
+    """(weight * factor).sum() of an op that adds weight's gradient to a sum, in two chunks, or forgets to."""
 
     @staticmethod
-    def forward(ctx, weight, factor, gradient_sum):
+    def forward(ctx, weight, factor, gradient_sum, adds):
         ctx.save_for_backward(weight)
-        ctx.factor, ctx.gradient_sum = factor, gradient_sum
+        ctx.factor, ctx.gradient_sum, ctx.adds = factor, gradient_sum, adds
         return weight.detach().float().sum() * factor
 
     @staticmethod
     def backward(ctx, dout):
         weight, = ctx.saved_tensors
-        if ctx.gradient_sum is not None:
-            for _ in range(2):
-                ctx.gradient_sum.add(torch.full(weight.shape, ctx.factor / 2))
-        return no_gradient(weight), None, None
+        for _ in range(2 if ctx.adds else 0):
+            ctx.gradient_sum.add(torch.full(weight.shape, ctx.factor / 2))
+        return ctx.gradient_sum.for_autograd(weight.dtype), None, None, None
 
 
 def test_an_op_adds_a_gradient_unrounded_by_itself() -> None:
@@ -174,12 +172,12 @@ def test_an_op_adds_a_gradient_unrounded_by_itself() -> None:
     for _ in range(2):
         optimizer.start_step(micro_batches=2)
         for factor in (1 + 2**-12, 2.0):
-            (AddsItself.apply(parameters["w"], factor, optimizer.gradient_sum("w")) + parameters["b"].sum()).backward()
+            (AddsItself.apply(parameters["w"], factor, optimizer.gradient_sum("w"), True) + parameters["b"].sum()).backward()
         optimizer.finish_gradients()
         assert (optimizer.gradient_sum("w").total == 3 + 2**-12).all(), "bf16 would have rounded the first to 1"
         assert (optimizer.gradient_sum("b").total == 2).all() and parameters["w"].grad is None
     optimizer.start_step()
-    (AddsItself.apply(parameters["w"], 1.0, None) + parameters["b"].sum()).backward()
+    (AddsItself.apply(parameters["w"], 1.0, optimizer.gradient_sum("w"), False) + parameters["b"].sum()).backward()
     with pytest.raises(AssertionError, match="no gradient: .'w'"):
         optimizer.finish_gradients()
 

@@ -236,6 +236,32 @@ def test_route_takes_the_biased_choice_and_the_raw_gate() -> None:
     assert torch.equal(gate, logits.softmax(-1)[:, [1, 0]])
 
 
+def test_lookup_equals_torch() -> None:
+    torch.manual_seed(8)
+    tokens, weight = torch.randint(0, 5, (3, 40)), torch.randn(7, 4, dtype=torch.float64)
+    compare(lambda w: reference.lookup(tokens, w), lambda w: F.embedding(tokens, w), [weight])
+
+
+def test_a_lookups_gradient_adds_up_in_a_sum_in_a_fixed_order() -> None:
+    """As the first to write in a step it replaces all rows, also those that no token names; many tokens share a row."""
+    torch.manual_seed(9)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # one alone keeps any order
+    tokens, dy = torch.randint(0, 3, (4, 5000)), torch.randn(4, 5000, 8)
+    weight = torch.nn.Parameter(torch.zeros(7, 8))
+    want = torch.zeros(7, 8, dtype=torch.float64).index_add_(0, tokens.flatten(), dy.flatten(0, 1).double())
+    found = []
+    for _ in range(5):
+        gradient = reference.GradientSum(torch.full((7, 8), math.nan))
+        for times in (1, 2):
+            reference.lookup(tokens, weight, gradient).backward(dy)
+            assert relative(gradient.total.double() / times, want) < 1e-5, "13,000 numbers one after the other in fp32"
+        found.append(gradient.total)
+    torch.set_num_threads(threads)
+    assert weight.grad is not None and weight.grad.is_sparse and not weight.grad._nnz()
+    assert all(torch.equal(total, found[0]) for total in found)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_cross_entropy_equals_torch(tokens: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_sparse:  # no_gradient has no memory
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_sparse:  # that has no memory
                 self._count(tensor.untyped_storage())
         return result
 

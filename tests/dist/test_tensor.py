@@ -6,6 +6,7 @@ of replicas summed) and compares with the same module whole.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -247,7 +248,7 @@ def token_rows(B: int, seed: int) -> Tensor:
 
 
 def vocabulary(rank: int, world_size: int, B: int, z_loss: float, block: int) -> tuple[dict[str, Tensor], Sent]:
-    """Embed, a map of each token by itself, loss: the tied weight gets both gradients."""
+    """Embed, a map of each token by itself, loss: the tied weight gets both gradients, here (but for one row) in a sum of the optimizer's."""
     reference.LOSS_BLOCK, block_before = block, reference.LOSS_BLOCK
     ledger = Ledger()
     group = group_of(world_size, rank, world_size, "tp", ledger)
@@ -257,6 +258,7 @@ def vocabulary(rank: int, world_size: int, B: int, z_loss: float, block: int) ->
     assert isinstance(module, Embedding)
     module.weight = nn.Parameter(module.weight.detach().chunk(world_size)[rank].clone())
     module.lookup, module.cross_entropy = tensor.vocabulary_lookup(group), tensor.vocabulary_cross_entropy(group, z_loss)
+    module.gradient_sum = reference.GradientSum(torch.full_like(module.weight.detach(), math.nan)) if B > 1 else None
     tokens_BT, labels_BT = token_rows(B, 1), token_rows(B, 2)
     labels_BT[:, ::5] = reference.IGNORE
     stream_BtD = module(tokens_BT)
@@ -269,6 +271,9 @@ def vocabulary(rank: int, world_size: int, B: int, z_loss: float, block: int) ->
     reference.LOSS_BLOCK = block_before
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert hidden_BtD.grad is not None
+    if module.gradient_sum is not None:
+        assert grads["weight"].is_sparse and not grads["weight"]._nnz()
+        grads["weight"] = module.gradient_sum.total
     return {"loss": loss.detach(), "stream": stream_BtD.detach(), "dhidden": hidden_BtD.grad, **grads}, dict(ledger.sent)
 
 
@@ -339,8 +344,8 @@ def megatron(rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, T
         torch.cuda.current_device = current_device
     group = group_of(world_size, rank, world_size, "tp", Ledger())
     weight = nn.Parameter(weight_VD.clone())
-    embedded_BtD = tensor.vocabulary_lookup(group)(tokens_BT, weight)
-    loss = tensor.vocabulary_cross_entropy(group)(embedded_BtD.sin(), weight, labels_BT)
+    embedded_BtD = tensor.vocabulary_lookup(group)(tokens_BT, weight, None)
+    loss = tensor.vocabulary_cross_entropy(group)(embedded_BtD.sin(), weight, labels_BT, None)
     loss.backward()
     assert weight.grad is not None and embedding.weight.grad is not None
     return ({"embedded": embedded_BtD.detach(), "loss": loss.detach(), "weight": weight.grad},

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zaya.kernels.launch import check, config, launch, target
-from zaya.kernels.reference import IGNORE, Partials, whole
+from zaya.kernels.reference import IGNORE, GradientSum, Partials, whole
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # 2,048 tokens of the whole vocabulary: 2.15 GB of fp32 logits and 1.07 GB of their gradients. Fewer rows would starve the GEMM of dh,
@@ -226,23 +226,25 @@ def gradients(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, lse_T: Ten
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,
-                  combine: Callable[[Partials], Partials] = whole) -> Tensor:
+                  combine: Callable[[Partials], Partials] = whole, gradient_sum: GradientSum | None = None) -> Tensor:
     """Sum over the labelled tokens of -log softmax(hidden @ weight.T)[label] + z_loss * logsumexp^2, fp32, 0-dim.
 
     hidden (T, D), weight (V, D) of one dtype, labels (T,) int64 in the vocabulary or IGNORE. With a vocabulary over devices, weight is
     the shard that starts at vocab_start and combine turns a chunk's partials into those of all shards, called equally often on each;
-    the loss is then the whole one everywhere, and hidden's gradient this shard's share, to be summed.
+    the loss is then the whole one everywhere, and hidden's gradient this shard's share, to be summed. gradient_sum: of weight, fp32.
     """
     _check(hidden_TD, weight_VD, labels_T)
+    if gradient_sum is not None:
+        check("gradient_sum", gradient_sum.total, shape=tuple(weight_VD.shape), dtypes=(torch.float32,), device=hidden_TD.device)
     training = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _CrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, training)
+    return _CrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, training)
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Saves both gradients for dloss = 1."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, training):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, training):
         chunks = _Chunks(hidden_TD, weight_VD, training)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         if training:
@@ -257,10 +259,14 @@ class _CrossEntropy(torch.autograd.Function):
                 _add_gradients(chunks, chunk, logits, labels, lse, vocab_start, z_loss, dhidden_TD, dweight_VD)
         if training:
             ctx.save_for_backward(dhidden_TD, dweight_VD)
-            ctx.weight_dtype = weight_VD.dtype
+            ctx.gradient_sum = gradient_sum
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        return (_scaled(dhidden_TD, dloss, dhidden_TD.dtype), _scaled(dweight_VD, dloss, ctx.weight_dtype), *[None] * 5)
+        dhidden_TD = _scaled(dhidden_TD, dloss, dhidden_TD.dtype)
+        if ctx.gradient_sum is None:
+            return dhidden_TD, _scaled(dweight_VD, dloss, dhidden_TD.dtype), *[None] * 6
+        ctx.gradient_sum.add_scaled(dweight_VD, dloss)
+        return dhidden_TD, ctx.gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 6

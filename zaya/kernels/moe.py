@@ -29,7 +29,7 @@ from zaya.kernels.grouped_gemm import (
     _weight_grad_kernel,
 )
 from zaya.kernels.launch import Config, check, config, launch, target
-from zaya.kernels.reference import GradientSum, GradientSums, no_gradient
+from zaya.kernels.reference import GradientSum, GradientSums
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 256  # the widest tile: other widths need clamped columns, whose registers the largest tiles do not have on gfx942
@@ -89,10 +89,9 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TD):
         x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk = ctx.saved_tensors
-        weights = gate_up_EFD, down_EDF
         sums = ctx.gradient_sums or (GradientSum(torch.empty_like(gate_up_EFD)), GradientSum(torch.empty_like(down_EDF)))
         dx_TD, dgate_Tk = backward(dout_TD.contiguous(), x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, sums)
-        dweights = map(no_gradient, weights) if ctx.gradient_sums else (gradient.total for gradient in sums)
+        dweights = [gradient.for_autograd(x_TD.dtype) if ctx.gradient_sums else gradient.total for gradient in sums]
         return dx_TD, None, *dweights, None, dgate_Tk, None
 
 

@@ -30,7 +30,75 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# ---------------------------------------------------------------------------------------------------------------- gradients
+
+
+@dataclass
+class GradientSum:
+    """The sum of a weight's gradients over the micro-batches of a step, in the accumulation dtype. An op that is given one adds to it,
+    unrounded, what autograd would have got in the weight's dtype; autograd gets `for_autograd`."""
+
+    total: Tensor
+    begun: bool = False
+    """Whether total holds a gradient of this step: the first one replaces what is there."""
+
+    def begin(self) -> bool:
+        """Whether the caller is to add to total, not to replace it: it writes a gradient now."""
+        begun, self.begun = self.begun, True
+        return begun
+
+    def add(self, gradient: Tensor) -> None:
+        self.total.add_(gradient) if self.begin() else self.total.copy_(gradient)
+
+    def add_scaled(self, gradient: Tensor, factor: Tensor) -> None:
+        """gradient * factor (0-dim), both in total's dtype."""
+        self.total.addcmul_(gradient, factor) if self.begin() else torch.mul(gradient, factor, out=self.total)
+
+    def add_rows(self, rows: Tensor, gradients: Tensor) -> None:
+        """gradients (..., D), each to the row of total (V, D) that rows (...) says; in a fixed order where several go to one row."""
+        if not self.begin():
+            self.total.zero_()
+        rows, gradients = rows.flatten(), gradients.flatten(0, -2).to(self.total.dtype)
+        if self.total.device.type == "cpu":
+            self.total.index_add_(0, rows, gradients)
+        else:  # each of the two uses atomics where the other does not
+            self.total.index_put_((rows,), gradients, accumulate=True)
+
+
+    def for_autograd(self, dtype: torch.dtype) -> Tensor:
+        """What autograd gets for the weight, of that dtype: a zero without memory, by which hooks learn that the gradient is complete."""
+        return torch.zeros_like(self.total, dtype=dtype, layout=torch.sparse_coo)
+
+
+GradientSums = tuple[GradientSum, GradientSum]
+
+
 # ---------------------------------------------------------------------------------------------------------------- stream
+
+
+def lookup(tokens: Tensor, weight_VD: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
+    """The rows of weight that tokens (...) name (..., D)."""
+    return _Lookup.apply(tokens, weight_VD, gradient_sum)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, weight_VD, gradient_sum):
+        ctx.save_for_backward(tokens)
+        ctx.num_rows, ctx.gradient_sum = len(weight_VD), gradient_sum
+        return F.embedding(tokens, weight_VD)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, lookup_gradient(ctx.saved_tensors[0], dy, ctx.num_rows, ctx.gradient_sum), None
+
+
+def lookup_gradient(tokens: Tensor, dy: Tensor, num_rows: int, gradient_sum: GradientSum | None) -> Tensor:
+    """Of the weight (num_rows, D), for autograd."""
+    if gradient_sum is None:
+        return torch.ops.aten.embedding_dense_backward(dy, tokens, num_rows, -1, False)
+    gradient_sum.add_rows(tokens, dy)
+    return gradient_sum.for_autograd(dy.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -371,32 +439,6 @@ def sort_by_expert(choice_Tk: Tensor, num_classes: int) -> tuple[Tensor, Tensor]
     return choice_R.argsort(stable=True).int(), sizes_C
 
 
-@dataclass
-class GradientSum:
-    """The sum of a weight's gradients over the micro-batches of a step, in the accumulation dtype. An op that is given one adds to it,
-    unrounded, what autograd would have got in the weight's dtype; autograd gets `no_gradient`."""
-
-    total: Tensor
-    begun: bool = False
-    """Whether total holds a gradient of this step: the first one replaces what is there."""
-
-    def begin(self) -> bool:
-        """Whether the caller is to add to total, not to replace it: it writes a gradient now."""
-        begun, self.begun = self.begun, True
-        return begun
-
-    def add(self, gradient: Tensor) -> None:
-        self.total.add_(gradient) if self.begin() else self.total.copy_(gradient)
-
-
-def no_gradient(weight: Tensor) -> Tensor:
-    """A zero of weight's shape without memory, so that hooks on weight learn that its gradient is complete."""
-    return torch.zeros_like(weight, layout=torch.sparse_coo)
-
-
-GradientSums = tuple[GradientSum, GradientSum]
-
-
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
             gate_Tk: Tensor | None = None, gradient_sums: GradientSums | None = None) -> Tensor:
     """SwiGLU experts: down(silu(gate) * up), gate_up = [gate | up] (E, 2F, D), down (E, D, F); each token's results times its gates (T, k),
@@ -433,8 +475,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_RD):
         x_RD, gate_up_RF, gate_up_EFD, down_EDF = ctx.saved_tensors
-        dx_RD, weights = torch.empty_like(x_RD), (gate_up_EFD, down_EDF)
-        sums = ctx.gradient_sums or tuple(GradientSum(torch.empty_like(weight)) for weight in weights)
+        dx_RD, dtype = torch.empty_like(x_RD), x_RD.dtype
+        sums = ctx.gradient_sums or (GradientSum(torch.empty_like(gate_up_EFD)), GradientSum(torch.empty_like(down_EDF)))
         (dgate_up_EFD, ddown_EDF), betas = (gradient.total for gradient in sums), [int(gradient.begin()) for gradient in sums]
         for expert, (start, end) in enumerate(_spans(ctx.sizes)):
             gate, up = gate_up_RF[start:end].chunk(2, dim=-1)
@@ -446,7 +488,7 @@ class _Experts(torch.autograd.Function):
             torch.mm(dgate_up, gate_up_EFD[expert], out=dx_RD[start:end])
             _add_product(dgate_up_EFD[expert], dgate_up.t(), x, betas[0])
         dx_RD[sum(ctx.sizes):] = 0
-        dweights = map(no_gradient, weights) if ctx.gradient_sums else (dgate_up_EFD, ddown_EDF)
+        dweights = [gradient.for_autograd(dtype) if ctx.gradient_sums else gradient.total for gradient in sums]
         return dx_RD, None, *dweights, None
 
 
@@ -499,7 +541,7 @@ def whole(parts: Partials) -> Partials:
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,
-                  combine: Callable[[Partials], Partials] = whole) -> Tensor:
+                  combine: Callable[[Partials], Partials] = whole, gradient_sum: GradientSum | None = None) -> Tensor:
     """Sum over the labelled tokens of -log softmax(z)[label] + z_loss * logsumexp(z)^2, z = hidden @ weight.T, in fp32 (fp64); labels of
     IGNORE count nothing.
 
@@ -507,7 +549,7 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss
     exp(logit - largest), label's logit), into those of all shards, and is called equally often on shards of one size. The loss is then
     the whole one on each, and hidden's gradient the shard's share, to be summed.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, torch.is_grad_enabled())
 
 
 LOSS_BLOCK = 1 << 21  # logits at a time (docs/experiments.md): 8 MiB in fp32, and as much for their softmax
@@ -520,7 +562,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     Saves the two gradients."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, training):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, training):
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
@@ -543,13 +585,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(dlogits.to(weight_VD.dtype), weight_VD, out=dh)
                 torch.addmm(dweight_VD, dlogits.t(), h.to(dtype), out=dweight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.gradient_sum = gradient_sum
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        return dhidden_TD.mul_(dloss), dweight_VD.mul_(dloss).to(ctx.weight_dtype), *[None] * 5
+        dhidden_TD.mul_(dloss)
+        if ctx.gradient_sum is None:
+            return dhidden_TD, dweight_VD.mul_(dloss).to(dhidden_TD.dtype), *[None] * 6
+        ctx.gradient_sum.add_scaled(dweight_VD, dloss)
+        return dhidden_TD, ctx.gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 6
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
+from zaya.kernels.reference import GradientSum
 
 RMS_NORM_EPS = 1e-5  # ZAYA1's released configuration
 
@@ -73,26 +74,27 @@ class ResidualScale(nn.Module):
         return ops().residual_norm(stream_BTD, branch_BTD, scales, next_norm.weight, RMS_NORM_EPS)
 
 
-def whole_vocabulary(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
-    return ops().cross_entropy(hidden_BTD.flatten(0, -2), weight_VD, labels_BT.flatten())
+def whole_vocabulary(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
+    return ops().cross_entropy(hidden_BTD.flatten(0, -2), weight_VD, labels_BT.flatten(), gradient_sum=gradient_sum)
 
 
 class Embedding(nn.Module):
-    """Token embedding, scaled per channel, tied to the output head."""
+    """Token embedding, scaled per channel, tied to the output head. `gradient_sum` of the weight: as Experts.gradient_sums."""
 
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()
         self.weight = parameter(vocab_size, size)
         self.scale, self.bias = parameter(size), parameter(size)
-        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding
-        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = whole_vocabulary
+        self.lookup: Callable[[Tensor, Tensor, GradientSum | None], Tensor] = reference.lookup
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor, GradientSum | None], Tensor] = whole_vocabulary
+        self.gradient_sum: GradientSum | None = None
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """The first residual stream (B, T, D), in fp32 (fp64)."""
-        embedded_BTD = self.lookup(tokens_BT, self.weight)
+        embedded_BTD = self.lookup(tokens_BT, self.weight, self.gradient_sum)
         wide = reference.wide(embedded_BTD.dtype)
         return (embedded_BTD.to(wide) + self.bias.to(wide)) * self.scale.to(wide)
 
     def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Sum of the cross-entropy over labelled tokens, in nats."""
-        return self.cross_entropy(hidden_BTD, self.weight, labels_BT)
+        return self.cross_entropy(hidden_BTD, self.weight, labels_BT, self.gradient_sum)

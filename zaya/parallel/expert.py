@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
-from zaya.kernels.reference import GradientSum, GradientSums, no_gradient
+from zaya.kernels.reference import GradientSum, GradientSums
 from zaya.parallel.collectives import Group, Pending, all_gather, all_to_all
 
 CHUNK_FACTOR = 2.0  # rows a rank takes at once, as a multiple of its own assignments; an estimate, not measured
@@ -202,8 +202,7 @@ class _Experts(torch.autograd.Function):
             sources += [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)]
         dx_AD, dgate_A1 = dout_TD.new_zeros(gate_Tk.numel(), dout_TD.shape[1]), torch.zeros_like(gate_Tk).view(-1, 1)
         _pipeline(group, plan, sent_A, sources, compute, [("dx", dx_AD), ("dgate", dgate_A1)])
-        weights = (gate_up, down)
-        dweights = map(no_gradient, weights) if ctx.given else (s.total.to(w.dtype) for s, w in zip(ctx.sums, weights))
+        dweights = [s.for_autograd(gate_up.dtype) if ctx.given else s.total.to(gate_up.dtype) for s in ctx.sums]
         return _sum_slots(dx_AD, k), dgate_A1.view_as(gate_Tk), *dweights, *[None] * 6
 
 

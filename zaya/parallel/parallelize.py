@@ -10,7 +10,7 @@ op's own).
     attention.context                      zig-zag context parallelism            cp
     moe.dispatcher                         uneven all-to-all                      ep
     embedding.lookup, .cross_entropy       vocabulary parallel                    tp
-    experts.gradient_sums                  the buckets of ZeRO-1                  (none)
+    experts and embedding: gradient_sum(s) the buckets of ZeRO-1                  (none)
 """
 
 from __future__ import annotations
@@ -94,13 +94,14 @@ def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str,
     if recipe.parallel.engine == "zaya":
         zero1 = Zero1({name: model.get_parameter(name) for name in table}, table, recipe.optim, mesh, reduce_dtype=reduce_dtype)
         install_waits(model, zero1)
+        model.embedding.gradient_sum = zero1.gradient_sum("embedding.weight")
         for index, block in enumerate(model.blocks):
             gate_up, down = (zero1.gradient_sum(f"blocks.{index}.moe.experts.{name}") for name in ("gate_up", "down"))
             block.moe.experts.gradient_sums = gate_up, down
         return zero1
     head = _Head(model.embedding)
     model.embedding.add_module("head", head)
-    model.embedding.cross_entropy = lambda hidden_BTD, _, labels_BT: head(hidden_BTD, labels_BT)
+    model.embedding.cross_entropy = lambda hidden_BTD, _, labels_BT, gradient_sum: head(hidden_BTD, labels_BT)
     return DeepSpeedEngine(model, table, recipe.optim, mesh, stage=recipe.parallel.zero_stage, offload=recipe.parallel.offload,
                            micro_batches=recipe.micro_batches(mesh.dp.size), reduce_dtype=reduce_dtype)
 
@@ -113,7 +114,7 @@ class _Head(nn.Module):
         self.weight, self.cross_entropy = embedding.weight, embedding.cross_entropy
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        return self.cross_entropy(hidden_BTD, self.weight, labels_BT)
+        return self.cross_entropy(hidden_BTD, self.weight, labels_BT, None)
 
 
 def install_waits(model: Zaya, optimizer: Zero1) -> None:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zaya.kernels.backend import ops
-from zaya.kernels.reference import Partials, wide
+from zaya.kernels.reference import GradientSum, Partials, lookup_gradient, wide
 from zaya.parallel.collectives import Group, all_gather, all_reduce, reduce_scatter
 
 
@@ -158,45 +158,47 @@ class _GroupMean(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------- vocabulary
 
 
-def vocabulary_lookup(group: Group) -> Callable[[Tensor, Tensor], Tensor]:
+def vocabulary_lookup(group: Group) -> Callable[[Tensor, Tensor, GradientSum | None], Tensor]:
     """tokens (B, T), weight (V, D): the rank-th V words -> this rank's tokens' embeddings (B, t, D)."""
 
-    def lookup(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
-        embedded_BtD: Tensor = _Lookup.apply(tokens_BT, weight_VD, group)
+    def lookup(tokens_BT: Tensor, weight_VD: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
+        embedded_BtD: Tensor = _Lookup.apply(tokens_BT, weight_VD, gradient_sum, group)
         return embedded_BtD
 
     return lookup
 
 
 class _Lookup(torch.autograd.Function):
-    """Saves the token ids, V for those of other ranks. Every sum over ranks has one term that is not 0: no rounding."""
+    """Saves the token ids. Those of other ranks' words stand for any of ours (all for one would wait for each other in backward) and give,
+    and get, zeros: every sum over ranks has one term that is not 0, so nothing is rounded."""
 
     @staticmethod
-    def forward(ctx: Any, tokens_BT: Tensor, weight_VD: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, tokens_BT: Tensor, weight_VD: Tensor, gradient_sum: GradientSum | None, group: Group) -> Tensor:
         V = len(weight_VD)
         local_Rt = by_rank(tokens_BT, group.size) - group.rank * V
-        elsewhere_Rt = (local_Rt < 0) | (local_Rt >= V)
-        ctx.save_for_backward(local_Rt.masked_fill(elsewhere_Rt, V))
-        ctx.group, ctx.V = group, V
-        embedded_RtD = F.embedding(local_Rt.masked_fill(elsewhere_Rt, 0), weight_VD).masked_fill_(elsewhere_Rt[..., None], 0)
+        elsewhere_Rt1 = ((local_Rt < 0) | (local_Rt >= V))[..., None]
+        local_Rt.remainder_(V)
+        ctx.save_for_backward(local_Rt, elsewhere_Rt1)
+        ctx.group, ctx.V, ctx.gradient_sum = group, V, gradient_sum
+        embedded_RtD = F.embedding(local_Rt, weight_VD).masked_fill_(elsewhere_Rt1, 0)
         return reduce_scatter(embedded_RtD, group, "lookup").wait()
 
     @staticmethod
     def backward(ctx: Any, dy_BtD: Tensor) -> tuple[Tensor | None, ...]:
-        (local_Rt,) = ctx.saved_tensors
-        dy_RtD = all_gather(dy_BtD, ctx.group, "lookup: dy").wait()
-        # What F.embedding's backward calls; it passes over ids equal to padding_idx.
-        return None, torch.ops.aten.embedding_dense_backward(dy_RtD, local_Rt, ctx.V, ctx.V, False), None
+        local_Rt, elsewhere_Rt1 = ctx.saved_tensors
+        dy_RtD = all_gather(dy_BtD, ctx.group, "lookup: dy").wait().masked_fill(elsewhere_Rt1, 0)
+        return None, lookup_gradient(local_Rt, dy_RtD, ctx.V, ctx.gradient_sum), None, None
 
 
-def vocabulary_cross_entropy(group: Group, z_loss: float = 0.0) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def vocabulary_cross_entropy(group: Group, z_loss: float = 0.0) -> Callable[[Tensor, Tensor, Tensor, GradientSum | None], Tensor]:
     """hidden (B, t, D), weight (V, D): the rank-th V words, labels (B, T) -> the sum of the loss over all T tokens, the same bits on all
     ranks. Logits exist a block of tokens at a time, as in the op."""
 
-    def cross_entropy(hidden_BtD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    def cross_entropy(hidden_BtD: Tensor, weight_VD: Tensor, labels_BT: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
         hidden_RtD = _Gather.apply(hidden_BtD, group)
         loss: Tensor = ops().cross_entropy(hidden_RtD.flatten(0, 1), weight_VD, by_rank(labels_BT, group.size).flatten(), z_loss,
-                                           vocab_start=group.rank * len(weight_VD), combine=functools.partial(_combine, group))
+                                           vocab_start=group.rank * len(weight_VD), combine=functools.partial(_combine, group),
+                                           gradient_sum=gradient_sum)
         return loss
 
     return cross_entropy

@@ -173,7 +173,7 @@ class Zero1:
 
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            if not parameter.grad.is_sparse:  # it is reference.no_gradient: an op has added it
+            if not parameter.grad.is_sparse:  # it is GradientSum.for_autograd: an op has added it
                 total.add(parameter.grad)
             parameter.grad = None
             self._collected[name] += 1
