@@ -21,26 +21,29 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from zaya.cli import Parser
-from zaya.config import ModelConfig, Recipe, load_recipe
+from zaya.config import Recipe, load_recipe
 from zaya.kernels import backend, cases, machine_code
 from zaya.kernels.backend import ops
+from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 from zaya.kernels.launch import MI300X
-from zaya.kernels.reference import GradientSum
+from zaya.model.moe import Experts
 from zaya.model.transformer import Zaya
 from zaya.optim import RouterBalance
 from zaya.plan import Muon, plan
+from zaya.shard import Layout
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BLOCKS = 4  # of a recipe's model: both kinds of attention, a first router and later ones
-LAYOUTS = ((1, 1), (2, 8))  # tp and ep of what a rank holds, where the model divides so
+LAYOUTS = (Layout(1), Layout(8, tp=2, ep=8))  # what a rank holds under them, where the model divides so
 
 
 @dataclass
 class Launch:
-    """A distinct launch, and the cases (or recipes) that make it."""
+    """A distinct launch, and the cases and training steps that make it."""
 
     build: machine_code.Build
     config: dict[str, int]
@@ -60,32 +63,34 @@ def of_cases(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) 
 
 
 def of_training() -> Runs:
-    """A step of every bf16 recipe under every layout of LAYOUTS."""
+    """A step of every bf16 recipe, whole and as a rank of each of LAYOUTS has it."""
     runs: Runs = []
     for path in sorted(RECIPES.glob("*.toml")):
         recipe = load_recipe(path)
-        for tp, ep in LAYOUTS:
-            if recipe.train.dtype == "bf16" and recipe.model.num_kv_heads % tp == recipe.model.num_experts % ep == 0:
-                name = f"training {path.stem}" + (f" tp={tp} ep={ep}" if tp * ep > 1 else "")
-                runs.append((name, functools.partial(training_step, recipe, of_rank(recipe.model, tp, ep))))
+        for layout in LAYOUTS:
+            if recipe.train.dtype == "bf16" and recipe.model.num_kv_heads % layout.tp == recipe.model.num_experts % layout.ep == 0:
+                name = f"training {path.stem}" + (f" tp={layout.tp} ep={layout.ep}" if layout.world_size > 1 else "")
+                runs.append((name, functools.partial(training_step, recipe, layout)))
     return runs
 
 
-def of_rank(model: ModelConfig, tp: int, ep: int) -> ModelConfig:
-    """The first blocks, with as many heads and experts as a rank holds."""
-    return replace(model, num_layers=BLOCKS, num_heads=model.num_heads // tp, num_kv_heads=model.num_kv_heads // tp,
-                   num_experts=model.num_experts // ep)
-
-
-def training_step(recipe: Recipe, model: ModelConfig) -> None:
-    """Forward and backward of two micro-batches, and the optimizers' rules, on "meta"."""
+def training_step(recipe: Recipe, layout: Layout) -> None:
+    """Forward and backward of two micro-batches through the first blocks, and the optimizers' rules, on "meta": with a rank's heads, words
+    and experts, and as many rows received as sent."""
+    model = replace(recipe.model, num_layers=BLOCKS)
+    share = replace(model, num_heads=model.num_heads // layout.tp, num_kv_heads=model.num_kv_heads // layout.tp,
+                    vocab_size=model.vocab_size // layout.tp)
     backend.choose("triton", torch.device("cuda"), torch.bfloat16, model.head_dim, model.hidden_size, model.num_router_classes)
     with torch.device("meta"):
-        module = Zaya(model, torch.bfloat16, recipe.train.recompute)
+        module = Zaya(share, torch.bfloat16, recipe.train.recompute)
         module.embedding.gradient_sum = sum_for(module.embedding.weight)
         for block in module.blocks:
             experts = block.moe.experts
-            experts.gradient_sums = sum_for(experts.gate_up), sum_for(experts.down)
+            experts.gate_up, experts.down = (torch.nn.Parameter(w.detach()[: model.num_experts // layout.ep].clone())
+                                             for w in (experts.gate_up, experts.down))
+            experts.gradient_sums = ExpertSums(sum_for(experts.gate_up), sum_for(experts.down))
+            if layout.ep > 1:
+                block.moe.dispatcher = Received()
         tokens = torch.zeros(recipe.train.micro_batch_size, recipe.train.seq_len, dtype=torch.int64)
         for _ in range(2):
             output = module(tokens, tokens)
@@ -96,13 +101,22 @@ def training_step(recipe: Recipe, model: ModelConfig) -> None:
         ops().adamw_(*shard, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=step, step=step, commit=commit,
                      out=rounded)
         for row in plan(model).values():
-            if isinstance(row.optimizer, Muon):
+            if isinstance(row.optimizer, Muon):  # whole, whatever the layout
                 height = row.shape[-2] // row.optimizer.blocks
                 ops().newton_schulz(torch.empty(row.numel // (height * row.shape[-1]), height, row.shape[-1], dtype=torch.bfloat16))
 
 
-def sum_for(weight: torch.Tensor) -> GradientSum:
+def sum_for(weight: Tensor) -> GradientSum:
     return GradientSum(torch.empty_like(weight, dtype=torch.float32))
+
+
+class Received:
+    """A rank of expert parallelism without the others: what it has sent comes back as if received (zaya/parallel/expert.py)."""
+
+    def compute(self, experts: Experts, x_TD: Tensor, choice_Tk: Tensor, gate_Tk: Tensor, num_classes: int) -> Tensor:
+        ops().sort_by_expert(choice_Tk, num_classes)
+        order_R, sizes_E = ops().sort_by_expert(torch.empty_like(choice_Tk), len(experts.gate_up))
+        return experts(x_TD, sizes_E, order_R, gate_Tk)
 
 
 def launches(runs: Runs) -> list[Launch]:
@@ -147,7 +161,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = Parser(prog="tools.kernel_report", description=__doc__)
     parser.add_argument("--arch", choices=[MI300X.arch], default=MI300X.arch, help="chip to compile for")
-    parser.add_argument("--op", help="only what has such a name: attention, experts, ..., training")
+    parser.add_argument("--op", help="only what has a name that starts so: attention, experts, ..., training")
     parser.add_argument("--json", action="store_true", help="print every figure as a JSON list instead of a table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel

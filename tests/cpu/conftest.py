@@ -17,7 +17,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             tensor = make(*args, **kwargs)
-            if tensor.is_sparse:  # of what has no memory
+            if tensor.is_sparse:  # GradientSum.for_autograd: there is nothing to poison
                 return tensor
             if tensor.is_floating_point():
                 return tensor.fill_(torch.nan)

@@ -13,7 +13,7 @@ import pytest
 
 from zaya.config import ModelConfig, Recipe, load_recipe
 from zaya.parallel.account import activation_bytes, held_bytes, zero1_traffic
-from zaya.parallel.partition import ALIGNMENT, make_buckets, muon_rounds, newton_schulz_work
+from zaya.parallel.partition import ALIGNMENT_ELEMENTS, make_buckets, muon_rounds, newton_schulz_work
 from zaya.plan import plan
 from zaya.shard import Layout, flat_boxes, shifted
 
@@ -35,7 +35,7 @@ def test_every_element_has_one_owner_and_shards_are_level(name: str, layout: Lay
     assert Counter(n for bucket in buckets for n in bucket.spans) == Counter(table.keys())
     owned = [0] * layout.world_size
     for bucket in buckets:
-        assert not any(start % ALIGNMENT for start in (*(start for start, _ in bucket.spans.values()), bucket.shard_length))
+        assert not any(start % ALIGNMENT_ELEMENTS for start in (*(start for start, _ in bucket.spans.values()), bucket.shard_length))
         placement = bucket.rows[0].placement
         # Who owns which flat interval of which piece; with zero_size every block of holders owns everything once.
         intervals: dict[tuple[str, tuple[int, ...], int], list[tuple[int, int]]] = {}

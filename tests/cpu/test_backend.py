@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from tests.tiny import recipe
 from zaya.kernels import backend
-from zaya.kernels.launch import Config, launching_through
+from zaya.kernels.launch import TABLE, Config, launching_through
 from zaya.parallel.mesh import open_mesh
 from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
@@ -100,7 +101,9 @@ def test_what_kernels_get_in_training_is_aligned(tmp_path: Path, optimizer: str)
 
     with launching_through(note):
         trainer.train_step()
-    assert len(kernels) >= 27 + 4 * (optimizer == "muon") and not crooked
+    assert not crooked
+    shipped = {kernel for kernel in json.loads(TABLE.read_text()) if optimizer == "muon" or "newton_schulz" not in kernel}
+    assert kernels == shipped, "training launches every kernel that has a configuration"
 
 
 @pytest.mark.parametrize(("width", "classes", "says"), [

@@ -15,8 +15,9 @@ from zaya.kernels import reference
 from zaya.kernels.cases import SMALL, Case, error, run, widened
 from zaya.kernels.cases.cross_entropy import CASES, head
 from zaya.kernels.cross_entropy import Partials, cross_entropy, gradients, partials
+from zaya.kernels.gradient_sum import GradientSum
 from zaya.kernels.launch import Config, launching_through
-from zaya.kernels.reference import IGNORE, GradientSum
+from zaya.kernels.reference import IGNORE
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,15 +117,16 @@ def test_backward_twice_gives_the_same() -> None:
 
 @pytest.mark.parametrize("op", [cross_entropy, reference.cross_entropy])
 def test_the_weights_gradient_adds_up_in_a_given_sum(op: Any) -> None:
-    """Two micro-batches: the first replaces what is in the sum, the second adds to it; autograd gets the rest."""
+    """Two micro-batches: the first replaces what is in the sum, the second adds to it, unrounded; autograd gets the rest."""
     arguments, names = head(37, 24, 300)(DEVICE, torch.float16), ("hidden_TD", "weight_VD")
     want = run(reference.cross_entropy, widened(arguments), names)
-    gradient = GradientSum(torch.full_like(arguments["weight_VD"], math.nan, dtype=torch.float32))
+    gradient_sum = GradientSum(torch.full_like(arguments["weight_VD"], math.nan, dtype=torch.float32))
     for times in (1, 2):
-        got = run(op, {**arguments, "gradient_sum": gradient}, names)
+        got = run(op, {**arguments, "gradient_sum": gradient_sum}, names)
         assert error(got["d hidden_TD"], want["d hidden_TD"]) < THRESHOLDS[torch.float16]
         assert got["d weight_VD"].is_sparse and not got["d weight_VD"]._nnz()
-        assert error(gradient.total / times, want["d weight_VD"]) < THRESHOLDS[torch.float16]
+        assert error(gradient_sum.total / times, want["d weight_VD"]) < THRESHOLDS[torch.float16]
+        assert (gradient_sum.total != gradient_sum.total.half()).any()
 
 
 def test_refuses_another_sum() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from zaya.kernels import launch, moe, reference
 from zaya.kernels.cases import SMALL, Case, error, errors, run, widened
 from zaya.kernels.cases.moe import CASES, routed
+from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 from zaya.kernels.launch import Config, launching_through
-from zaya.kernels.reference import GradientSum
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,28 +57,29 @@ def test_small_tiles_and_dies_leave_the_result(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("total", "words"), [
-    (torch.zeros(2, 32, 16, dtype=torch.float16), "gradient_sums.1 has dtype float16, expected float32"),
-    (torch.zeros(2, 16, 32).mT, "gradient_sums.1 has strides"), (torch.zeros(2, 32, 8), "gradient_sums.1 has shape")])
+    (torch.zeros(2, 32, 16, dtype=torch.float16), "gradient_sums.down has dtype float16, expected float32"),
+    (torch.zeros(2, 16, 32).mT, "gradient_sums.down has strides"), (torch.zeros(2, 32, 8), "gradient_sums.down has shape")])
 def test_refuses_other_sums(total: Tensor, words: str) -> None:
-    sums = GradientSum(torch.zeros(2, 32, 32, device=DEVICE)), GradientSum(total.to(DEVICE))
+    sums = ExpertSums(GradientSum(torch.zeros(2, 32, 32, device=DEVICE)), GradientSum(total.to(DEVICE)))
     with pytest.raises(ValueError, match=words):
         moe.experts(**arguments_with(gradient_sums=sums))
 
 
 @pytest.mark.parametrize("op", [moe.experts, reference.experts])
 def test_weight_gradients_add_up_in_given_sums(op: Any) -> None:
-    """Two micro-batches: the first replaces what is in the sums, the second adds to it; autograd gets the rest."""
+    """Two micro-batches: the first replaces what is in the sums, the second adds to it, unrounded; autograd gets the rest."""
     case = SMALL_CASES[0]
     arguments = case.make(DEVICE, torch.float16)
     want = run(case.reference, widened(arguments), case.gradients)
     weights = ("gate_up_EFD", "down_EDF")
-    sums = tuple(GradientSum(torch.full_like(arguments[name], math.nan, dtype=torch.float32)) for name in weights)
+    sums = ExpertSums(*(GradientSum(torch.full_like(arguments[name], math.nan, dtype=torch.float32)) for name in weights))
     for times in (1, 2):
         got = run(op, {**arguments, "gradient_sums": sums}, case.gradients)
         assert error(got["d x_TD"], want["d x_TD"]) < THRESHOLDS[torch.float16]
-        for gradient, name in zip(sums, weights):
+        for gradient_sum, name in zip(sums, weights):
             assert got[f"d {name}"].is_sparse and not got[f"d {name}"]._nnz()
-            assert error(gradient.total / times, want[f"d {name}"]) < THRESHOLDS[torch.float16]
+            assert error(gradient_sum.total / times, want[f"d {name}"]) < THRESHOLDS[torch.float16]
+            assert (gradient_sum.total != gradient_sum.total.half()).any()
 
 
 def test_sizes_beyond_the_rows_are_cut_at_the_last() -> None:

@@ -35,6 +35,8 @@ def test_every_shipped_configuration_passes_the_gates() -> None:
             "mfma_share", "wide_loads", "narrow_loads", "cases"} <= rows[0].keys()
     matrix_kernels = [row for row in rows if row["is_matrix_kernel"]]
     assert matrix_kernels and all(row["hot_mfma"] for row in matrix_kernels)
+    makers = {name for row in rows for name in row["cases"]}
+    assert {"training zaya1_8b_pretrain1", "training zaya1_74b_pretrain tp=2 ep=8"} <= makers
 
 
 @pytest.mark.slow

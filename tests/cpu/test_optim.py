@@ -151,35 +151,38 @@ def test_micro_batches_add_up_and_the_next_step_starts_anew() -> None:
 
 
 class AddsItself(torch.autograd.Function):
-    """(weight * factor).sum() of an op that adds weight's gradient to a sum, in two chunks, or forgets to."""
+    """(weight * factor).sum() of an op that adds weight's gradient to a sum in so many chunks; in none: it forgets to."""
 
     @staticmethod
-    def forward(ctx, weight, factor, gradient_sum, adds):
+    def forward(ctx, weight, factor, gradient_sum, chunks):
         ctx.save_for_backward(weight)
-        ctx.factor, ctx.gradient_sum, ctx.adds = factor, gradient_sum, adds
+        ctx.factor, ctx.gradient_sum, ctx.chunks = factor, gradient_sum, chunks
         return weight.detach().float().sum() * factor
 
     @staticmethod
     def backward(ctx, dout):
         weight, = ctx.saved_tensors
-        for _ in range(2 if ctx.adds else 0):
-            ctx.gradient_sum.add(torch.full(weight.shape, ctx.factor / 2))
+        for _ in range(ctx.chunks):
+            ctx.gradient_sum.add(torch.full(weight.shape, ctx.factor / ctx.chunks))
         return ctx.gradient_sum.for_autograd(weight.dtype), None, None, None
 
 
 def test_an_op_adds_a_gradient_unrounded_by_itself() -> None:
     parameters, optimizer = make([row("w", (4, 6), Muon(1), decay=True), row("b", (3,), AdamW(), decay=False)], torch.bfloat16, CONFIG)
-    for _ in range(2):
+
+    def step(*chunks: int) -> None:
         optimizer.start_step(micro_batches=2)
-        for factor in (1 + 2**-12, 2.0):
-            (AddsItself.apply(parameters["w"], factor, optimizer.gradient_sum("w"), True) + parameters["b"].sum()).backward()
+        for factor, number in zip((1 + 2**-12, 2.0), chunks):
+            (AddsItself.apply(parameters["w"], factor, optimizer.gradient_sum("w"), number) + parameters["b"].sum()).backward()
         optimizer.finish_gradients()
+
+    for _ in range(2):
+        step(2, 1)
         assert (optimizer.gradient_sum("w").total == 3 + 2**-12).all(), "bf16 would have rounded the first to 1"
         assert (optimizer.gradient_sum("b").total == 2).all() and parameters["w"].grad is None
-    optimizer.start_step()
-    (AddsItself.apply(parameters["w"], 1.0, optimizer.gradient_sum("w"), False) + parameters["b"].sum()).backward()
-    with pytest.raises(AssertionError, match="no gradient: .'w'"):
-        optimizer.finish_gradients()
+    for chunks in ((0, 1), (1, 0)):
+        with pytest.raises(AssertionError, match="no gradient: .'w'"):
+            step(*chunks)
 
 
 def test_norm_counts_every_gradient_once() -> None:

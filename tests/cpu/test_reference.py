@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zaya.kernels import reference
+from zaya.kernels.gradient_sum import GradientSum
 
 TIGHT = 1e-10  # RMS(difference) / RMS(expected) in fp64
 
@@ -242,22 +243,31 @@ def test_lookup_equals_torch() -> None:
     compare(lambda w: reference.lookup(tokens, w), lambda w: F.embedding(tokens, w), [weight])
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """One alone keeps any order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_lookups_gradient_adds_up_in_a_sum_in_a_fixed_order() -> None:
     """As the first to write in a step it replaces all rows, also those that no token names; many tokens share a row."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(9)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # one alone keeps any order
     tokens, dy = torch.randint(0, 3, (4, 5000)), torch.randn(4, 5000, 8)
-    weight = torch.nn.Parameter(torch.zeros(7, 8))
+    weight = torch.nn.Parameter(torch.zeros(7, 8, device=device))
     want = torch.zeros(7, 8, dtype=torch.float64).index_add_(0, tokens.flatten(), dy.flatten(0, 1).double())
     found = []
     for _ in range(5):
-        gradient = reference.GradientSum(torch.full((7, 8), math.nan))
+        gradient_sum = GradientSum(torch.full((7, 8), math.nan, device=device))
         for times in (1, 2):
-            reference.lookup(tokens, weight, gradient).backward(dy)
-            assert relative(gradient.total.double() / times, want) < 1e-5, "13,000 numbers one after the other in fp32"
-        found.append(gradient.total)
-    torch.set_num_threads(threads)
+            reference.lookup(tokens.to(device), weight, gradient_sum).backward(dy.to(device))
+            total = gradient_sum.total.cpu().double()
+            assert relative(total / times, want) < 1e-5, "13,000 numbers one after the other in fp32"
+        found.append(total)
     assert weight.grad is not None and weight.grad.is_sparse and not weight.grad._nnz()
     assert all(torch.equal(total, found[0]) for total in found)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tests.dist.pool import Pools
 from zaya.config import ModelConfig
 from zaya.kernels import reference
+from zaya.kernels.gradient_sum import GradientSum
 from zaya.model.attention import Attention, Packing
 from zaya.model.layers import Embedding
 from zaya.parallel import tensor
@@ -258,7 +259,7 @@ def vocabulary(rank: int, world_size: int, B: int, z_loss: float, block: int) ->
     assert isinstance(module, Embedding)
     module.weight = nn.Parameter(module.weight.detach().chunk(world_size)[rank].clone())
     module.lookup, module.cross_entropy = tensor.vocabulary_lookup(group), tensor.vocabulary_cross_entropy(group, z_loss)
-    module.gradient_sum = reference.GradientSum(torch.full_like(module.weight.detach(), math.nan)) if B > 1 else None
+    module.gradient_sum = GradientSum(torch.full_like(module.weight.detach(), math.nan)) if B > 1 else None
     tokens_BT, labels_BT = token_rows(B, 1), token_rows(B, 2)
     labels_BT[:, ::5] = reference.IGNORE
     stream_BtD = module(tokens_BT)

@@ -33,8 +33,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zaya.kernels.gradient_sum import GradientSum
 from zaya.kernels.launch import check, config, launch, target
-from zaya.kernels.reference import IGNORE, GradientSum, Partials, whole
+from zaya.kernels.reference import IGNORE, Partials, whole
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # 2,048 tokens of the whole vocabulary: 2.15 GB of fp32 logits and 1.07 GB of their gradients. Fewer rows would starve the GEMM of dh,
@@ -265,8 +266,6 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        dhidden_TD = _scaled(dhidden_TD, dloss, dhidden_TD.dtype)
-        if ctx.gradient_sum is None:
-            return dhidden_TD, _scaled(dweight_VD, dloss, dhidden_TD.dtype), *[None] * 6
-        ctx.gradient_sum.add_scaled(dweight_VD, dloss)
-        return dhidden_TD, ctx.gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 6
+        gradient_sum = ctx.gradient_sum or GradientSum.temporary(dweight_VD, dhidden_TD.dtype)
+        gradient_sum.add_scaled(dweight_VD, dloss)
+        return _scaled(dhidden_TD, dloss, dhidden_TD.dtype), gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 6

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 from zaya.kernels.grouped_gemm import (
     _dgate_kernel,
     _gate_up_bwd_kernel,
@@ -29,14 +30,13 @@ from zaya.kernels.grouped_gemm import (
     _weight_grad_kernel,
 )
 from zaya.kernels.launch import Config, check, config, launch, target
-from zaya.kernels.reference import GradientSum, GradientSums
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 256  # the widest tile: other widths need clamped columns, whose registers the largest tiles do not have on gfx942
 
 
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
-            gate_Tk: Tensor | None = None, gradient_sums: GradientSums | None = None) -> Tensor:
+            gate_Tk: Tensor | None = None, gradient_sums: ExpertSums | None = None) -> Tensor:
     """The experts' output per token, gated and summed over its slots (T, D); zero for tokens that no expert takes.
 
     gate_up (E, 2F, D) = [gate | up], down (E, D, F); sizes (E,) int32 or int64: assignments of each expert; order (R,) int32: assignment
@@ -62,8 +62,9 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
             raise ValueError(f"gate_Tk has shape {tuple(gate_Tk.shape)}, expected at least one slot per token")
         check("order_R", order_R, shape=(gate_Tk.numel(),), dtypes=(torch.int32,), device=device)
     if gradient_sums is not None:
-        for index, weight in enumerate((gate_up_EFD, down_EDF)):
-            check(f"gradient_sums.{index}", gradient_sums[index].total, shape=tuple(weight.shape), dtypes=(torch.float32,), device=device)
+        for name, weight in (("gate_up", gate_up_EFD), ("down", down_EDF)):
+            total = getattr(gradient_sums, name).total
+            check(f"gradient_sums.{name}", total, shape=tuple(weight.shape), dtypes=(torch.float32,), device=device)
     return _Experts.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
 
 
@@ -89,10 +90,9 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TD):
         x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk = ctx.saved_tensors
-        sums = ctx.gradient_sums or (GradientSum(torch.empty_like(gate_up_EFD)), GradientSum(torch.empty_like(down_EDF)))
+        sums = ctx.gradient_sums or ExpertSums.temporary(gate_up_EFD, down_EDF)
         dx_TD, dgate_Tk = backward(dout_TD.contiguous(), x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, sums)
-        dweights = [gradient.for_autograd(x_TD.dtype) if ctx.gradient_sums else gradient.total for gradient in sums]
-        return dx_TD, None, *dweights, None, dgate_Tk, None
+        return dx_TD, None, *(gradient_sum.for_autograd(x_TD.dtype) for gradient_sum in sums), None, dgate_Tk, None
 
 
 def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
@@ -110,7 +110,7 @@ def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
 
 
 def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
-             gate_Tk: Tensor | None, gradient_sums: GradientSums) -> tuple[Tensor, Tensor | None]:
+             gate_Tk: Tensor | None, gradient_sums: ExpertSums) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and gate; those of gate_up and down enter their sums."""
     E, D, F = down_EDF.shape
     R, slots = _rows(x_TD, gate_Tk)
@@ -123,8 +123,8 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
                                        "act": act_RF, "dgate_parts": parts, "num_rows": R, "D": D, "F": F, "TOP_K": slots})
     tiles.rows(dh_RF, gate_up_EFD.mT, order_R, None, dx_RD)
     gathered, shared = order_R is not None, {"order": order_R, "TOP_K": slots}
-    tiles.weight_grad(gradient_sums[0], {"a_rows": dh_RF, "b_rows": x_TD, "GATHER_A": False, "GATHER_B": gathered, **shared})
-    tiles.weight_grad(gradient_sums[1], {"a_rows": dout_TD, "b_rows": act_RF, "GATHER_A": gathered, "GATHER_B": False, **shared})
+    tiles.weight_grad(gradient_sums.gate_up, {"a_rows": dh_RF, "b_rows": x_TD, "GATHER_A": False, "GATHER_B": gathered, **shared})
+    tiles.weight_grad(gradient_sums.down, {"a_rows": dout_TD, "b_rows": act_RF, "GATHER_A": gathered, "GATHER_B": False, **shared})
     dgate_Tk = None
     if gate_Tk is not None and parts is not None:
         dgate_Tk = torch.empty_like(gate_Tk)
@@ -173,13 +173,14 @@ class _Tiles:
                                    "out": out_RN, "num_rows": self.num_rows, "E": E, "K": K, "N": N,
                                    "K_IS_INNER": weights_ENK.stride(2) == 1})
 
-    def weight_grad(self, gradient: GradientSum, arguments: dict[str, Any]) -> None:
-        E, M, N = gradient.total.shape
+    def weight_grad(self, gradient_sum: GradientSum, arguments: dict[str, Any]) -> None:
+        E, M, N = gradient_sum.total.shape
         chosen = self.config(_weight_grad_kernel, arguments["a_rows"].dtype)
         programs = E * triton.cdiv(M, chosen.blocks["BLOCK_M"]) * triton.cdiv(N, chosen.blocks["BLOCK_N"])
         launch(_weight_grad_kernel, (programs,), {
-            **arguments, "offsets": self.offsets, "largest_first": self.largest_first, "out": gradient.total,
-            "ACCUMULATE": gradient.begin(), "E": E, "M": M, "N": N, "NUM_XCDS": self.target.num_xcds, "WIDE": _is_wide(arguments)}, chosen)
+            **arguments, "offsets": self.offsets, "largest_first": self.largest_first, "out": gradient_sum.total,
+            "ACCUMULATE": not gradient_sum.first(), "E": E, "M": M, "N": N, "NUM_XCDS": self.target.num_xcds, "WIDE": _is_wide(arguments)},
+            chosen)
 
     def dgate(self, parts: Tensor, order_R: Tensor | None, dgate_Tk: Tensor) -> None:
         chosen = config(_dgate_kernel, self.target)

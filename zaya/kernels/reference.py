@@ -1,8 +1,8 @@
 """The specification of every op, in plain torch: what a kernel must compute, forward and backward, and what the CPU trains with.
 
 Norms, convolutions, attention, routing and loss are computed in fp32 (fp64 stays fp64) and cast once at the end; experts and
-Newton-Schulz round in their inputs' dtype. Where an op has a backward of its own, it is the one a kernel implements: it says what is saved
-and what is computed again. Knows no module, recipe or rank.
+Newton-Schulz round in their inputs' dtype (but not what enters a GradientSum). Where an op has a backward of its own, it is the one a
+kernel implements: it says what is saved and what is computed again. Knows no module, recipe or rank.
 
 Letters: B batch rows, T tokens, S keys of the whole sequence, D hidden, H head dim, N query heads, G KV heads (a group = N / G query
 heads), C channels or router classes, E experts, F expert width, R rows routed, V vocabulary, K chunks of the sequence on this
@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 
 IGNORE = -100  # label of a token that predicts nothing; torch's and transformers' losses skip it too
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024: steepest at 0 while singular values stay in about [0.7, 1.2]
@@ -30,54 +31,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------- gradients
-
-
-@dataclass
-class GradientSum:
-    """The sum of a weight's gradients over the micro-batches of a step, in the accumulation dtype. An op that is given one adds to it,
-    unrounded, what autograd would have got in the weight's dtype; autograd gets `for_autograd`."""
-
-    total: Tensor
-    begun: bool = False
-    """Whether total holds a gradient of this step: the first one replaces what is there."""
-
-    def begin(self) -> bool:
-        """Whether the caller is to add to total, not to replace it: it writes a gradient now."""
-        begun, self.begun = self.begun, True
-        return begun
-
-    def add(self, gradient: Tensor) -> None:
-        self.total.add_(gradient) if self.begin() else self.total.copy_(gradient)
-
-    def add_scaled(self, gradient: Tensor, factor: Tensor) -> None:
-        """gradient * factor (0-dim), both in total's dtype."""
-        self.total.addcmul_(gradient, factor) if self.begin() else torch.mul(gradient, factor, out=self.total)
-
-    def add_rows(self, rows: Tensor, gradients: Tensor) -> None:
-        """gradients (..., D), each to the row of total (V, D) that rows (...) says; in a fixed order where several go to one row."""
-        if not self.begin():
-            self.total.zero_()
-        rows, gradients = rows.flatten(), gradients.flatten(0, -2).to(self.total.dtype)
-        if self.total.device.type == "cpu":
-            self.total.index_add_(0, rows, gradients)
-        else:  # each of the two uses atomics where the other does not
-            self.total.index_put_((rows,), gradients, accumulate=True)
-
-
-    def for_autograd(self, dtype: torch.dtype) -> Tensor:
-        """What autograd gets for the weight, of that dtype: a zero without memory, by which hooks learn that the gradient is complete."""
-        return torch.zeros_like(self.total, dtype=dtype, layout=torch.sparse_coo)
-
-
-GradientSums = tuple[GradientSum, GradientSum]
-
-
 # ---------------------------------------------------------------------------------------------------------------- stream
 
 
 def lookup(tokens: Tensor, weight_VD: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
-    """The rows of weight that tokens (...) name (..., D)."""
+    """The rows of weight that tokens (...) int64 name (..., D). Not one of `Ops`: torch's gather is kernel enough."""
     return _Lookup.apply(tokens, weight_VD, gradient_sum)
 
 
@@ -94,7 +52,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def lookup_gradient(tokens: Tensor, dy: Tensor, num_rows: int, gradient_sum: GradientSum | None) -> Tensor:
-    """Of the weight (num_rows, D), for autograd."""
+    """The weight's (num_rows, D) from dy (..., D), as autograd gets it: dense and rounded once, or left in gradient_sum."""
     if gradient_sum is None:
         return torch.ops.aten.embedding_dense_backward(dy, tokens, num_rows, -1, False)
     gradient_sum.add_rows(tokens, dy)
@@ -440,7 +398,7 @@ def sort_by_expert(choice_Tk: Tensor, num_classes: int) -> tuple[Tensor, Tensor]
 
 
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
-            gate_Tk: Tensor | None = None, gradient_sums: GradientSums | None = None) -> Tensor:
+            gate_Tk: Tensor | None = None, gradient_sums: ExpertSums | None = None) -> Tensor:
     """SwiGLU experts: down(silu(gate) * up), gate_up = [gate | up] (E, 2F, D), down (E, D, F); each token's results times its gates (T, k),
     summed (T, D). Tokens that no expert takes come out zero.
 
@@ -475,21 +433,20 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_RD):
         x_RD, gate_up_RF, gate_up_EFD, down_EDF = ctx.saved_tensors
-        dx_RD, dtype = torch.empty_like(x_RD), x_RD.dtype
-        sums = ctx.gradient_sums or (GradientSum(torch.empty_like(gate_up_EFD)), GradientSum(torch.empty_like(down_EDF)))
-        (dgate_up_EFD, ddown_EDF), betas = (gradient.total for gradient in sums), [int(gradient.begin()) for gradient in sums]
+        dx_RD = torch.empty_like(x_RD)
+        sums = ctx.gradient_sums or ExpertSums.temporary(gate_up_EFD, down_EDF)
+        beta_gate_up, beta_down = (0 if gradient_sum.first() else 1 for gradient_sum in sums)
         for expert, (start, end) in enumerate(_spans(ctx.sizes)):
             gate, up = gate_up_RF[start:end].chunk(2, dim=-1)
             x, dy, activated = x_RD[start:end], dy_RD[start:end], F.silu(gate)
-            _add_product(ddown_EDF[expert], dy.t(), activated * up, betas[1])
+            _add_product(sums.down.total[expert], dy.t(), activated * up, beta_down)
             dhidden = dy @ down_EDF[expert]
             dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
             dgate_up = torch.cat((dgate, dhidden.mul_(activated)), dim=-1)
             torch.mm(dgate_up, gate_up_EFD[expert], out=dx_RD[start:end])
-            _add_product(dgate_up_EFD[expert], dgate_up.t(), x, betas[0])
+            _add_product(sums.gate_up.total[expert], dgate_up.t(), x, beta_gate_up)
         dx_RD[sum(ctx.sizes):] = 0
-        dweights = [gradient.for_autograd(dtype) if ctx.gradient_sums else gradient.total for gradient in sums]
-        return dx_RD, None, *dweights, None
+        return dx_RD, None, *(gradient_sum.for_autograd(x_RD.dtype) for gradient_sum in sums), None
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
@@ -547,7 +504,7 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss
 
     Where weight is the shard of a vocabulary that starts at vocab_start, combine turns a block's partials, (largest logit, sum of
     exp(logit - largest), label's logit), into those of all shards, and is called equally often on shards of one size. The loss is then
-    the whole one on each, and hidden's gradient the shard's share, to be summed.
+    the whole one on each, and hidden's gradient the shard's share, to be summed. gradient_sum: of weight.
     """
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, torch.is_grad_enabled())
 
@@ -591,11 +548,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        dhidden_TD.mul_(dloss)
-        if ctx.gradient_sum is None:
-            return dhidden_TD, dweight_VD.mul_(dloss).to(dhidden_TD.dtype), *[None] * 6
-        ctx.gradient_sum.add_scaled(dweight_VD, dloss)
-        return dhidden_TD, ctx.gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 6
+        gradient_sum = ctx.gradient_sum or GradientSum.temporary(dweight_VD, dhidden_TD.dtype)
+        gradient_sum.add_scaled(dweight_VD, dloss)
+        return dhidden_TD.mul_(dloss), gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 6
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 

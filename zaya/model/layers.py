@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
-from zaya.kernels.reference import GradientSum
+from zaya.kernels.gradient_sum import GradientSum
 
 RMS_NORM_EPS = 1e-5  # ZAYA1's released configuration
 
@@ -74,12 +74,13 @@ class ResidualScale(nn.Module):
         return ops().residual_norm(stream_BTD, branch_BTD, scales, next_norm.weight, RMS_NORM_EPS)
 
 
-def whole_vocabulary(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
+def whole_vocabulary(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, gradient_sum: GradientSum | None) -> Tensor:
     return ops().cross_entropy(hidden_BTD.flatten(0, -2), weight_VD, labels_BT.flatten(), gradient_sum=gradient_sum)
 
 
 class Embedding(nn.Module):
-    """Token embedding, scaled per channel, tied to the output head. `gradient_sum` of the weight: as Experts.gradient_sums."""
+    """Token embedding, scaled per channel, tied to the output head. gradient_sum: where lookup and loss add the weight's gradient, if
+    something sums it over micro-batches; None: autograd gets it."""
 
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 On a batch's path: x from the block's norm -> router (class and gate per token) -> `dispatcher` sorts and computes -> branch.
 Balance is kept by a bias on the choice alone, moved by zaya/optim.py from the counts returned here: there is no auxiliary loss.
-Seam: `dispatcher`, which by default finds all experts on this device.
+Seams: `dispatcher`, which by default finds all experts on this device, and `Experts.gradient_sums`.
 
 Letters: B batch, T tokens (of all rows), D hidden, E experts, C router classes (E, or E + 1 with skip), k experts per token, R assignments.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zaya.config import ModelConfig
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
-from zaya.kernels.reference import GradientSums
+from zaya.kernels.gradient_sum import ExpertSums
 from zaya.model.layers import Linear, RMSNorm, parameter, recomputed
 
 SKIP_BIAS = -1.0  # the skip class' balance bias: where released training started it, and where it stays
@@ -49,15 +49,15 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of the experts on this device. Seam: `gradient_sums` of gate_up and down, where something wants their gradients unrounded
-    and summed over micro-batches; by default autograd gets them."""
+    """Weights of the experts on this device. gradient_sums: where the op adds their gradients, if something sums them over micro-batches;
+    None: autograd gets them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up = parameter(E, 2 * width, D)
         self.down = parameter(E, D, width)
-        self.gradient_sums: GradientSums | None = None
+        self.gradient_sums: ExpertSums | None = None
 
     def forward(self, x_TD: Tensor, sizes_E: Tensor, order_R: Tensor | None = None, gate_Tk: Tensor | None = None) -> Tensor:
         return ops().experts(x_TD, sizes_E, self.gate_up, self.down, order_R, gate_Tk, self.gradient_sums)

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
-from zaya.kernels.reference import GradientSum, GradientSums
+from zaya.kernels.gradient_sum import ExpertSums
 from zaya.parallel.collectives import Group, Pending, all_gather, all_to_all
 
 CHUNK_FACTOR = 2.0  # rows a rank takes at once, as a multiple of its own assignments; an estimate, not measured
@@ -52,7 +52,7 @@ class Weights(Protocol):
     def down(self) -> Tensor: ...
 
     @property
-    def gradient_sums(self) -> GradientSums | None: ...
+    def gradient_sums(self) -> ExpertSums | None: ...
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def buffers_bytes(rows: int, assignments: int, hidden: int, width: int, element_
 
     Received, 6 D + 5 F elements a row: x and dy of this chunk and of the next, dx of this one and of the last, which is on its way back;
     gate | up, its gradient and the activation. (Forward: 4 D + 3 F.) This rank's own, 4 D an assignment: what it has sent of x and dy and
-    got back of dx is never more than 3 D, and the gradient is D. The weights' gradients enter their sums at once. The gates' few bytes a
-    row are not counted.
+    got back of dx is never more than 3 D, and the gradient is D. The weights' gradients enter the sums that are given; temporary ones would
+    be 4 bytes a weight. The gates' few bytes a row are not counted.
     """
     return element_size * (rows * (6 * hidden + 5 * width) + 4 * assignments * hidden)
 
@@ -157,14 +157,16 @@ class _Experts(torch.autograd.Function):
     """Keeps the chunks' graphs, or nothing that was received (`Plan.recompute`). Inputs of the graphs are no leaves, which would hold on
     to their tensors, and whatever the experts' op saves in them is saved by this function instead: so it is seen, and let go, by whoever
     takes care of saved tensors (recomputation of a whole block does). The weights get their gradients outside the graphs, in sums over the
-    chunks (and, where these are given, over micro-batches), unrounded: the number of chunks does not show in bf16."""
+    chunks (and, where these are given, over micro-batches): the number of chunks does not show in bf16's rounding."""
 
     @staticmethod
     def forward(ctx, x_TD, gate_Tk, gate_up, down, gradient_sums, sent_A, parts_nSE, group, plan, training):
         T, k = gate_Tk.shape
         keep = training and any(ctx.needs_input_grad) and not plan.recompute
         graphs: list[_Graph] = []
-        sums = gradient_sums or tuple(GradientSum(torch.empty_like(w, dtype=reference.wide(w.dtype))) for w in (gate_up, down))
+        sums = gradient_sums
+        if sums is None and training:
+            sums = ExpertSums.temporary(gate_up, down, reference.wide(gate_up.dtype))
 
         def compute(chunk: int, x_RD: Tensor, gate_R1: Tensor) -> list[Tensor]:
             if not keep:
@@ -174,7 +176,7 @@ class _Experts(torch.autograd.Function):
 
         out_AD = x_TD.new_zeros(T * k, x_TD.shape[1])
         _pipeline(group, plan, sent_A, [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)], compute, [("y", out_AD)])
-        ctx.group, ctx.plan, ctx.graphs, ctx.sums, ctx.given = group, plan, graphs, sums, gradient_sums is not None
+        ctx.group, ctx.plan, ctx.graphs, ctx.sums = group, plan, graphs, sums
         again = (x_TD, gate_Tk, gate_up, down) if plan.recompute else (None, gate_Tk, gate_up, down)
         ctx.save_for_backward(*again, sent_A, parts_nSE, *(tensor for graph in graphs for tensor in graph.take_saved()))
         return _sum_slots(out_AD, k)
@@ -202,7 +204,7 @@ class _Experts(torch.autograd.Function):
             sources += [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)]
         dx_AD, dgate_A1 = dout_TD.new_zeros(gate_Tk.numel(), dout_TD.shape[1]), torch.zeros_like(gate_Tk).view(-1, 1)
         _pipeline(group, plan, sent_A, sources, compute, [("dx", dx_AD), ("dgate", dgate_A1)])
-        dweights = [s.for_autograd(gate_up.dtype) if ctx.given else s.total.to(gate_up.dtype) for s in ctx.sums]
+        dweights = [gradient_sum.for_autograd(gate_up.dtype) for gradient_sum in ctx.sums]
         return _sum_slots(dx_AD, k), dgate_A1.view_as(gate_Tk), *dweights, *[None] * 6
 
 
@@ -237,7 +239,7 @@ def _pipeline(group: Group, plan: Plan, sent_A: Tensor, sources: Sequence[tuple[
 
 
 def _compute_chunk(group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD: Tensor, gate_R1: Tensor, gate_up: Tensor,
-                   down: Tensor, sums: GradientSums) -> Tensor:
+                   down: Tensor, sums: ExpertSums | None) -> Tensor:
     """Received rows lie by source, then by expert; the op takes them by expert and leaves its results where the rows were."""
     group.ledger.note("compute", "experts", str(chunk))
     num_local = len(gate_up)
@@ -252,7 +254,7 @@ class _Graph:
     """One chunk's experts with what autograd keeps of them: the tensors (apart, until backward gives them back) and the edges."""
 
     def __init__(self, group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD: Tensor, gate_R1: Tensor, gate_up: Tensor,
-                 down: Tensor, sums: GradientSums, hook: bool = True) -> None:
+                 down: Tensor, sums: ExpertSums | None, hook: bool = True) -> None:
         self._saved: list[Tensor] = []
         with torch.enable_grad(), saved_tensors_hooks(self._save, self._saved_tensor) if hook else nullcontext():
             entered = _Entry.apply(torch.empty(0, requires_grad=True), x_RD, gate_R1)

@@ -2,7 +2,7 @@
 
 The only file that knows both sides. Every seam gets its parallel object whatever the sizes: over a group of one each computes what the
 local default does. Three skip what would be pure cost there: experts (no counts to the host), context (one chunk), group_mean (the
-op's own).
+op's own). The last two are ZeRO-1's; with DeepSpeed autograd has all gradients.
 
     seam                                   object                                 over
     attention.project, attention.o         column / row parallel + sequence       tp
@@ -10,7 +10,8 @@ op's own).
     attention.context                      zig-zag context parallelism            cp
     moe.dispatcher                         uneven all-to-all                      ep
     embedding.lookup, .cross_entropy       vocabulary parallel                    tp
-    experts and embedding: gradient_sum(s) the buckets of ZeRO-1                  (none)
+    embedding.gradient_sum                 ZeRO-1's bucket
+    moe.experts.gradient_sums              ZeRO-1's buckets
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zaya.config import ModelConfig, Recipe
+from zaya.kernels.gradient_sum import ExpertSums
 from zaya.model.layers import Embedding
 from zaya.model.transformer import Zaya
 from zaya.parallel import tensor
@@ -89,7 +91,8 @@ def describe(recipe: Recipe, mesh: Mesh) -> list[str]:
 
 
 def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str, ParameterPlan]) -> Zero1 | DeepSpeedEngine:
-    """What holds the state of the model's parameters and moves them (all ranks call it together). ValueError: DeepSpeed is not there."""
+    """What holds the state of the model's parameters and moves them (all ranks call it together); fills the seams that belong to it.
+    ValueError: DeepSpeed is not there."""
     reduce_dtype = torch.bfloat16 if recipe.parallel.grad_dtype == "bf16" else None
     if recipe.parallel.engine == "zaya":
         zero1 = Zero1({name: model.get_parameter(name) for name in table}, table, recipe.optim, mesh, reduce_dtype=reduce_dtype)
@@ -97,7 +100,7 @@ def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str,
         model.embedding.gradient_sum = zero1.gradient_sum("embedding.weight")
         for index, block in enumerate(model.blocks):
             gate_up, down = (zero1.gradient_sum(f"blocks.{index}.moe.experts.{name}") for name in ("gate_up", "down"))
-            block.moe.experts.gradient_sums = gate_up, down
+            block.moe.experts.gradient_sums = ExpertSums(gate_up, down)
         return zero1
     head = _Head(model.embedding)
     model.embedding.add_module("head", head)

@@ -3,8 +3,8 @@
 ZeRO-1 (zaya/parallel/zero1.py) makes tensors and collectives of it, the planner prints it for 1,024 ranks. Everything follows from the
 plan and the layout alone, so every rank computes the same.
 
-Parameters of one rule whose pieces have the same holders lie one after another in buckets, each at a multiple of ALIGNMENT, in the order of
-the forward pass. A bucket is cut into equal shards, one per holder (of a zero_size block): shard s owns the state of elements
+Parameters of one rule whose pieces have the same holders lie one after another in buckets, each at a multiple of ALIGNMENT_ELEMENTS, in the
+order of the forward pass. A bucket is cut into equal shards, one per holder (of a zero_size block): shard s owns the state of elements
 [s, s + 1) * shard_length; what lies between parameters is zero and stays so. Muon needs whole matrices: the shards' flat pieces of a matrix
 go to its owner and the update's pieces come back the same way.
 
@@ -24,7 +24,7 @@ from zaya.plan import Muon, ParameterPlan
 from zaya.shard import Box, Layout, Replicate, Shard, flat_boxes, shifted
 
 BUCKET_ELEMENTS = 40_000_000  # as Megatron-core's default: long enough for the links, short enough to start early
-ALIGNMENT = 64  # elements: a cache line of 128 bytes in bf16; Triton loads 16 bytes at once only where a tensor starts at a multiple of 16
+ALIGNMENT_ELEMENTS = 64  # a cache line of 128 bytes in bf16; Triton loads 16 bytes at once only where a tensor starts at a multiple of 16
 ROUND_ELEMENTS = 1 << 22  # of a shard, exchanged for Muon at a time: 8 MiB in bf16; an estimate, not measured
 LEVEL = 1.05  # a holder may own a matrix until its load is this many times the mean
 
@@ -36,9 +36,9 @@ class BucketPlan:
     rows: tuple[ParameterPlan, ...]
     muon: bool
     spans: dict[str, tuple[int, int]]
-    """[start, stop) of each parameter's piece in the bucket; starts are multiples of ALIGNMENT."""
+    """[start, stop) of each parameter's piece in the bucket; starts are multiples of ALIGNMENT_ELEMENTS."""
     length: int
-    """Elements with padding: a multiple of num_shards * ALIGNMENT."""
+    """Elements with padding: a multiple of num_shards * ALIGNMENT_ELEMENTS."""
     num_shards: int
 
     @property
@@ -111,11 +111,11 @@ def _bucket(rows: Sequence[ParameterPlan], layout: Layout, muon: bool) -> Bucket
     spans, end = {}, 0
     for row in rows:
         numel = math.prod(layout.piece(row.placement, row.shape, 0)[1])
-        start = _round_up(end, ALIGNMENT)
+        start = _round_up(end, ALIGNMENT_ELEMENTS)
         end = start + numel
         spans[row.name] = (start, end)
     num_shards = layout.shard_size(rows[0].placement)
-    length = _round_up(end, num_shards * ALIGNMENT)
+    length = _round_up(end, num_shards * ALIGNMENT_ELEMENTS)
     return BucketPlan(tuple(rows), muon and isinstance(rows[0].optimizer, Muon), spans, length, num_shards)
 
 

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zaya.kernels.backend import ops
-from zaya.kernels.reference import GradientSum, Partials, lookup_gradient, wide
+from zaya.kernels.gradient_sum import GradientSum
+from zaya.kernels.reference import Partials, lookup_gradient, wide
 from zaya.parallel.collectives import Group, all_gather, all_reduce, reduce_scatter
 
 
@@ -159,9 +160,9 @@ class _GroupMean(torch.autograd.Function):
 
 
 def vocabulary_lookup(group: Group) -> Callable[[Tensor, Tensor, GradientSum | None], Tensor]:
-    """tokens (B, T), weight (V, D): the rank-th V words -> this rank's tokens' embeddings (B, t, D)."""
+    """tokens (B, T), weight (V, D): the rank-th V words, weight's gradient sum -> this rank's tokens' embeddings (B, t, D)."""
 
-    def lookup(tokens_BT: Tensor, weight_VD: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
+    def lookup(tokens_BT: Tensor, weight_VD: Tensor, gradient_sum: GradientSum | None) -> Tensor:
         embedded_BtD: Tensor = _Lookup.apply(tokens_BT, weight_VD, gradient_sum, group)
         return embedded_BtD
 
@@ -169,8 +170,8 @@ def vocabulary_lookup(group: Group) -> Callable[[Tensor, Tensor, GradientSum | N
 
 
 class _Lookup(torch.autograd.Function):
-    """Saves the token ids. Those of other ranks' words stand for any of ours (all for one would wait for each other in backward) and give,
-    and get, zeros: every sum over ranks has one term that is not 0, so nothing is rounded."""
+    """Saves the token ids. Those of other ranks' words stand for words of ours, spread over all (one for all would make backward add them
+    one after the other), and give and get zeros: every sum over ranks has one term that is not 0, so nothing is rounded."""
 
     @staticmethod
     def forward(ctx: Any, tokens_BT: Tensor, weight_VD: Tensor, gradient_sum: GradientSum | None, group: Group) -> Tensor:
@@ -191,10 +192,10 @@ class _Lookup(torch.autograd.Function):
 
 
 def vocabulary_cross_entropy(group: Group, z_loss: float = 0.0) -> Callable[[Tensor, Tensor, Tensor, GradientSum | None], Tensor]:
-    """hidden (B, t, D), weight (V, D): the rank-th V words, labels (B, T) -> the sum of the loss over all T tokens, the same bits on all
-    ranks. Logits exist a block of tokens at a time, as in the op."""
+    """hidden (B, t, D), weight (V, D): the rank-th V words, labels (B, T), weight's gradient sum -> the sum of the loss over all T tokens,
+    the same bits on all ranks. Logits exist a block of tokens at a time, as in the op."""
 
-    def cross_entropy(hidden_BtD: Tensor, weight_VD: Tensor, labels_BT: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
+    def cross_entropy(hidden_BtD: Tensor, weight_VD: Tensor, labels_BT: Tensor, gradient_sum: GradientSum | None) -> Tensor:
         hidden_RtD = _Gather.apply(hidden_BtD, group)
         loss: Tensor = ops().cross_entropy(hidden_RtD.flatten(0, 1), weight_VD, by_rank(labels_BT, group.size).flatten(), z_loss,
                                            vocab_start=group.rank * len(weight_VD), combine=functools.partial(_combine, group),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from zaya.config import OptimConfig
 from zaya.kernels import reference
 from zaya.kernels.backend import ops
+from zaya.kernels.gradient_sum import GradientSum
 from zaya.optim import muon_direction, muon_step, orthogonalise
 from zaya.parallel import partition
 from zaya.parallel.collectives import Group, Pending, all_gather, all_reduce, all_to_all, reduce_scatter
@@ -127,7 +128,7 @@ class Zero1:
         self.step = torch.zeros((), dtype=torch.float32, device=self.buckets[0].master.device)
         self._bucket_of = {name: bucket for bucket in self.buckets for name in bucket.plan.spans}
         self._rows = {row.name: row for bucket in self.buckets for row in bucket.plan.rows}
-        self._sums = {name: reference.GradientSum(bucket.view(bucket.grad, name)) for name, bucket in self._bucket_of.items()}
+        self._sums = {name: GradientSum(bucket.view(bucket.grad, name)) for name, bucket in self._bucket_of.items()}
         self._collected: dict[str, int] = {}
         self._micro_batches = 0
         self._to_reduce: list[Bucket] = []
@@ -140,13 +141,13 @@ class Zero1:
         """The next gradients replace the old ones; the micro_batches-th of each parameter completes it."""
         self._micro_batches = micro_batches
         self._collected = dict.fromkeys(self._bucket_of, 0)
-        for gradient in self._sums.values():
-            gradient.begun = False
+        for gradient_sum in self._sums.values():
+            gradient_sum.restart()
         for bucket in self.buckets:
             bucket.missing = len(bucket.plan.rows)
         self._to_reduce = list(self.buckets)  # the last in the forward pass is taken first
 
-    def gradient_sum(self, name: str) -> reference.GradientSum:
+    def gradient_sum(self, name: str) -> GradientSum:
         """The part of the bucket where a parameter's gradients are summed, for an op that adds to it by itself."""
         return self._sums[name]
 
@@ -156,7 +157,7 @@ class Zero1:
 
     def finish_gradients(self) -> None:
         """Every shard's gradient is summed. Every parameter must have received one from each micro-batch."""
-        missing = [name for name, times in self._collected.items() if times != self._micro_batches or not self._sums[name].begun]
+        missing = [name for name, times in self._collected.items() if times != self._micro_batches]
         assert self._collected and not missing, f"a parameter received no gradient: {missing[:1]}"
         for bucket in reversed(self.buckets):
             bucket.finish_reduce()
@@ -169,14 +170,15 @@ class Zero1:
         return torch.stack(norms).double().square().sum()
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
-        bucket, total = self._bucket_of[name], self._sums[name]
+        bucket, gradient_sum = self._bucket_of[name], self._sums[name]
 
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            if not parameter.grad.is_sparse:  # it is GradientSum.for_autograd: an op has added it
-                total.add(parameter.grad)
+            if not parameter.grad.is_sparse:  # else GradientSum.for_autograd: an op says that it has added it
+                gradient_sum.add(parameter.grad)
             parameter.grad = None
-            self._collected[name] += 1
+            self._collected[name] += gradient_sum.added
+            gradient_sum.added = False
             if self._collected[name] == self._micro_batches:
                 bucket.missing -= 1
                 while self._to_reduce and self._to_reduce[-1].missing == 0:

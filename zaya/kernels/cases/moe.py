@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zaya.kernels import reference
 from zaya.kernels.cases import CHIP, SMALL, Case, normal
+from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 from zaya.kernels.moe import experts, rows_times_weights
 
 GRADIENTS = ("x_TD", "gate_up_EFD", "down_EDF")
@@ -37,13 +38,13 @@ def routed(tokens: int, width: int, ffn: int, sizes: tuple[int, ...], *, slots: 
 
 
 class _IntoSums(torch.autograd.Function):
-    """experts whose weights' gradients come from the sums of two equal micro-batches: the first replaces, the second adds."""
+    """Two backward passes: of the sums the first replaces what is there, the second adds to it."""
 
     @staticmethod
     def forward(ctx, x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk):
         with torch.enable_grad():
             x_TD, gate_Tk = (tensor.detach().requires_grad_() for tensor in (x_TD, gate_Tk))
-            ctx.sums = tuple(reference.GradientSum(torch.empty_like(w, dtype=reference.wide(w.dtype))) for w in (gate_up_EFD, down_EDF))
+            ctx.sums = ExpertSums(*(GradientSum(torch.empty_like(w, dtype=torch.float32)) for w in (gate_up_EFD, down_EDF)))
             ctx.inputs, ctx.dtype = (x_TD, gate_Tk), x_TD.dtype
             ctx.out = experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, ctx.sums)
         return ctx.out.detach()
@@ -52,12 +53,12 @@ class _IntoSums(torch.autograd.Function):
     def backward(ctx, dout_TD):
         for _ in range(2):
             dx_TD, dgate_Tk = torch.autograd.grad(ctx.out, ctx.inputs, dout_TD, retain_graph=True)
-        dgate_up_EFD, ddown_EDF = ((gradient.total / 2).to(ctx.dtype) for gradient in ctx.sums)
+        dgate_up_EFD, ddown_EDF = ((gradient_sum.total / 2).to(ctx.dtype) for gradient_sum in ctx.sums)
         return dx_TD, None, dgate_up_EFD, ddown_EDF, None, dgate_Tk
 
 
 def experts_into_sums(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor, gate_Tk: Tensor) -> Tensor:
-    """The op as the trainer calls it."""
+    """experts with sums, over two equal micro-batches. Their mean is the weights' gradient, so that it compares with the reference's."""
     return _IntoSums.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
 
 
