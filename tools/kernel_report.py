@@ -175,7 +175,7 @@ def main() -> int:
         print(json.dumps(rows, indent=1))
     else:
         training = [row for row in rows if row["cases"][0].startswith("training")]
-        for title, part in (("Cases", [row for row in rows if row not in training]), ("Beside these, in training steps", training)):
+        for title, part in (("Cases", [row for row in rows if row not in training]), ("Training steps, beside the cases", training)):
             if part:
                 print(f"{title}: {len(part)} launches\n\n{table(part)}\n")
     broken = [f"{row['kernel']} {row['config']} ({row['cases'][0]}): {'; '.join(row['broken'])}" for row in rows if row["broken"]]
