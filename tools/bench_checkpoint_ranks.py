@@ -128,8 +128,8 @@ def zero1_state(model: ModelConfig, layout: Layout, rank: int) -> tuple[State, d
         held = sum(max(0, stop - start) for start, stop in (bucket.overlap(row.name, shard) for row in bucket.rows))  # without padding
         memory: list[Tensor] = [torch.empty(held, dtype=dtype) for _, dtype in tensors_of(bucket.rows[0])]
         flats += memory
+        start = 0
         for row in bucket.rows:
-            start = max(bucket.spans[row.name][0] - shard * bucket.shard_length, 0)
             for box in bucket.boxes(row, layout, rank):
                 stop = start + math.prod(box[1])
                 for flat, (name, _) in zip(memory, tensors_of(row), strict=True):

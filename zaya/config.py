@@ -112,7 +112,7 @@ class DataConfig:
     tokenizer: str = ""
     """A Hugging Face tokenizer.json, used to sample and to export; empty = none."""
     source: str = ""
-    """"stdlib": build train, valid and tokenizer from Python's standard library where they do not exist; empty = they must exist."""
+    """"stdlib": make train and valid of Python's standard library where neither exists, and the tokenizer; empty = they must exist."""
 
     def validate(self) -> None:
         if not self.train or "" in self.train:

@@ -304,14 +304,16 @@ def test_stdlib_corpus(tmp_path: Path, few_files: None, monkeypatch: pytest.Monk
     assert Loader(stdlib_data(tmp_path / "a"), seq_len=48, vocab_size=512, seed=0).num_evaluation_rows > 10
 
 
-def test_stdlib_corpus_makes_only_what_is_missing(tmp_path: Path, few_files: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdlib_corpus_makes_both_or_says_what_is_missing(tmp_path: Path, few_files: None, monkeypatch: pytest.MonkeyPatch) -> None:
     data = stdlib_data(tmp_path)
     stdlib_corpus.build(data, 512)
     made = contents(tmp_path)
+    mistyped = dataclasses.replace(data, valid=f"{data.valid}d")
+    with pytest.raises(ValueError, match=r"there is no corpus .*validd, though there is .*train; "):
+        stdlib_corpus.build(mistyped, 512)
+    assert contents(tmp_path) == made
     for name in ("valid.idx", "valid.bin"):
         (tmp_path / name).unlink()
-    stdlib_corpus.build(data, 512)
-    assert contents(tmp_path) == made
     (tmp_path / "train.idx").unlink()
     with pytest.raises(ValueError, match=r"train\.bin is half of a corpus; remove it"):  # it may be the user's own
         stdlib_corpus.build(data, 512)

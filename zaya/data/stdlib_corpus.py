@@ -26,10 +26,11 @@ _HELD_OUT_EVERY = 20
 
 
 def build(data: DataConfig, vocab_size: int) -> None:
-    """Make what is missing of data.train[0], data.valid and data.tokenizer: a byte-level BPE of `vocab_size` entries, of training files.
+    """Make data.train[0] and data.valid where neither is there, and data.tokenizer where it is not: a byte-level BPE of `vocab_size`
+    entries, of training files.
 
-    All appear together or not at all. ValueError where an existing tokenizer has another vocabulary, or a corpus lacks its tokenizer or
-    half of itself.
+    All appear together or not at all. ValueError where an existing tokenizer has another vocabulary, or a corpus lacks its tokenizer, the
+    other corpus (one of the names may be mistyped) or half of itself.
     """
     tokenizer_path = Path(data.tokenizer)
     corpora = [(Path(f"{name}.bin"), Path(f"{name}.idx"), held_out) for name, held_out in ((data.valid, True), (data.train[0], False))]
@@ -49,6 +50,10 @@ def build(data: DataConfig, vocab_size: int) -> None:
         raise ValueError(f"corpus {present} exists but its tokenizer {tokenizer_path} does not; remove the corpus, and both are made again")
     if not missing:
         return
+    if len(missing) < len(corpora):
+        absent, present = (next(row[0].with_suffix("") for row in corpora if (row in missing) is gone) for gone in (True, False))
+        raise ValueError(f"there is no corpus {absent}, though there is {present}; if both names are right, remove the latter, and both "
+                         'are made again of the standard library; for corpora of your own set data.source = ""')
 
     outputs = [path for row in missing for path in row[:2]]
     with staged(([] if have_tokenizer else [tokenizer_path]) + outputs, overwrite=True) as temporary:
