@@ -1,8 +1,8 @@
 """Compile every shipped kernel configuration for the MI300X, without one, and print what its machine code uses; exit 1 where a gate fails.
 
 Each chip case runs forward and backward on "meta" tensors, which compute nothing, so an op that waited for the device would fail here; so
-does a training step of every bf16 recipe, whole and as a rank of a layout has it. Equal launches are compiled once, in as many processes as
-there are CPUs.
+does a training step of every bf16 recipe, whole and with what a rank of a layout holds. Equal launches are compiled once, in as many
+processes as there are CPUs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def of_cases(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) 
 
 
 def of_training() -> Runs:
-    """A step of every bf16 recipe, whole and as a rank of each of LAYOUTS has it."""
+    """A step of every bf16 recipe with what a rank holds under each of LAYOUTS."""
     runs: Runs = []
     for path in sorted(RECIPES.glob("*.toml")):
         recipe = load_recipe(path)
