@@ -1,7 +1,8 @@
 """The small parts of the transformer: linear maps, norm weights, residual scales, the tied embedding.
 
 Between them and parallelism stand seams: `Linear.apply_weight`, `Embedding.lookup` and `Embedding.cross_entropy` hold the local function
-by default and can be replaced from outside. Parameters are left uninitialised here; their names and shapes are the plan's (zaya/plan.py).
+by default and can be replaced from outside, and `Embedding.gradient_sum` is filled there. Parameters are left uninitialised here; their
+names and shapes are the plan's (zaya/plan.py).
 
 Letters: B batch, T tokens, D hidden, V vocabulary.
 """
