@@ -47,7 +47,8 @@ def test_small_tiles_and_dies_leave_the_result(monkeypatch: pytest.MonkeyPatch) 
         if "GROUP_M" not in found.blocks:
             return found
         heights = {"_gate_up_bwd_kernel": 32, "_weight_grad_kernel": 64}
-        return dataclasses.replace(found, blocks={"BLOCK_M": heights.get(kernel.__name__, 16), "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 2})
+        sizes = {"BLOCK_M": heights.get(kernel.__name__, 16), "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 2, "TAIL_M": 8}
+        return dataclasses.replace(found, blocks={name: sizes[name] for name in found.blocks})
 
     monkeypatch.setattr(moe, "config", small)
     monkeypatch.setattr(moe, "target", lambda device: dataclasses.replace(launch.target(device), num_cus=6, num_xcds=2))

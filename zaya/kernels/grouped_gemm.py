@@ -4,8 +4,10 @@ Three kernels over tiles of rows, whose table (`_tiles_kernel`) is made on the d
 gate_up with SwiGLU, its backward, and one plain product that serves down and the gradient of the input. A fourth makes weight gradients.
 Any group may be empty or hold all rows; rows of no expert (skipped tokens) come last, and their results are zero.
 
-Persistent grid: a program per CU walks the tiles in steps of the grid. Work-groups go round-robin over the dies, so program ids are first
-renumbered to give each die (XCD) neighbouring tiles, which share its L2. Out-of-range rows and columns are clamped to the last valid one
+A program walks the tiles in steps of the grid. Over several dies the grid is persistent, a program per CU: work-groups go round-robin over
+the dies, so program ids are first renumbered to give each die (XCD) neighbouring tiles, which share its L2. On one die it has a program per
+tile, which the hardware hands out as multiprocessors become free: tiles do not cost the same, as the last of a group is computed with
+TAIL_M rows where it has no more (none are where TAIL_M is BLOCK_M). Out-of-range rows and columns are clamped to the last valid one
 instead of masked: what they compute is not stored, and the inner loop stays free of masks. Scalar bases are 64-bit, offsets inside a tile
 32-bit; so are those of gathered rows unless their tensor is larger than that (WIDE).
 
@@ -67,14 +69,19 @@ def _tile_at(tile, num_m, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _tile_rows(tiles, m, BLOCK_M: tl.constexpr):
-    """Expert and first row of a tile, its rows counted from there (the last valid one repeated), and which of them are its own."""
+def _tile_rows(tiles, m):
+    """Expert of a tile, its first row and how many it has, at least one."""
     expert = tl.load(tiles + 4 * (1 + m)).to(tl.int64)
     first = tl.load(tiles + 4 * (1 + m) + 1)
-    height = tl.load(tiles + 4 * (1 + m) + 2) - first
+    return expert, first, tl.load(tiles + 4 * (1 + m) + 2) - first
+
+
+@triton.jit
+def _rows_of(height, BLOCK_M: tl.constexpr):
+    """A tile's rows counted from its first (the last valid one repeated), and which of them are its own."""
     rows = tl.arange(0, BLOCK_M)
     # A tile has a row; saying so lets the compiler see that no offset is negative, and use loads with 32-bit offsets.
-    return expert, first, tl.minimum(rows, tl.maximum(height - 1, 0)), rows < height
+    return tl.minimum(rows, tl.maximum(height - 1, 0)), rows < height
 
 
 @triton.jit
@@ -131,33 +138,44 @@ def _swiglu_fwd(gate, up, h, act, rows, is_row, columns, F: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    HALF: tl.constexpr = BLOCK_N // 2
+    rows, is_row = _rows_of(height, BLOCK_M)
+    if order is None:
+        a, a_rows = x + first.to(tl.int64) * D, rows * D
+    else:
+        a, a_rows = x, _row_offsets(tl.load(order + first + rows) // TOP_K, D, WIDE)
+    both, ks = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    column = both % HALF
+    if F % HALF:
+        column = tl.minimum(column, F - 1 - n * HALF)
+    column = tl.where(both < HALF, column, column + F)
+    b = weights + expert * (2 * F * D) + n * HALF * D
+    acc = _product(a, a_rows[:, None] + ks[None, :], b, column[None, :] * D + ks[:, None], BLOCK_K, D, BLOCK_M, BLOCK_N, BLOCK_K)
+    gate, up = _halves(acc, BLOCK_M, HALF)
+    gates, ups = _halves(gate, BLOCK_M, HALF // 2), _halves(up, BLOCK_M, HALF // 2)
+    start, columns = first.to(tl.int64), n * HALF + tl.arange(0, HALF // 2)
+    for half in tl.static_range(2):  # a lane then stores half as many rows; their numbers stay in registers all the while
+        _swiglu_fwd(gates[half], ups[half], h + start * (2 * F), act + start * F, rows, is_row, columns + half * (HALF // 2), F, HALF)
+
+
+@triton.jit
 def _gate_up_fwd_kernel(x, weights, order, tiles, h, act, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, NUM_XCDS: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr):
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr,
+                        TAIL_M: tl.constexpr):
     """h = x[token] @ [gate | up]^T (R, 2F) and act = silu(gate) * up (R, F). A tile holds BLOCK_N / 2 columns of gate on its left and the
     same columns of up on its right. order None: x is sorted already."""
-    HALF: tl.constexpr = BLOCK_N // 2
-    NUM_N: tl.constexpr = (F + HALF - 1) // HALF
+    NUM_N: tl.constexpr = (2 * F + BLOCK_N - 1) // BLOCK_N
     num_programs = tl.num_programs(0)
     num_m = tl.load(tiles)
     for tile in range(_by_die(tl.program_id(0), num_programs, num_programs // NUM_XCDS, NUM_XCDS), num_m * NUM_N, num_programs):
         m, n = _tile_at(tile, num_m, NUM_N, GROUP_M)
-        expert, first, rows, is_row = _tile_rows(tiles, m, BLOCK_M)
-        if order is None:
-            a, a_rows = x + first.to(tl.int64) * D, rows * D
+        expert, first, height = _tile_rows(tiles, m)
+        if TAIL_M < BLOCK_M and height <= TAIL_M:
+            _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D, F, TOP_K, TAIL_M, BLOCK_N, BLOCK_K, WIDE)
         else:
-            a, a_rows = x, _row_offsets(tl.load(order + first + rows) // TOP_K, D, WIDE)
-        both, ks = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-        column = both % HALF
-        if F % HALF:
-            column = tl.minimum(column, F - 1 - n * HALF)
-        column = tl.where(both < HALF, column, column + F)
-        b = weights + expert * (2 * F * D) + n * HALF * D
-        acc = _product(a, a_rows[:, None] + ks[None, :], b, column[None, :] * D + ks[:, None], BLOCK_K, D, BLOCK_M, BLOCK_N, BLOCK_K)
-        gate, up = _halves(acc, BLOCK_M, HALF)
-        gates, ups = _halves(gate, BLOCK_M, HALF // 2), _halves(up, BLOCK_M, HALF // 2)
-        start, columns = first.to(tl.int64), n * HALF + tl.arange(0, HALF // 2)
-        for half in tl.static_range(2):  # a lane then stores half as many rows; their numbers stay in registers all the while
-            _swiglu_fwd(gates[half], ups[half], h + start * (2 * F), act + start * F, rows, is_row, columns + half * (HALF // 2), F, HALF)
+            _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D, F, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, WIDE)
 
 
 @triton.jit
@@ -181,39 +199,53 @@ def _swiglu_bwd(dact, h, dh, act, row_gate, rows, is_row, columns, F: tl.constex
 
 
 @triton.jit
+def _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_rows, expert, first, height, n, D: tl.constexpr,
+                      F: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      WIDE: tl.constexpr):
+    HALF: tl.constexpr = BLOCK_N // 2
+    rows, is_row = _rows_of(height, BLOCK_M)
+    if order is None:
+        a, a_rows = dy + first.to(tl.int64) * D, rows * D
+    else:
+        a, a_rows = dy, _row_offsets(tl.load(order + first + rows) // TOP_K, D, WIDE)
+    ks = tl.arange(0, BLOCK_K)
+    b = weights + expert * (D * F) + n * BLOCK_N
+    b_at = ks[:, None] * F + _columns(n * BLOCK_N, F, BLOCK_N)[None, :]
+    acc = _product(a, a_rows[:, None] + ks[None, :], b, b_at, BLOCK_K * F, D, BLOCK_M, BLOCK_N, BLOCK_K)
+    left, right = _halves(acc, BLOCK_M, HALF)
+    row_gate = tl.full((BLOCK_M,), 1.0, tl.float32) if gates is None else tl.load(gates + tl.load(order + first + rows))
+    start = first.to(tl.int64)
+    to_h, to_dh, to_act = h + start * (2 * F), dh + start * (2 * F), act + start * F
+    columns = n * BLOCK_N + tl.arange(0, HALF // 2)
+    share = tl.zeros((BLOCK_M,), tl.float32)
+    for half in tl.static_range(2):
+        one, two = _halves(left if half == 0 else right, BLOCK_M, HALF // 2)
+        share += _swiglu_bwd(one, to_h, to_dh, to_act, row_gate, rows, is_row, columns, F, BLOCK_N)
+        share += _swiglu_bwd(two, to_h, to_dh, to_act, row_gate, rows, is_row, columns + HALF // 2, F, BLOCK_N)
+        columns += HALF
+    if dgate_parts is not None:
+        tl.store(dgate_parts + n.to(tl.int64) * num_rows + first + rows, share, mask=is_row)
+
+
+@triton.jit
 def _gate_up_bwd_kernel(dy, weights, order, gates, tiles, h, dh, act, dgate_parts, num_rows, D: tl.constexpr, F: tl.constexpr,
                         TOP_K: tl.constexpr, NUM_XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr):
+                        BLOCK_K: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr,
+                        TAIL_M: tl.constexpr):
     """dact = dy[token] @ down (before the gate), and from it and h: dh (R, 2F), gate * act (R, F) for down's gradient, and per column of
     tiles the sum of dact * act (columns, R), which is the gate's gradient <dy, y> without y."""
-    HALF: tl.constexpr = BLOCK_N // 2
     NUM_N: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     num_programs = tl.num_programs(0)
     num_m = tl.load(tiles)
     for tile in range(_by_die(tl.program_id(0), num_programs, num_programs // NUM_XCDS, NUM_XCDS), num_m * NUM_N, num_programs):
         m, n = _tile_at(tile, num_m, NUM_N, GROUP_M)
-        expert, first, rows, is_row = _tile_rows(tiles, m, BLOCK_M)
-        if order is None:
-            a, a_rows = dy + first.to(tl.int64) * D, rows * D
+        expert, first, height = _tile_rows(tiles, m)
+        if TAIL_M < BLOCK_M and height <= TAIL_M:
+            _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_rows, expert, first, height, n, D, F, TOP_K,
+                              TAIL_M, BLOCK_N, BLOCK_K, WIDE)
         else:
-            a, a_rows = dy, _row_offsets(tl.load(order + first + rows) // TOP_K, D, WIDE)
-        ks = tl.arange(0, BLOCK_K)
-        b = weights + expert * (D * F) + n * BLOCK_N
-        b_at = ks[:, None] * F + _columns(n * BLOCK_N, F, BLOCK_N)[None, :]
-        acc = _product(a, a_rows[:, None] + ks[None, :], b, b_at, BLOCK_K * F, D, BLOCK_M, BLOCK_N, BLOCK_K)
-        left, right = _halves(acc, BLOCK_M, HALF)
-        row_gate = tl.full((BLOCK_M,), 1.0, tl.float32) if gates is None else tl.load(gates + tl.load(order + first + rows))
-        start = first.to(tl.int64)
-        to_h, to_dh, to_act = h + start * (2 * F), dh + start * (2 * F), act + start * F
-        columns = n * BLOCK_N + tl.arange(0, HALF // 2)
-        share = tl.zeros((BLOCK_M,), tl.float32)
-        for half in tl.static_range(2):
-            one, two = _halves(left if half == 0 else right, BLOCK_M, HALF // 2)
-            share += _swiglu_bwd(one, to_h, to_dh, to_act, row_gate, rows, is_row, columns, F, BLOCK_N)
-            share += _swiglu_bwd(two, to_h, to_dh, to_act, row_gate, rows, is_row, columns + HALF // 2, F, BLOCK_N)
-            columns += HALF
-        if dgate_parts is not None:
-            tl.store(dgate_parts + n.to(tl.int64) * num_rows + first + rows, share, mask=is_row)
+            _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_rows, expert, first, height, n, D, F, TOP_K,
+                              BLOCK_M, BLOCK_N, BLOCK_K, WIDE)
 
 
 @triton.jit
@@ -229,9 +261,28 @@ def _store_rows(tile, out, order, first, rows, is_row, n, N: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K: tl.constexpr, N: tl.constexpr, K_IS_INNER: tl.constexpr,
+               WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows, is_row = _rows_of(height, BLOCK_M)
+    ks, column = tl.arange(0, BLOCK_K), _columns(n * BLOCK_N, N, BLOCK_N)
+    a, b = a_rows + first.to(tl.int64) * K, weights + expert * (K * N)
+    a_at = rows[:, None] * K + ks[None, :]
+    if K_IS_INNER:
+        b_at = column[None, :] * K + ks[:, None]
+        acc = _product(a, a_at, b + n * BLOCK_N * K, b_at, BLOCK_K, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        b_at = ks[:, None] * N + column[None, :]
+        acc = _product(a, a_at, b + n * BLOCK_N, b_at, BLOCK_K * N, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if gates is not None:
+        acc *= tl.load(gates + tl.load(order + first + rows))[:, None]
+    _store_rows(acc, out, order, first, rows, is_row, n, N, BLOCK_N, WIDE)
+
+
+@triton.jit
 def _rows_kernel(a_rows, weights, order, gates, tiles, offsets, out, num_rows, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                  K_IS_INNER: tl.constexpr, WIDE: tl.constexpr, NUM_XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
+                 BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+                 TAIL_M: tl.constexpr):
     """out[order[r]] = gate * (a_rows[r] @ weights[expert]); rows of no expert become zero. weights (E, N, K) where K_IS_INNER, else
     (E, K, N). order None: out[r]; gates None: no gate."""
     NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -240,19 +291,11 @@ def _rows_kernel(a_rows, weights, order, gates, tiles, offsets, out, num_rows, E
     num_m = tl.load(tiles)
     for tile in range(pid, num_m * NUM_N, num_programs):
         m, n = _tile_at(tile, num_m, NUM_N, GROUP_M)
-        expert, first, rows, is_row = _tile_rows(tiles, m, BLOCK_M)
-        ks, column = tl.arange(0, BLOCK_K), _columns(n * BLOCK_N, N, BLOCK_N)
-        a, b = a_rows + first.to(tl.int64) * K, weights + expert * (K * N)
-        a_at = rows[:, None] * K + ks[None, :]
-        if K_IS_INNER:
-            b_at = column[None, :] * K + ks[:, None]
-            acc = _product(a, a_at, b + n * BLOCK_N * K, b_at, BLOCK_K, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        expert, first, height = _tile_rows(tiles, m)
+        if TAIL_M < BLOCK_M and height <= TAIL_M:
+            _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K, N, K_IS_INNER, WIDE, TAIL_M, BLOCK_N, BLOCK_K)
         else:
-            b_at = ks[:, None] * N + column[None, :]
-            acc = _product(a, a_at, b + n * BLOCK_N, b_at, BLOCK_K * N, K, BLOCK_M, BLOCK_N, BLOCK_K)
-        if gates is not None:
-            acc *= tl.load(gates + tl.load(order + first + rows))[:, None]
-        _store_rows(acc, out, order, first, rows, is_row, n, N, BLOCK_N, WIDE)
+            _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K, N, K_IS_INNER, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
     # Row by row, because another loop over whole tiles would cost the first one registers.
     for row in range(tl.load(offsets + E) + pid, num_rows, num_programs):
         place = tl.cast(row if order is None else tl.load(order + row), tl.int64)
