@@ -98,7 +98,7 @@ def block_case(name: str, block: Block, tokens: int, busiest: float | None, size
                 lambda device, dtype: block.make(tokens, busiest, device, dtype),
                 ("x_BTD", *(f"weights.{index}" for index in range(len(block.parameters)))), flops=flops,
                 # A token whose choice flips by rounding is wrong altogether: 0.5 % of them are sqrt(2 * 0.005) = 10 % of a tensor's size.
-                # The most that was seen is 0.16, in the router's gradients of the 74B, skewed (docs/benchmarks/kernels-h200.json).
+                # The most that was seen is 0.16, in the router's gradients of the 74B, skewed (docs/benchmarks/kernels-h100.json).
                 limit=0.2)
 
 
