@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from zaya import runtime
 from zaya.cli import Parser
 from zaya.metrics import read_rows
@@ -323,6 +325,8 @@ def main() -> int:
     steps = select(plan(out, options.rehearse), options.only)
     if not steps:
         parser.error(f"--only {options.only} names none of the steps")
+    if not options.rehearse and not torch.version.hip:
+        parser.error(f"torch {torch.__version__} is not built for ROCm, so no step could pass; --rehearse runs them small on a CPU")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             parser.error(f"{options.out} is not an empty directory; move it away, or name another with --out")

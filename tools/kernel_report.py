@@ -166,10 +166,10 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel
     runs = of_cases(cases.cases(cases.CHIP)) + of_training()
-    chosen = [(name, run) for name, run in runs if name.startswith(arguments.op or "")]
+    chosen = [(name, run) for name, run in runs if arguments.op is None or (arguments.op and name.startswith(arguments.op))]
     if not chosen:
         names = sorted({name.partition(" ")[0] for name, _ in runs})
-        parser.error(f"--op {arguments.op}: nothing has such a name; there are {', '.join(names)}")
+        parser.error(f"--op {arguments.op or 'is empty'}: nothing has such a name; there are {', '.join(names)}")
     rows = report(launches(chosen))
     if arguments.json:
         print(json.dumps(rows, indent=1))

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="tools.tokenize_corpus", description="Tokenise text into a corpus in Megatron's format (PREFIX.bin, PREFIX.idx).")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
-                        help="text file (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet, or a directory of them")
+                        help="text file (one document), .jsonl, .jsonl.gz, .jsonl.zst (.json likewise) or .parquet, or a directory of them")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="a Hugging Face tokenizer.json")
     parser.add_argument("--train-bpe", type=int, metavar="VOCAB_SIZE",
