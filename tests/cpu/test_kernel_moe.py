@@ -15,7 +15,7 @@ from zaya.kernels import launch, moe, reference
 from zaya.kernels.cases import SMALL, Case, error, errors, run, widened
 from zaya.kernels.cases.moe import CASES, routed
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
-from zaya.kernels.launch import Config, launching_through
+from zaya.kernels.launch import MI300X, Config, Target, launching_through
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +39,7 @@ def test_rows_past_32_bits_are_addressed_the_same(monkeypatch: pytest.MonkeyPatc
 
 
 def test_small_tiles_and_dies_leave_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles a program, tiles of different heights in forward and backward, programs renumbered over dies."""
+    """Many tiles a program, tiles of different heights in forward and backward, tail tiles, programs renumbered over dies."""
     shipped = launch.config
 
     def small(kernel: Any, target: Any, **when: Any) -> Config:
@@ -109,6 +109,24 @@ def test_needs_no_values_on_the_host() -> None:
             got = run(case.op, arguments, case.gradients)
         assert got["out.0"].shape == next(iter(arguments.values())).shape  # rows in, rows out
     assert {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel", "_dgate_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize("chip", [Target("sm_90", num_cus=132), MI300X], ids=lambda chip: chip.arch)
+def test_one_die_has_a_program_per_tile_and_several_share_the_tiles_out(chip: Target) -> None:
+    """The kernels walk in steps of the grid, so that a wrong one would only be slow."""
+    grids: dict[str, tuple[int, ...]] = {}
+    blocks: dict[str, Mapping[str, int]] = {}
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
+        grids.setdefault(kernel.__name__, grid)
+        blocks.setdefault(kernel.__name__, config.blocks)
+
+    arguments = routed(300, 256, 512, (200, 0, 5))(torch.device("meta"), torch.bfloat16)
+    with launching_through(note, chip):
+        run(moe.experts, arguments, ("x_TD",))
+    for name, width in {"_gate_up_fwd_kernel": 2 * 512, "_rows_kernel": 256, "_gate_up_bwd_kernel": 512}.items():
+        tiles = (math.ceil(300 / blocks[name]["BLOCK_M"]) + 3) * math.ceil(width / blocks[name]["BLOCK_N"])
+        assert grids[name] == (tiles if chip.num_xcds == 1 else chip.num_cus,)
 
 
 def arguments_with(**changes: Any) -> dict[str, Any]:

@@ -6,10 +6,12 @@ Any group may be empty or hold all rows; rows of no expert (skipped tokens) come
 
 A program walks the tiles in steps of the grid. Over several dies the grid is persistent, a program per CU: work-groups go round-robin over
 the dies, so program ids are first renumbered to give each die (XCD) neighbouring tiles, which share its L2. On one die it has a program per
-tile, which the hardware hands out as multiprocessors become free: tiles do not cost the same, as the last of a group is computed with
-TAIL_M rows where it has no more (none are where TAIL_M is BLOCK_M). Out-of-range rows and columns are clamped to the last valid one
-instead of masked: what they compute is not stored, and the inner loop stays free of masks. Scalar bases are 64-bit, offsets inside a tile
-32-bit; so are those of gathered rows unless their tensor is larger than that (WIDE).
+tile, which the hardware hands out as multiprocessors become free, as tiles do not cost the same: the last one of a group is a tail tile,
+computed with TAIL_M rows, where it has no more than that. With a TAIL_M of BLOCK_M there are no tail tiles.
+
+Out-of-range rows and columns are clamped to the last valid one instead of masked: what they compute is not stored, and the inner loop
+stays free of masks. Scalar bases are 64-bit, offsets inside a tile 32-bit; so are those of gathered rows unless their tensor is larger than
+that (WIDE).
 
 Letters: R assignments (rows in the order of experts), D hidden, F expert width, E experts.
 """
@@ -63,21 +65,21 @@ def _by_die(pid, num_programs, CHUNK: tl.constexpr, NUM_XCDS: tl.constexpr):
 def _tile_at(tile, num_m, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Tile number -> (m, n): GROUP_M tiles below one another, then the next column, so that neighbours share rows and weights."""
     first = tile // (GROUP_M * NUM_N) * GROUP_M
-    height = tl.minimum(num_m - first, GROUP_M)
+    num_below = tl.minimum(num_m - first, GROUP_M)
     inside = tile % (GROUP_M * NUM_N)
-    return first + inside % height, inside // height
+    return first + inside % num_below, inside // num_below
 
 
 @triton.jit
-def _tile_rows(tiles, m):
-    """Expert of a tile, its first row and how many it has, at least one."""
+def _table_entry(tiles, m):
+    """Row m of the table: expert, first row, and height: how many rows the tile has, at least one and at most BLOCK_M."""
     expert = tl.load(tiles + 4 * (1 + m)).to(tl.int64)
     first = tl.load(tiles + 4 * (1 + m) + 1)
     return expert, first, tl.load(tiles + 4 * (1 + m) + 2) - first
 
 
 @triton.jit
-def _rows_of(height, BLOCK_M: tl.constexpr):
+def _own_rows(height, BLOCK_M: tl.constexpr):
     """A tile's rows counted from its first (the last valid one repeated), and which of them are its own."""
     rows = tl.arange(0, BLOCK_M)
     # A tile has a row; saying so lets the compiler see that no offset is negative, and use loads with 32-bit offsets.
@@ -139,9 +141,10 @@ def _swiglu_fwd(gate, up, h, act, rows, is_row, columns, F: tl.constexpr, BLOCK_
 
 @triton.jit
 def _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile of _gate_up_fwd_kernel, BLOCK_M rows high: the kernel's own BLOCK_M or its TAIL_M."""
     HALF: tl.constexpr = BLOCK_N // 2
-    rows, is_row = _rows_of(height, BLOCK_M)
+    rows, is_row = _own_rows(height, BLOCK_M)
     if order is None:
         a, a_rows = x + first.to(tl.int64) * D, rows * D
     else:
@@ -171,11 +174,11 @@ def _gate_up_fwd_kernel(x, weights, order, tiles, h, act, D: tl.constexpr, F: tl
     num_m = tl.load(tiles)
     for tile in range(_by_die(tl.program_id(0), num_programs, num_programs // NUM_XCDS, NUM_XCDS), num_m * NUM_N, num_programs):
         m, n = _tile_at(tile, num_m, NUM_N, GROUP_M)
-        expert, first, height = _tile_rows(tiles, m)
-        if TAIL_M < BLOCK_M and height <= TAIL_M:
-            _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D, F, TOP_K, TAIL_M, BLOCK_N, BLOCK_K, WIDE)
+        expert, first, height = _table_entry(tiles, m)
+        if TAIL_M < BLOCK_M and height <= TAIL_M:  # the first half is known when compiling: where it is false, one product is compiled
+            _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D, F, TOP_K, BLOCK_N, BLOCK_K, WIDE, BLOCK_M=TAIL_M)
         else:
-            _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D, F, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, WIDE)
+            _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D, F, TOP_K, BLOCK_N, BLOCK_K, WIDE, BLOCK_M=BLOCK_M)
 
 
 @triton.jit
@@ -200,10 +203,11 @@ def _swiglu_bwd(dact, h, dh, act, row_gate, rows, is_row, columns, F: tl.constex
 
 @triton.jit
 def _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_rows, expert, first, height, n, D: tl.constexpr,
-                      F: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      WIDE: tl.constexpr):
+                      F: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+                      BLOCK_M: tl.constexpr):
+    """A tile of _gate_up_bwd_kernel, BLOCK_M rows high: the kernel's own BLOCK_M or its TAIL_M."""
     HALF: tl.constexpr = BLOCK_N // 2
-    rows, is_row = _rows_of(height, BLOCK_M)
+    rows, is_row = _own_rows(height, BLOCK_M)
     if order is None:
         a, a_rows = dy + first.to(tl.int64) * D, rows * D
     else:
@@ -230,8 +234,7 @@ def _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_ro
 @triton.jit
 def _gate_up_bwd_kernel(dy, weights, order, gates, tiles, h, dh, act, dgate_parts, num_rows, D: tl.constexpr, F: tl.constexpr,
                         TOP_K: tl.constexpr, NUM_XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr,
-                        TAIL_M: tl.constexpr):
+                        BLOCK_K: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr, TAIL_M: tl.constexpr):
     """dact = dy[token] @ down (before the gate), and from it and h: dh (R, 2F), gate * act (R, F) for down's gradient, and per column of
     tiles the sum of dact * act (columns, R), which is the gate's gradient <dy, y> without y."""
     NUM_N: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
@@ -239,13 +242,13 @@ def _gate_up_bwd_kernel(dy, weights, order, gates, tiles, h, dh, act, dgate_part
     num_m = tl.load(tiles)
     for tile in range(_by_die(tl.program_id(0), num_programs, num_programs // NUM_XCDS, NUM_XCDS), num_m * NUM_N, num_programs):
         m, n = _tile_at(tile, num_m, NUM_N, GROUP_M)
-        expert, first, height = _tile_rows(tiles, m)
+        expert, first, height = _table_entry(tiles, m)
         if TAIL_M < BLOCK_M and height <= TAIL_M:
             _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_rows, expert, first, height, n, D, F, TOP_K,
-                              TAIL_M, BLOCK_N, BLOCK_K, WIDE)
+                              BLOCK_N, BLOCK_K, WIDE, BLOCK_M=TAIL_M)
         else:
             _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_rows, expert, first, height, n, D, F, TOP_K,
-                              BLOCK_M, BLOCK_N, BLOCK_K, WIDE)
+                              BLOCK_N, BLOCK_K, WIDE, BLOCK_M=BLOCK_M)
 
 
 @triton.jit
@@ -262,8 +265,9 @@ def _store_rows(tile, out, order, first, rows, is_row, n, N: tl.constexpr, BLOCK
 
 @triton.jit
 def _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K: tl.constexpr, N: tl.constexpr, K_IS_INNER: tl.constexpr,
-               WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    rows, is_row = _rows_of(height, BLOCK_M)
+               WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile of _rows_kernel, BLOCK_M rows high: the kernel's own BLOCK_M or its TAIL_M."""
+    rows, is_row = _own_rows(height, BLOCK_M)
     ks, column = tl.arange(0, BLOCK_K), _columns(n * BLOCK_N, N, BLOCK_N)
     a, b = a_rows + first.to(tl.int64) * K, weights + expert * (K * N)
     a_at = rows[:, None] * K + ks[None, :]
@@ -281,8 +285,7 @@ def _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K: 
 @triton.jit
 def _rows_kernel(a_rows, weights, order, gates, tiles, offsets, out, num_rows, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                  K_IS_INNER: tl.constexpr, WIDE: tl.constexpr, NUM_XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-                 TAIL_M: tl.constexpr):
+                 BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, TAIL_M: tl.constexpr):
     """out[order[r]] = gate * (a_rows[r] @ weights[expert]); rows of no expert become zero. weights (E, N, K) where K_IS_INNER, else
     (E, K, N). order None: out[r]; gates None: no gate."""
     NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -291,11 +294,13 @@ def _rows_kernel(a_rows, weights, order, gates, tiles, offsets, out, num_rows, E
     num_m = tl.load(tiles)
     for tile in range(pid, num_m * NUM_N, num_programs):
         m, n = _tile_at(tile, num_m, NUM_N, GROUP_M)
-        expert, first, height = _tile_rows(tiles, m)
+        expert, first, height = _table_entry(tiles, m)
         if TAIL_M < BLOCK_M and height <= TAIL_M:
-            _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K, N, K_IS_INNER, WIDE, TAIL_M, BLOCK_N, BLOCK_K)
+            _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K, N, K_IS_INNER, WIDE, BLOCK_N, BLOCK_K,
+                       BLOCK_M=TAIL_M)
         else:
-            _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K, N, K_IS_INNER, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
+            _rows_tile(a_rows, weights, order, gates, out, expert, first, height, n, K, N, K_IS_INNER, WIDE, BLOCK_N, BLOCK_K,
+                       BLOCK_M=BLOCK_M)
     # Row by row, because another loop over whole tiles would cost the first one registers.
     for row in range(tl.load(offsets + E) + pid, num_rows, num_programs):
         place = tl.cast(row if order is None else tl.load(order + row), tl.int64)

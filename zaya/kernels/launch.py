@@ -85,7 +85,7 @@ def target(device: torch.device) -> Target:
     if device.type == "cuda":
         return _gpu(device.index if device.index is not None else torch.cuda.current_device())
     assert INTERPRETED, f"a Triton kernel cannot run on {device}: only under TRITON_INTERPRET=1 or through a stand-in"
-    return Target("interpreter", num_cus=4)  # a persistent grid of few programs: the interpreter runs them one after the other
+    return Target("interpreter", num_cus=4)  # few programs where a grid is persistent: the interpreter runs them one after the other
 
 
 @functools.cache

@@ -103,7 +103,7 @@ def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     tiles = _Tiles(sizes_E, R, down_EDF.shape[1:])
     h_RF, act_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     tiles.launch(_gate_up_fwd_kernel, 2 * F, {"x": x_TD, "weights": gate_up_EFD, "order": order_R, "h": h_RF, "act": act_RF,
-                                       "D": D, "F": F, "TOP_K": slots})
+                                              "D": D, "F": F, "TOP_K": slots})
     y_RD = x_TD.new_empty(R, D)
     tiles.rows(act_RF, down_EDF, order_R, gate_Tk, y_RD)
     return _sum_slots(y_RD, slots), h_RF
@@ -120,7 +120,7 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
     if gate_Tk is not None:
         parts = gate_Tk.new_empty(triton.cdiv(F, tiles.config(_gate_up_bwd_kernel, x_TD.dtype).blocks["BLOCK_N"]), R)
     tiles.launch(_gate_up_bwd_kernel, F, {"dy": dout_TD, "weights": down_EDF, "order": order_R, "gates": gate_Tk, "h": h_RF, "dh": dh_RF,
-                                       "act": act_RF, "dgate_parts": parts, "num_rows": R, "D": D, "F": F, "TOP_K": slots})
+                                          "act": act_RF, "dgate_parts": parts, "num_rows": R, "D": D, "F": F, "TOP_K": slots})
     tiles.rows(dh_RF, gate_up_EFD.mT, order_R, None, dx_RD)
     gathered, shared = order_R is not None, {"order": order_R, "TOP_K": slots}
     tiles.weight_grad(gradient_sums.gate_up, {"a_rows": dh_RF, "b_rows": x_TD, "GATHER_A": False, "GATHER_B": gathered, **shared})
@@ -159,7 +159,8 @@ class _Tiles:
         return self.tables[block_m]
 
     def launch(self, kernel: Any, width: int, arguments: dict[str, Any]) -> None:
-        """Over all tiles of a product `width` wide: a persistent grid where they are shared out among dies, else a program per tile."""
+        """Over all tiles of a product `width` columns wide. Several dies: a program per CU, so that neighbours share a die's L2. One die: a
+        program for each row of the table and column of tiles (some have none), as tiles do not cost the same."""
         when = {"K_IS_INNER": arguments["K_IS_INNER"]} if "K_IS_INNER" in arguments else {}
         chosen = self.config(kernel, arguments["weights"].dtype, **when)
         table = self.table(chosen.blocks["BLOCK_M"])
@@ -171,8 +172,8 @@ class _Tiles:
         """Each row times its expert's matrix; weights: contiguous, or the transposed view of such ones."""
         E, N, K = weights_ENK.shape
         self.launch(_rows_kernel, N, {"a_rows": rows_RK, "weights": weights_ENK, "order": order_R, "gates": gates, "offsets": self.offsets,
-                                   "out": out_RN, "num_rows": self.num_rows, "E": E, "K": K, "N": N,
-                                   "K_IS_INNER": weights_ENK.stride(2) == 1})
+                                      "out": out_RN, "num_rows": self.num_rows, "E": E, "K": K, "N": N,
+                                      "K_IS_INNER": weights_ENK.stride(2) == 1})
 
     def weight_grad(self, gradient_sum: GradientSum, arguments: dict[str, Any]) -> None:
         E, M, N = gradient_sum.total.shape

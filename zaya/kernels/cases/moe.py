@@ -108,6 +108,8 @@ CASES: list[Case] = [
     _case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5)),
     _into_sums(_case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5))),
     _into_sums(_case("small ragged", SMALL, 110, 72, 40, (50, 0, 33, 1))),
+    # Of the last tiles one is as high as TAIL_M, one a row higher, one lower.
+    _case("small ends of groups", SMALL, 150, 64, 32, (64, 65, 17)),
     # 4 rows of 4,096 tokens
     _case("8b uniform", CHIP, 16384, 2048, 2048, _uniform(16384, 16)),
     _case("8b skewed", CHIP, 16384, 2048, 2048, _skewed(16384, 16)),
