@@ -4,7 +4,8 @@
     python -m tools.accept_mi300x --rehearse               # the same steps with gloo on a CPU, small
 
 Each step is a process of its own with a log and a time limit; one that fails or hangs stops no other. OUT/report.md and OUT/report.json are
-written anew after every step, so that an interrupted acceptance has its report too. Exit code 1 if any step failed, 2 on a bad call.
+written anew after every step, so that an interrupted acceptance has its report too. Exit code 1 if any step failed, 2 on a bad call, 130
+if interrupted: what was running is stopped first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from zaya import runtime
-from zaya.cli import Parser
+from zaya.cli import Parser, replace_text
 from zaya.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str] | None]] = {
     "bench_step": ([], None),
 }
 ON_ALL_GPUS = ("bench_collectives",)  # started by torchrun
+PARTS = ("bench_checkpoint_ranks", "bench_kernels_moe")  # of other benchmarks, which start them
 
 # What the node is, and that each GPU computes: a matmul in bf16 against the same numbers in fp64 on the CPU.
 MACHINE = """
@@ -130,14 +132,15 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
     for name, flags in (REHEARSED_LAYOUTS if rehearse else LAYOUTS).items():
         steps += _layout(name, flags, out / "layouts", processes, rehearse)
     for tool in tools:
-        if tool.startswith("bench_"):
+        if tool.startswith("bench_") and tool not in PARTS:
             steps.append(_benchmark(tool, out, processes, rehearse))
     return steps
 
 
 def select(steps: Sequence[Step], only: str) -> list[Step]:
     """The steps whose name contains one of the words, and with a layout the single processes that layouts are compared with."""
-    chosen = [any(word in step.name for word in only.split(",")) for step in steps]
+    words = [word for word in only.split(",") if word]
+    chosen = [any(word in step.name for word in words) for step in steps]
     needs_single = any(is_chosen and step.name.startswith("layout: ") for step, is_chosen in zip(steps, chosen))
     return [step for step, is_chosen in zip(steps, chosen) if is_chosen or (needs_single and step.name.startswith("layout: one process"))]
 
@@ -226,14 +229,16 @@ def run(step: Step, log: Path, say: Callable[[str], None]) -> Result:
         process = subprocess.Popen(step.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
                                    start_new_session=True)
         next_word = HEARTBEAT_S
-        while process.poll() is None and (seconds := time.monotonic() - started) < step.timeout_s:
-            if seconds > next_word:
-                next_word += HEARTBEAT_S
-                say(f"      {seconds:.0f} s | {_last_line(log)}")
-            time.sleep(0.1)
-        is_late = process.poll() is None
-        if is_late:
-            _stop(process)
+        try:
+            while process.poll() is None and (seconds := time.monotonic() - started) < step.timeout_s:
+                if seconds > next_word:
+                    next_word += HEARTBEAT_S
+                    say(f"      {seconds:.0f} s | {_last_line(log)}")
+                time.sleep(0.1)
+        finally:  # an interruption, too, takes the step with it: nothing is left on the GPUs
+            is_late = process.poll() is None
+            if is_late:
+                _stop(process)
     seconds = time.monotonic() - started
     if is_late:
         return Result(step.name, False, seconds, f"not done after {step.timeout_s:g} s; its last line: {_last_line(log)}", str(log))
@@ -285,7 +290,7 @@ def write_report(results: Sequence[Result], num_steps: int, out: Path, rehearse:
     facts = {"verdict": verdict, "rehearsal": rehearse, "host": platform.node(), "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
              "commit": _commit(), "steps": num_steps, "done": len(results), "failed": len(failed)}
     everything = {**facts, "settings": list(settings), "results": [dataclasses.asdict(result) for result in results]}
-    _replace(out / "report.json", json.dumps(everything, indent=1) + "\n")
+    replace_text(out / "report.json", json.dumps(everything, indent=1) + "\n")
     title = "Rehearsal of the acceptance (gloo, CPU)" if rehearse else "Acceptance of a node of 8 MI300X"
     lines = [f"# {title}: {verdict}", "", *(f"- {key}: {value}" for key, value in facts.items() if key != "verdict"), "",
              "| step | result | seconds | what it says |", "|---|---|---|---|"]
@@ -297,7 +302,7 @@ def write_report(results: Sequence[Result], num_steps: int, out: Path, rehearse:
         if result.name.startswith(("machine", "bench_")) or not result.passed:
             text = Path(result.log).read_bytes()[-6000:].decode(errors="replace").strip()
             lines += ["", f"## {result.name}", "", f"`{result.log}`", "", "```", *text.split("\n")[-60:], "```"]
-    _replace(out / "report.md", "\n".join(lines) + "\n")
+    replace_text(out / "report.md", "\n".join(lines) + "\n")
 
 
 def _commit() -> str:
@@ -308,23 +313,19 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main() -> int:
     parser = Parser(prog="tools.accept_mi300x", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path(time.strftime("runs/accept-%Y%m%d-%H%M%S")),
                         help="where logs and report go (default: runs/accept-TIME)")
     parser.add_argument("--rehearse", action="store_true", help="small, with gloo on the CPU: proves the steps, not the node")
-    parser.add_argument("--only", metavar="WORDS", default="", help="only steps whose name contains one of these, separated by commas")
+    parser.add_argument("--only", metavar="WORDS", help="only steps whose name contains one of these, separated by commas")
     options = parser.parse_args()
     out = options.out.absolute()
-    steps = select(plan(out, options.rehearse), options.only)
+    steps = plan(out, options.rehearse)
+    if options.only is not None:
+        steps = select(steps, options.only)
     if not steps:
-        parser.error(f"--only {options.only} names none of the steps")
+        parser.error(f"--only {options.only!r} names none of the steps")
     if not options.rehearse and not torch.version.hip:
         parser.error(f"torch {torch.__version__} is not built for ROCm, so no step could pass; --rehearse runs them small on a CPU")
     try:
@@ -334,7 +335,12 @@ def main() -> int:
     except OSError as error:
         parser.error(f"cannot make --out {str(options.out)[:100]}: {error.strerror}")
     settings = runtime.describe(runtime.start("tools.accept_mi300x"))  # the environment that all steps inherit
-    passed = accept(steps, out, options.rehearse, settings, lambda line: print(line, flush=True))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        passed = accept(steps, out, options.rehearse, settings, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"interrupted: {out} has what was done, and nothing runs on", flush=True)
+        return 130
     print(f"{'passed' if passed else 'FAILED'}: {out / 'report.md'}", flush=True)
     return 0 if passed else 1
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from zaya.checkpoint import stream
 from zaya.checkpoint.manifest import load
 from zaya.checkpoint.write import CheckpointWriter
-from zaya.cli import Parser, worker_count
+from zaya.cli import Parser, replace_text, worker_count
 from zaya.config import ModelConfig
 from zaya.model.hf import links
 from zaya.plan import plan
@@ -196,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
     result = {"workers": options.workers, "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch": torch.__version__,
               "model": dataclasses.asdict(config), **{tool: summary(figures) for tool, figures in rounds.items()}, "rounds": rounds}
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_text(options.json, json.dumps(result, indent=2) + "\n")
     for tool in rounds:
         of = summary(rounds[tool])
         print(f"{tool}: {of['gb_per_s']:.2f} GB/s, cp {of['copy_gb_per_s']:.2f} GB/s, ratio {of['ratio_median']:.2f} "

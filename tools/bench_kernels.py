@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from tools import bench_kernels_moe
-from zaya.cli import Parser
+from zaya.cli import Parser, replace_text
 from zaya.kernels import cases
 from zaya.kernels.peers import Peer, peers
 from zaya.kernels.timing import Clock, passes
@@ -148,7 +148,7 @@ def main() -> int:
             tqdm.write("\n".join(lines(rows[-1])))
         _empty_cache()
         record = {"gpu": gpu, "torch": torch.__version__, "ceilings": limits, "rounds": arguments.rounds, "cases": rows}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")  # after each case: a crash of a later one loses nothing
+        replace_text(arguments.json, json.dumps(record, indent=1) + "\n")  # after each case: a crash of a later one loses nothing
     return 0 if all(row.get("is_right", True) for row in rows) else 1
 
 

@@ -31,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--step = {args.step} must be at least 1: steps are counted from 1")
         if args.step >= 2**31:
             raise ValueError(f"--step = {args.step} is beyond any run; keep it below 2^31")
+        if args.out.is_dir():
+            raise ValueError(f"--out {str(args.out)!r} is a directory; name a file")
         recipe = load_recipe(args.recipe, overrides)
+        if args.step > recipe.train.steps:
+            raise ValueError(f"--step = {args.step} is beyond the run's last, train.steps = {recipe.train.steps}; raise that to see it")
         _write(args.out, _arrays(recipe, args.step))
     except (ValueError, OSError) as error:
         print(f"tools.dump_batch: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # the machine code runs, not the interpret
 import torch
 from tqdm import tqdm
 
-from zaya.cli import Parser
+from zaya.cli import Parser, replace_text
 from zaya.kernels import cases
 from zaya.kernels.emulator import EmulatorMissing, emulating
 from zaya.kernels.launch import Target, launching_through
@@ -71,26 +71,28 @@ def line(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = Parser(prog="tools.emulate_kernels", description=__doc__)
     parser.add_argument("--emulator", required=True, metavar="DIR", help="a checkout of tinygrad")
-    parser.add_argument("--op", default="", help="only cases whose name starts so: attention, experts, ...")
+    parser.add_argument("--op", help="only cases whose name starts so: attention, experts, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as a JSON list")
     arguments = parser.parse_args()
     parser.check_output("--json", arguments.json)
+    every = [case.name for case in cases.cases(cases.SMALL) if torch.bfloat16 in case.dtypes]
+    names = [name for name in every if arguments.op is None or (arguments.op and name.startswith(arguments.op))]
+    if not names:
+        there = ", ".join(sorted({name.partition(" ")[0] for name in every}))
+        parser.error(f"--op {arguments.op or 'is empty'}: no small case has such a name; there are {there}")
     try:
         emulating(arguments.emulator)
     except EmulatorMissing as missing:
         parser.error(str(missing))
-    names = [case.name for case in cases.cases(cases.SMALL) if case.name.startswith(arguments.op) and torch.bfloat16 in case.dtypes]
-    if not names:
-        parser.error(f"--op {arguments.op}: no small case has such a name")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(names)), multiprocessing.get_context("spawn")) as pool:
-        every = tqdm(pool.map(emulate, names, [arguments.emulator] * len(names)), total=len(names), unit="case", disable=None)
+        results = tqdm(pool.map(emulate, names, [arguments.emulator] * len(names)), total=len(names), unit="case", disable=None)
         print(HEADER)
         rows = []
-        for row in every:
+        for row in results:
             rows.append(row)
             tqdm.write(line(row))
             if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")  # after each case: minutes are not lost to a later one
+                replace_text(arguments.json, json.dumps(rows, indent=1) + "\n")  # after each case: minutes are not lost to a later one
     failed = [f"{row['case']}: {fault}" for row in rows for fault in broken(row)]
     for words in failed:
         print("WRONG", words, file=sys.stderr)

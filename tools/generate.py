@@ -82,7 +82,10 @@ def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> Tokenizer:
     named = given or Path(str(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or ""))
     if named == Path(""):
         raise ValueError(f"the recipe of {checkpoint.path} names no tokenizer; give one with --tokenizer")
-    return load_tokenizer(named)
+    try:
+        return load_tokenizer(named)
+    except ValueError as error:
+        raise error if given else ValueError(f"{error}; the recipe names it: give another with --tokenizer") from None
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int]:
@@ -100,8 +103,10 @@ def sample(options: argparse.Namespace) -> str:
     """The prompt and what follows it."""
     if not options.greedy and not 0 < options.temperature < math.inf:
         raise ValueError(f"--temperature = {options.temperature} must be above 0 and finite; for the likeliest token use --greedy")
-    if options.max_new_tokens < 1 or options.top_k < 0:
-        raise ValueError(f"--max-new-tokens = {options.max_new_tokens} must be at least 1 and --top-k = {options.top_k} at least 0")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens = {options.max_new_tokens} must be at least 1")
+    if options.top_k < 0:
+        raise ValueError(f"--top-k = {options.top_k} must be at least 0, which takes all tokens")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed = {options.seed} must be at least 0 and below 2^63")
     if any("\ud800" <= character <= "\udfff" for character in options.prompt):

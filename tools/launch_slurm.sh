@@ -28,7 +28,7 @@ set -euo pipefail
 
 say() { printf 'launch_slurm: %s\n' "$*" >&2; }
 
-if [[ $# -eq 0 || $1 == -* || -z ${SLURM_JOB_ID:-} ]]; then
+if [[ $# -eq 0 || $1 == -* || -z ${SLURM_JOB_ID:-} || -z ${SLURM_JOB_NODELIST:-} ]]; then
     say "submit with sbatch and name a recipe: sbatch --nodes=16 tools/launch_slurm.sh RECIPE.toml [--section.key=value ...]"
     exit 2
 fi
@@ -92,7 +92,7 @@ elif ((wants_requeue && restarts < ${ZAYA_MAX_REQUEUES:-100})); then
 elif ((wants_requeue)); then
     say "stopped by Slurm (exit code $code) after $restarts restarts; not queued again: see ZAYA_MAX_REQUEUES"
 else
-    say "failed with exit code $code; the nodes' logs are $logs/node-*.log; the first traceback of each:"
-    grep -m 1 -n -H Traceback "$logs"/node-*.log >&2 || say "none: see the last lines of $logs/node-0.log"
+    say "failed with exit code $code; the nodes' logs are $logs/node-*.log; the first error of each:"
+    grep -m 1 -n -H -E '^(\[[a-z]*[0-9]+\]: ?)?(Traceback|zaya\.[a-z_]+: )' "$logs"/node-*.log >&2 || say "none: see the last lines of $logs/node-0.log"
 fi
 exit "$code"

@@ -58,26 +58,27 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
                   chosen: list[cases.Case]) -> list[Score]:
     """Of each candidate, by the worst of the kernel's launches; -1 where none of them uses it."""
     owners, builds = [], {}
+    scores: list[Score] = [((-1.0,), "does not launch")] * len(candidates)
     for number, candidate in enumerate(candidates):
         launch.replace_entry(kernel, index, candidate)
         try:
             with machine_code.recording() as noted:
                 for case in chosen:
                     cases.run(case.op, case.make(torch.device("meta"), torch.bfloat16), case.gradients)
-        except Exception:  # noqa: BLE001  # an op refuses a tile size in its own way; that candidate is out
-            noted = []
+        except Exception as error:  # noqa: BLE001  # an op refuses a tile size in its own way; that candidate is out
+            noted, scores[number] = [], ((-1.0,), f"does not launch: {' '.join(str(error).split())[:100]}")
         for build, config in noted:
             if build.kernel == kernel and config.blocks == candidate["blocks"] and (number, build.key) not in builds:
                 builds[number, build.key] = build
                 owners.append(number)
     launch.replace_entry(kernel, index, candidates[0])
-    scores: list[Score] = [((-1.0,), "does not launch")] * len(candidates)
     figures = tqdm(machine_code.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
     for number, row in zip(owners, figures):
         share = row["mfma_share"] if row["is_matrix_kernel"] else 0.0
         score = (float(not row["broken"]), float(min(row["waves_per_simd"], 2)), share, row["wide_share"], float(row["waves_per_simd"]))
         words = (f"static: {row['vgprs']} VGPRs, {row['vgpr_spills']} spills, LDS {row['lds_bytes'] / 1024:g} KiB, "
-                 f"{row['waves_per_simd']} waves per SIMD" + (f", MFMA share {share:.2f}" if row["is_matrix_kernel"] else ""))
+                 f"{row['waves_per_simd']} waves per SIMD, {row['wide_share']:.0%} of bytes in 16-byte loads"
+                 + (f", MFMA share {share:.2f}" if row["is_matrix_kernel"] else ""))
         words = "; ".join(row["broken"]) or words
         if scores[number][0] == (-1.0,) or score < scores[number][0]:
             scores[number] = score, words
@@ -117,12 +118,14 @@ def write(winners: dict[tuple[str, int], Entry]) -> None:
 
 def parse_space(words: list[str]) -> dict[str, list[int]]:
     """["BLOCK_M=64,128", "num_warps=4,8"] -> {"BLOCK_M": [64, 128], "num_warps": [4, 8]}"""
-    space = {}
+    space: dict[str, list[int]] = {}
     for word in words:
         name, _, numbers = word.partition("=")
-        if not numbers or not all(number.isdigit() and int(number) for number in numbers.split(",")):
-            raise ValueError(f"--space {word}: expected NAME=NUMBER,NUMBER,...")
-        space[name] = [int(number) for number in numbers.split(",")]
+        if not all(number.isascii() and number.isdigit() and int(number) for number in numbers.split(",")):
+            raise ValueError(f"--space {word}: expected NAME=NUMBER,NUMBER,... with numbers from 1 on")
+        if name in space:
+            raise ValueError(f"--space names {name} twice; name it once, with all its numbers")
+        space[name] = list(dict.fromkeys(int(number) for number in numbers.split(",")))
     return space
 
 
@@ -137,11 +140,12 @@ def main() -> int:
     here = launch.target(torch.device("cuda")) if torch.cuda.is_available() else MI300X
     arch = arguments.arch or here.arch
     if arch not in (here.arch, MI300X.arch):
-        parser.error(f"--arch {arch}: this machine can measure {here.arch} and judge {MI300X.arch} by its machine code")
-    chosen = [case for case in cases.cases(cases.CHIP) if case.name.startswith(arguments.op)]
+        measured = f"measure {here.arch} and " if torch.cuda.is_available() else ""
+        parser.error(f"--arch {arch}: this machine can {measured}judge {MI300X.arch} by its machine code")
+    chosen = [case for case in cases.cases(cases.CHIP) if arguments.op and case.name.startswith(arguments.op)]
     if not chosen:
         names = sorted({case.name.partition(" ")[0] for case in cases.cases(cases.CHIP)})
-        parser.error(f"--op {arguments.op}: no chip case has such a name; there are {', '.join(names)}")
+        parser.error(f"--op {arguments.op or 'is empty'}: no chip case has such a name; there are {', '.join(names)}")
     try:
         space = parse_space(arguments.space)
     except ValueError as error:

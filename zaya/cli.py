@@ -1,9 +1,10 @@
-"""How the tools read their command lines: a wrong call is one line on stderr and exit code 2. Standard library only."""
+"""How the tools read their command lines and write their files: a wrong call is one line on stderr, exit code 2. Standard library only."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -24,9 +25,18 @@ class Parser(argparse.ArgumentParser):
         """Before the work, that its result can be written."""
         if path is not None and not path.absolute().parent.is_dir():
             self.error(f"{option} {path}: there is no directory {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            self.error(f"{option} {path} is a directory; name a file")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: an interruption leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 MAX_WORKERS = 256  # threads; more than any machine has use for
@@ -49,13 +59,15 @@ def positive(text: str) -> float:
 
 
 def layout_sizes(text: str) -> dict[str, int]:
-    """{"ranks": 8, "tp": 2} of "ranks=8,tp=2". ValueError: not of that form, or a key twice."""
+    """{"ranks": 8, "tp": 2} of "ranks=8,tp=2". ValueError: not of that form, a key twice, or no ranks."""
     try:
         pairs = [(key.strip(), int(value)) for key, _, value in (item.partition("=") for item in text.split(","))]
     except ValueError:
         raise ValueError(f"layout {text!r} is not of the form ranks=8,tp=2") from None
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"layout {text!r} names a key twice; name each once")
+    if dict(pairs).get("ranks", 1) < 1:
+        raise ValueError(f"layout {text!r} has {dict(pairs)['ranks']} ranks, expected at least 1")
     return dict(pairs)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tools import accept_mi300x
-from tools.accept_mi300x import LAYOUTS, REHEARSED_LAYOUTS, Step, accept, compare, plan, select
+from tools.accept_mi300x import LAYOUTS, PARTS, REHEARSED_LAYOUTS, Step, accept, compare, plan, select
 from zaya.config import load_recipe
 from zaya.shard import Layout
 
@@ -53,7 +53,10 @@ def test_the_plan_covers_what_it_promises(tmp_path: Path) -> None:
     names = [step.name for step in plan(tmp_path, rehearse=False)]
     benchmarks = [path.stem for path in (ROOT / "tools").glob("bench_*.py")]
     assert names[0] == "machine" and "tests/gpu" in names and len(names) == len(set(names))
-    assert set(benchmarks) == {name for name in names if name.startswith("bench_")} and benchmarks
+    assert set(benchmarks) == {*PARTS, *(name for name in names if name.startswith("bench_"))} and not set(PARTS) & set(names)
+    for part in PARTS:  # they say so themselves
+        done = subprocess.run([sys.executable, "-m", f"tools.{part}"], capture_output=True, text=True, cwd=ROOT, timeout=100)
+        assert done.returncode == 2 and "is a part of" in done.stderr
     assert names.index("layout: one process") < min(names.index(f"layout: {name}") for name in LAYOUTS)
     for axis in ("tp", "cp", "ep", "zero_size"):
         assert any(f"--parallel.{axis}=" in flag for flags in LAYOUTS.values() for flag in flags)
@@ -63,7 +66,7 @@ def test_a_choice_of_layouts_brings_what_they_are_compared_with(tmp_path: Path) 
     steps = plan(tmp_path, rehearse=True)
     assert [step.name for step in select(steps, "tp 2")] == ["layout: one process", "layout: tp 2", "layout: tp 2, bf16"]
     assert [step.name for step in select(steps, "machine,tests")] == ["machine", "tests/gpu"]
-    assert select(steps, "") == steps and select(steps, "nonsense") == []
+    assert [step.name for step in select(steps, "machine,")] == ["machine"] and select(steps, "") == select(steps, "nonsense") == []
 
 
 def test_the_machine_is_rehearsed_and_a_cpu_is_no_mi300x() -> None:
@@ -164,6 +167,28 @@ def test_a_long_step_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.Mon
     code = "import time; print('step 7', flush=True); time.sleep(3)"
     assert accept([Step("slow", python(code), 60)], tmp_path, False, [], lines.append)
     assert any(line.strip().endswith("s | step 7") for line in lines)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interruption_takes_the_step_with_it(tmp_path: Path, sent: signal.Signals) -> None:
+    """Else its processes would hold the GPUs, and the next acceptance would find them taken."""
+    code = (f"import sys; from tools import accept_mi300x as accept; sleep = [sys.executable, '-c', 'import time; time.sleep(1234.5)'];"
+            f"accept.plan = lambda *_: [accept.Step('sleeps', sleep, 600)]; sys.argv[1:] = ['--rehearse', '--out', {str(tmp_path)!r}];"
+            f"sys.exit(accept.main())")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    while "sleeps ..." not in (line := process.stdout.readline()):
+        assert line, process.wait()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while not (step := children.read_text().split()) or b"1234.5" not in Path(f"/proc/{step[0]}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)  # the tool has it in its hands
+    process.send_signal(sent)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and rest.startswith("interrupted: ") and rest.count("\n") == 1, rest
+    assert not Path(f"/proc/{step[0]}").exists()
 
 
 @pytest.mark.parametrize("arguments", [

@@ -121,7 +121,7 @@ def test_command_prints_the_prompt_and_more(run: Path, capsys: pytest.CaptureFix
     (["--prompt", "x", "--temperature", "hot"], "invalid float value: 'hot'"),
     (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens = 0 must be at least 1"),
     (["--prompt", "x", "--max-new-tokens", "1.5"], "invalid int value: '1.5'"),
-    (["--prompt", "x", "--top-k", "-1"], "--top-k = -1 at least 0"),
+    (["--prompt", "x", "--top-k", "-1"], "--top-k = -1 must be at least 0"),
     (["--prompt", "x", "--seed", str(2**64)], f"--seed = {2**64} must be"),
     (["--prompt", "x", "--seed", "-1"], "--seed = -1 must be"),
     (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),

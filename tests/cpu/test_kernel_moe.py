@@ -83,11 +83,13 @@ def test_weight_gradients_add_up_in_given_sums(op: Any) -> None:
             assert (gradient_sum.total != gradient_sum.total.half()).any()
 
 
-def test_sizes_beyond_the_rows_are_cut_at_the_last() -> None:
+@pytest.mark.parametrize(("sizes", "wrong"), [
+    ((12, 8), [12, 10**6]), ((20, 0), [2**30, 2**30]), ((20, 0), [2**32, 5]), ((0, 20), [-5, 25])], ids=str)
+def test_sizes_beyond_the_rows_are_cut_at_the_last(sizes: tuple[int, int], wrong: list[int]) -> None:
     """A wrong count must not write outside a tensor."""
-    arguments = routed(20, 32, 16, (12, 8), is_sorted=True)(DEVICE, torch.float32)
+    arguments = routed(20, 32, 16, sizes, is_sorted=True)(DEVICE, torch.float32)
     want = reference.experts(**arguments)
-    arguments["sizes_E"] = torch.tensor([12, 10**6], device=DEVICE)
+    arguments["sizes_E"] = torch.tensor(wrong, device=DEVICE)
     assert error(moe.experts(**arguments), want) < THRESHOLDS[torch.float32]
 
 

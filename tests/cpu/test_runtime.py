@@ -265,7 +265,7 @@ FAKES = {
             trap 'echo stopped >> "$FAKE_LOG"; exit 1' TERM
             touch "$FAKE_LOG.on"; sleep "$FAKE_SLEEP" & wait
         fi
-        if [[ " $* " == *" --node-rank 1 "* ]]; then echo "Traceback (most recent call last)"; exit "${FAKE_CODE:-0}"; fi''',
+        if [[ " $* " == *" --node-rank 1 "* ]]; then echo "${FAKE_WORDS:-Traceback (most recent call last)}"; exit "${FAKE_CODE:-0}"; fi''',
 }
 
 
@@ -304,6 +304,12 @@ def test_the_environments_torchrun_goes_first(tmp_path: Path, slurm: dict[str, s
 def test_a_nodes_failure_is_the_jobs(tmp_path: Path, slurm: dict[str, str]) -> None:
     code, err, calls = launch(tmp_path, {**slurm, "FAKE_CODE": "3"}, "recipe.toml")
     assert code == 3 and "node-1.log:1:Traceback" in err and not any("requeue" in call for call in calls)
+
+
+def test_the_first_error_is_the_workers_own_line(tmp_path: Path, slurm: dict[str, str]) -> None:
+    words = "W1126 torchrun\nzaya.train: cannot read recipe\nTraceback (most recent call last)"
+    err = launch(tmp_path, {**slurm, "FAKE_CODE": "1", "FAKE_WORDS": words}, "recipe.toml")[1]
+    assert "node-1.log:2:zaya.train: cannot read recipe" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(("sent", "restarts", "is_requeued"), [

@@ -28,7 +28,8 @@ def _tiles_kernel(sizes, tiles, offsets, largest_first, num_rows, max_tiles, E: 
     """sizes (E,) -> tiles (1 + max_tiles, 4) int32: [0, 0] = their number, row 1 + t = (expert, first row, end row); offsets (E + 1,):
     first row of each expert, then of the rows of none; largest_first (E,): experts by size."""
     groups = tl.arange(0, BLOCK_E)
-    size = tl.load(sizes + groups, mask=groups < E, other=0).to(tl.int32)
+    size = tl.load(sizes + groups, mask=groups < E, other=0)
+    size = tl.minimum(tl.maximum(size, 0), num_rows).to(tl.int32)  # a wrong one must neither leave the rows nor overflow the sum
     end = tl.minimum(tl.cumsum(size, axis=0), num_rows)
     start = tl.minimum(end, tl.cumsum(size, axis=0) - size)
     num_tiles = tl.cdiv(end - start, BLOCK_M)
