@@ -339,7 +339,7 @@ def main() -> int:
     try:
         passed = accept(steps, out, options.rehearse, settings, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print(f"interrupted: {out} has what was done, and nothing runs on", flush=True)
+        print(f"interrupted: what was done is in {out}", flush=True)
         return 130
     print(f"{'passed' if passed else 'FAILED'}: {out / 'report.md'}", flush=True)
     return 0 if passed else 1
