@@ -118,17 +118,14 @@ def lines(row: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = Parser(prog="tools.bench_kernels", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where every figure goes")
-    parser.add_argument("--op", nargs="+", default=[""], metavar="NAME", help="only cases whose name starts so: attention, experts, ...")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only cases whose name starts so: attention, experts, ...")
     parser.add_argument("--rounds", type=int, default=20, help="calls of each contender (at least 10)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     every = (*cases.cases(cases.CHIP), *bench_kernels_moe.CASES)
-    chosen = [case for case in every if case.name.startswith(tuple(arguments.op))]
-    for name in arguments.op:
-        if not any(case.name.startswith(name) for case in every):
-            names = sorted({case.name.split()[0] for case in every})
-            parser.error(f"--op {name}: no chip case has such a name; there are {', '.join(names)}")
+    names = parser.starting_so("--op", arguments.op, [case.name for case in every], "no chip case")
+    chosen = [case for case in every if case.name in names]
     parser.check_output("--json", arguments.json)
     if arguments.rounds < 10:
         parser.error(f"--rounds {arguments.rounds}: a median of fewer than 10 says little")

@@ -71,15 +71,12 @@ def line(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = Parser(prog="tools.emulate_kernels", description=__doc__)
     parser.add_argument("--emulator", required=True, metavar="DIR", help="a checkout of tinygrad")
-    parser.add_argument("--op", help="only cases whose name starts so: attention, experts, ...")
+    parser.add_argument("--op", nargs=1, help="only cases whose name starts so: attention, experts, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as a JSON list")
     arguments = parser.parse_args()
     parser.check_output("--json", arguments.json)
     every = [case.name for case in cases.cases(cases.SMALL) if torch.bfloat16 in case.dtypes]
-    names = [name for name in every if arguments.op is None or (arguments.op and name.startswith(arguments.op))]
-    if not names:
-        there = ", ".join(sorted({name.partition(" ")[0] for name in every}))
-        parser.error(f"--op {arguments.op or 'is empty'}: no small case has such a name; there are {there}")
+    names = parser.starting_so("--op", arguments.op, every, "no small case")
     try:
         emulating(arguments.emulator)
     except EmulatorMissing as missing:

@@ -161,16 +161,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = Parser(prog="tools.kernel_report", description=__doc__)
     parser.add_argument("--arch", choices=[MI300X.arch], default=MI300X.arch, help="chip to compile for")
-    parser.add_argument("--op", help="only what has a name that starts so: attention, experts, ..., training")
+    parser.add_argument("--op", nargs=1, help="only what has a name that starts so: attention, experts, ..., training")
     parser.add_argument("--json", action="store_true", help="print every figure as a JSON list instead of a table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel
     runs = of_cases(cases.cases(cases.CHIP)) + of_training()
-    chosen = [(name, run) for name, run in runs if arguments.op is None or (arguments.op and name.startswith(arguments.op))]
-    if not chosen:
-        names = sorted({name.partition(" ")[0] for name, _ in runs})
-        parser.error(f"--op {arguments.op or 'is empty'}: nothing has such a name; there are {', '.join(names)}")
-    rows = report(launches(chosen))
+    names = parser.starting_so("--op", arguments.op, [name for name, _ in runs], "nothing")
+    rows = report(launches([(name, run) for name, run in runs if name in names]))
     if arguments.json:
         print(json.dumps(rows, indent=1))
     else:

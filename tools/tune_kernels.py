@@ -142,10 +142,8 @@ def main() -> int:
     if arch not in (here.arch, MI300X.arch):
         measured = f"measure {here.arch} and " if torch.cuda.is_available() else ""
         parser.error(f"--arch {arch}: this machine can {measured}judge {MI300X.arch} by its machine code")
-    chosen = [case for case in cases.cases(cases.CHIP) if arguments.op and case.name.startswith(arguments.op)]
-    if not chosen:
-        names = sorted({case.name.partition(" ")[0] for case in cases.cases(cases.CHIP)})
-        parser.error(f"--op {arguments.op or 'is empty'}: no chip case has such a name; there are {', '.join(names)}")
+    names = parser.starting_so("--op", [arguments.op], [case.name for case in cases.cases(cases.CHIP)], "no chip case")
+    chosen = [case for case in cases.cases(cases.CHIP) if case.name in names]
     try:
         space = parse_space(arguments.space)
     except ValueError as error:

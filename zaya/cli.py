@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,15 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{option} {path}: there is no directory {path.absolute().parent}")
         if path is not None and path.is_dir():
             self.error(f"{option} {path} is a directory; name a file")
+
+    def starting_so(self, option: str, words: Sequence[str] | None, names: Sequence[str], none: str) -> list[str]:
+        """The names that start with one of the words, in their order; all where there are no words. A word that fits none is an error that
+        lists the first words of the names; `none`: what there is none of."""
+        for word in words or []:
+            if not word or not any(name.startswith(word) for name in names):
+                there = ", ".join(sorted({name.partition(" ")[0] for name in names}))
+                self.error(f"{option} {word or 'is empty'}: {none} has such a name; there are {there}")
+        return [name for name in names if words is None or name.startswith(tuple(words))]
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
