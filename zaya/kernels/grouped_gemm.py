@@ -101,6 +101,16 @@ def _row_offsets(rows, width: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _token_rows(x, order, first, rows, width: tl.constexpr, TOP_K: tl.constexpr, WIDE: tl.constexpr):
+    """A scalar pointer into x, which has a row per token, and from there the offsets of a tile's rows. order None: x is sorted already."""
+    if order is None:
+        start, offsets = x + first.to(tl.int64) * width, rows * width
+    else:
+        start, offsets = x, _row_offsets(tl.load(order + first + rows) // TOP_K, width, WIDE)
+    return start, offsets
+
+
+@triton.jit
 def _product(a, a_at, b, b_at, b_step, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """sum over K of a (BLOCK_M, BLOCK_K) @ b (BLOCK_K, BLOCK_N) in fp32. Offsets *_at stay, the scalar pointers a and b move: they live
     in scalar registers."""
@@ -146,10 +156,7 @@ def _gate_up_fwd_tile(x, weights, order, h, act, expert, first, height, n, D: tl
     """A tile of _gate_up_fwd_kernel, BLOCK_M rows high: the kernel's own BLOCK_M or its TAIL_M."""
     HALF: tl.constexpr = BLOCK_N // 2
     rows, is_row = _own_rows(height, BLOCK_M)
-    if order is None:
-        a, a_rows = x + first.to(tl.int64) * D, rows * D
-    else:
-        a, a_rows = x, _row_offsets(tl.load(order + first + rows) // TOP_K, D, WIDE)
+    a, a_rows = _token_rows(x, order, first, rows, D, TOP_K, WIDE)
     both, ks = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     column = both % HALF
     if F % HALF:
@@ -209,10 +216,7 @@ def _gate_up_bwd_tile(dy, weights, order, gates, h, dh, act, dgate_parts, num_ro
     """A tile of _gate_up_bwd_kernel, BLOCK_M rows high: the kernel's own BLOCK_M or its TAIL_M."""
     HALF: tl.constexpr = BLOCK_N // 2
     rows, is_row = _own_rows(height, BLOCK_M)
-    if order is None:
-        a, a_rows = dy + first.to(tl.int64) * D, rows * D
-    else:
-        a, a_rows = dy, _row_offsets(tl.load(order + first + rows) // TOP_K, D, WIDE)
+    a, a_rows = _token_rows(dy, order, first, rows, D, TOP_K, WIDE)
     ks = tl.arange(0, BLOCK_K)
     b = weights + expert * (D * F) + n * BLOCK_N
     b_at = ks[:, None] * F + _columns(n * BLOCK_N, F, BLOCK_N)[None, :]
