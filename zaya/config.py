@@ -147,7 +147,8 @@ class TrainConfig:
     device: str = "auto"
     """auto | cuda (ROCm too) | cpu."""
     kernels: str = "auto"
-    """auto (triton on a GPU, else reference; environment ZAYA_KERNELS decides first) | triton | reference."""
+    """auto (triton on a GPU, cpu on a CPU, reference where they cannot run; environment ZAYA_KERNELS decides first) | triton | cpu (C,
+    by the machine's compiler) | reference (plain torch)."""
     recompute: str = "none"
     """none | selective (attention and expert activations) | full (whole blocks) are recomputed in backward."""
     eval_interval: int = 0
@@ -167,7 +168,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} = {getattr(self, name)} is beyond any run; keep it below 2^31")
         _one_of("train.dtype", self.dtype, DTYPES)
         _one_of("train.device", self.device, ("auto", "cuda", "cpu"))
-        _one_of("train.kernels", self.kernels, ("auto", "triton", "reference"))
+        _one_of("train.kernels", self.kernels, ("auto", "triton", "cpu", "reference"))
         _one_of("train.recompute", self.recompute, ("none", "selective", "full"))
 
 

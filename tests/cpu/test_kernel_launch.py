@@ -19,8 +19,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import zaya.kernels
+from zaya.kernels.arguments import check
 from zaya.kernels import launch
-from zaya.kernels.launch import MI300X, Config, Target, check, config, launching_through
+from zaya.kernels.launch import MI300X, Config, Target, config, launching_through
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 H100 = Target("sm_90", num_cus=132)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.launch import check, config, launch, target
+from zaya.kernels.arguments import check
+from zaya.kernels.launch import config, launch, target
 
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDED = (torch.bfloat16, torch.float16)

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.launch import Target, check, config, launch, target
+from zaya.kernels.arguments import check
+from zaya.kernels.launch import Target, config, launch, target
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,7 +1,7 @@
-"""Which implementation computes the ops: Triton kernels, or the reference in plain torch. Chosen once, before the first step.
+"""Which implementation computes the ops: Triton kernels, C on a CPU, or the reference in plain torch. Chosen once, before the first step.
 
-Everybody above calls `ops().cca(...)` and so on; both implementations take and return the same tensors. Triton is imported only where it is
-chosen, so a machine without it trains by the reference.
+Everybody above calls `ops().cca(...)` and so on; all implementations take and return the same tensors. Triton is imported only where it is
+chosen, and C compiled only there, so a machine without either trains by the reference.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from zaya.kernels import reference
 HEAD_DIMS = (32, 64, 128)  # what attention and cca are built for
 MAX_WIDTH = 8192  # of the stream: a row lies in the registers of one program
 MAX_CLASSES = 256  # of the router: a block's one-hot table of this width still fits the registers
+CHOICES = ("auto", "triton", "cpu", "reference")
 ENVIRONMENT = "ZAYA_KERNELS"  # overrides "auto": for tests, and to tell a kernel's fault from another's
 
 
@@ -46,26 +47,51 @@ def ops() -> Ops:
 
 
 def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, width: int = 1, num_classes: int = 1) -> str:
-    """Settle which ops compute from here on, for tensors of `dtype` on `device`; returns "triton" or "reference".
+    """Settle which ops compute from here on, for tensors of `dtype` on `device`; returns "triton", "cpu" or "reference".
 
-    auto: Triton on a GPU (ROCm or CUDA) unless no kernel takes the dtype or one of the sizes; else the reference. ValueError: Triton asked
-    for where it cannot run.
+    auto: Triton on a GPU (ROCm or CUDA), C on a CPU, unless they do not take the dtype or one of the sizes, or there is no compiler; else the
+    reference. ValueError: Triton or C asked for where it cannot run.
     """
     global _chosen
     if kernels == "auto":
         kernels = os.environ.get(ENVIRONMENT, "auto")
-    obstacle = _obstacle(device, dtype, head_dim, width, num_classes)
-    if kernels == "auto":
-        kernels = "triton" if device.type == "cuda" and not obstacle else "reference"
-    if kernels not in ("triton", "reference"):
-        raise ValueError(f"{ENVIRONMENT} = {kernels!r} is none of auto, triton, reference")
-    if kernels == "triton" and obstacle:
-        raise ValueError(f'train.kernels = "triton" {obstacle}; use "reference"')
-    _chosen = _triton() if kernels == "triton" else REFERENCE
+    if kernels not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT} = {kernels!r} is none of {', '.join(CHOICES)}")
+    own = "triton" if kernels == "triton" or (kernels == "auto" and device.type == "cuda") else "cpu"
+    if kernels != "reference":
+        obstacle = (_triton_obstacle(device, dtype, head_dim, width, num_classes) if own == "triton" else _cpu_obstacle(device, dtype, head_dim))
+        if obstacle and kernels != "auto":
+            raise ValueError(f'train.kernels = "{kernels}" {obstacle}; use "reference"')
+        kernels = "reference" if obstacle else own
+    _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[kernels]()
     return kernels
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, width: int, num_classes: int) -> str:
+def _cpu_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why C cannot compute this, or nothing; compiles it."""
+    if device.type != "cpu":
+        return f"cannot run on {device.type}"
+    if dtype == torch.float64:
+        return "has no fp64"
+    if head_dim not in HEAD_DIMS:
+        return f"takes head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    from zaya.kernels import cpu
+
+    try:
+        cpu.library()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def _cpu() -> Ops:
+    from zaya.kernels import cpu
+
+    return REFERENCE._replace(residual_norm=cpu.residual_norm, cca=cpu.cca, attention=cpu.attention, experts=cpu.experts,
+                              cross_entropy=cpu.cross_entropy)
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, width: int, num_classes: int) -> str:
     """Why Triton cannot compute this, or nothing."""
     if dtype == torch.float64:
         return "has no fp64"

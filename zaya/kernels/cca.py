@@ -36,7 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.launch import check, config, launch, target
+from zaya.kernels.arguments import check
+from zaya.kernels.launch import config, launch, target
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Convolutions = tuple[Tensor, Tensor, Tensor, Tensor]

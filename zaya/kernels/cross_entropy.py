@@ -33,8 +33,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zaya.kernels.arguments import check
 from zaya.kernels.gradient_sum import GradientSum
-from zaya.kernels.launch import check, config, launch, target
+from zaya.kernels.launch import config, launch, target
 from zaya.kernels.reference import IGNORE, Partials, whole
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)

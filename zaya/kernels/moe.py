@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zaya.kernels.arguments import check
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 from zaya.kernels.grouped_gemm import (
     _dgate_kernel,
@@ -29,7 +30,7 @@ from zaya.kernels.grouped_gemm import (
     _tiles_kernel,
     _weight_grad_kernel,
 )
-from zaya.kernels.launch import Config, check, config, launch, target
+from zaya.kernels.launch import Config, config, launch, target
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 256  # the widest tile: other widths need clamped columns, whose registers the largest tiles do not have on gfx942

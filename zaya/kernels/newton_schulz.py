@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.launch import Config, Target, check, config, launch, target
+from zaya.kernels.arguments import check
+from zaya.kernels.launch import Config, Target, config, launch, target
 from zaya.kernels.reference import NEWTON_SCHULZ
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -184,16 +184,20 @@ class _Shift(torch.autograd.Function):
 
 
 class _MixNormRotate(torch.autograd.Function):
-    """out = rotate(temperature * e), e = r u, r = sqrt(H) / |u|, u = conv(x) + mean, heads of H channels; temperature None is 1.
+    """out = rotate(temperature * e), e = r u, r = sqrt(H) / |u|, u = conv(x) + (x + other) / 2; temperature None is 1.
+
+    x (B, T, C), C = N heads of H channels, of which groups of N / G share a head of other (B, T, G, H); kernel (N, 3 H, H) and constant (N, H)
+    as `fold_convolutions` makes them; halo (B, K, 2, C); keeps, of one and two tokens back, (B, T, 1) each. Returns (B, T, N, H).
 
     With d = temperature * rotate^T(dout):  du = r (d - e (d . e) / H), without the second term where |u| < eps, to which it is clamped;
     dtemperature = sum rotate^T(dout) . e. Saves x, e and r; backward builds the taps of the convolution again.
     """
 
     @staticmethod
-    def forward(ctx, x_BTC, mean_BTNH, kernel, constant, temperature_N, halo, keeps, rope, eps):
-        H = constant.shape[-1]
-        u = (mean_BTNH + constant).contiguous()
+    def forward(ctx, x_BTC, other_BTGH, kernel, constant, temperature_N, halo, keeps, rope, eps):
+        H, G = constant.shape[-1], other_BTGH.shape[2]
+        u = (x_BTC.view(*x_BTC.shape[:2], G, -1, H) + other_BTGH[:, :, :, None]).flatten(2, 3)
+        u.mul_(0.5).add_(constant)
         u_by_head = _by_head(u.view(x_BTC.shape), H)  # the same memory
         for tap_BTC, tap_kernel in zip(_taps(x_BTC, halo, keeps), kernel.split(H, dim=1)):
             torch.baddbmm(u_by_head, _by_head(tap_BTC, H), tap_kernel, out=u_by_head)
@@ -201,6 +205,7 @@ class _MixNormRotate(torch.autograd.Function):
         inverse = math.sqrt(H) / norm.clamp_min(eps)
         unit = u.mul_(inverse)
         ctx.save_for_backward(x_BTC, unit, inverse, norm < eps, kernel, temperature_N, halo, *keeps, *rope)
+        ctx.groups = G
         return rotate(unit if temperature_N is None else unit * temperature_N[:, None], *rope)
 
     @staticmethod
@@ -222,7 +227,9 @@ class _MixNormRotate(torch.autograd.Function):
             torch.bmm(dz, tap_kernel.mT, out=_by_head(dtap if by else dx, H))
             if by:
                 unshift_(dtap, keeps[by - 1], by, dx, dhalo)
-        return dx, du, torch.cat(dkernels, dim=1), du.sum((0, 1)), dtemperature, dhalo, None, None, None
+        dconstant, half = du.sum((0, 1)), du.mul_(0.5)
+        dother = half.unflatten(2, (ctx.groups, -1)).sum(3)
+        return dx.add_(half.view(x.shape)), dother, torch.cat(dkernels, dim=1), dconstant, dtemperature, dhalo, None, None, None
 
 
 def _by_head(x_BTC: Tensor, head_dim: int) -> Tensor:
@@ -241,8 +248,8 @@ def _taps(x_BTC: Tensor, halo_BK2C: Tensor, keeps: Sequence[Tensor]) -> Iterator
 
 def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
         k_convs: tuple[Tensor, Tensor, Tensor, Tensor], temperature_G: Tensor, positions_BT: Tensor, rope: tuple[Tensor, Tensor],
-        halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int],
-        begin: Callable[[Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int], begin: Callable[[Tensor, Tensor], None] | None = None, *,
+        mix: Callable[..., Tensor] = _MixNormRotate.apply) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed convolutional attention: from projected q~, k~, v to attention-ready q (B,T,N,H), k and v (B,T,G,H).
 
     q = conv(q~) + (q~ + k~) / 2;  k = conv(k~) + (mean of q~ over the group + k~) / 2;  both to length sqrt(H), k times its
@@ -250,6 +257,7 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
     q_mean: q~'s mean over each group, where the group spans devices; None: it is taken here. convs = (depthwise weight, bias, grouped
     weight, bias). halos: the two tokens before each chunk of q~ and k~ (B,K,2,C) and the one before of the delayed values (B,K,1,C).
     begin is called with k and v as soon as they exist, before the query heads: it may send them away, and must change nothing.
+    mix computes what `_MixNormRotate` does.
     """
     B, T, _ = q_BTC.shape
     G = len(temperature_G)
@@ -260,16 +268,14 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
     mean = q.view(B, T, G, -1, H).mean(3) if q_mean_BTGH is None else q_mean_BTGH.to(high)
     keeps = [(positions_BT >= by).to(high)[..., None] for by in (1, 2)]
     k_heads = k.view(B, T, G, H)
-    q_mean = (q.view(B, T, G, -1, H) + k_heads[:, :, :, None]).flatten(2, 3) * 0.5
-    k_mean = (mean + k_heads) * 0.5
     q_kernel, k_kernel = (fold_convolutions((w.to(high), b.to(high)), (W.to(high), c.to(high)), H) for w, b, W, c in (q_convs, k_convs))
-    k = _MixNormRotate.apply(k, k_mean, *k_kernel, temperature_G.to(high), halos[1].to(high), keeps, rope, eps).to(dtype)
+    k = mix(k, mean, *k_kernel, temperature_G.to(high), halos[1].to(high), keeps, rope, eps).to(dtype)
     start, end = delayed_rows
     delayed = _Shift.apply(v_BTC[..., start:end], halos[2], keeps[0].to(dtype))
     v = torch.cat((v_BTC[..., :start], delayed, v_BTC[..., end:]), dim=-1).view(B, T, G, H)
     if begin is not None:
         begin(k, v)
-    q = _MixNormRotate.apply(q, q_mean, *q_kernel, None, halos[0].to(high), keeps, rope, eps).to(dtype)
+    q = mix(q, k_heads, *q_kernel, None, halos[0].to(high), keeps, rope, eps).to(dtype)
     return q, k, v
 
 
@@ -422,9 +428,9 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_RD, sizes, gate_up_EFD, down_EDF, gradient_sums):
         gate_up_RF = x_RD.new_empty(x_RD.shape[0], gate_up_EFD.shape[1])
         y_RD = torch.empty_like(x_RD)
-        for expert, (start, end) in enumerate(_spans(sizes)):
-            gate, up = torch.mm(x_RD[start:end], gate_up_EFD[expert].t(), out=gate_up_RF[start:end]).chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), down_EDF[expert].t(), out=y_RD[start:end])
+        for (start, end), gate_up_FD, down_DF in zip(_spans(sizes), gate_up_EFD, down_EDF):
+            gate, up = torch.mm(x_RD[start:end], gate_up_FD.t(), out=gate_up_RF[start:end]).chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up), down_DF.t(), out=y_RD[start:end])
         y_RD[sum(sizes):] = 0
         ctx.save_for_backward(x_RD, gate_up_RF, gate_up_EFD, down_EDF)
         ctx.sizes, ctx.gradient_sums = sizes, gradient_sums
@@ -436,15 +442,15 @@ class _Experts(torch.autograd.Function):
         dx_RD = torch.empty_like(x_RD)
         sums = ctx.gradient_sums or ExpertSums.temporary(gate_up_EFD, down_EDF)
         beta_gate_up, beta_down = (0 if gradient_sum.first() else 1 for gradient_sum in sums)
-        for expert, (start, end) in enumerate(_spans(ctx.sizes)):
+        for (start, end), gate_up_FD, down_DF, *totals in zip(_spans(ctx.sizes), gate_up_EFD, down_EDF, sums.gate_up.total, sums.down.total):
             gate, up = gate_up_RF[start:end].chunk(2, dim=-1)
-            x, dy, activated = x_RD[start:end], dy_RD[start:end], F.silu(gate)
-            _add_product(sums.down.total[expert], dy.t(), activated * up, beta_down)
-            dhidden = dy @ down_EDF[expert]
+            dy, activated = dy_RD[start:end], F.silu(gate)
+            _add_product(totals[1], dy.t(), activated * up, beta_down)
+            dhidden = dy @ down_DF
             dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
             dgate_up = torch.cat((dgate, dhidden.mul_(activated)), dim=-1)
-            torch.mm(dgate_up, gate_up_EFD[expert], out=dx_RD[start:end])
-            _add_product(sums.gate_up.total[expert], dgate_up.t(), x, beta_gate_up)
+            torch.mm(dgate_up, gate_up_FD, out=dx_RD[start:end])
+            _add_product(totals[0], dgate_up.t(), x_RD[start:end], beta_gate_up)
         dx_RD[sum(ctx.sizes):] = 0
         return dx_RD, None, *(gradient_sum.for_autograd(x_RD.dtype) for gradient_sum in sums), None
 
@@ -482,8 +488,8 @@ def cross_entropy_partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int
     """What one shard of the vocabulary, rows [vocab_start, vocab_start + V), contributes to a cross-entropy, each (T,) fp32 (fp64):
     the largest logit, the sum of exp(logit - largest), and the label's logit where the label lies in the shard, else 0.
 
-    Also softmax within the shard (T, V), into `probs` where one is given. The sum is read off it, 1 / its largest: torch's softmax has
-    an exp several times faster than exp.
+    Also softmax within the shard (T, V), into `probs` where one is given; logits may be overwritten. The sum is read off it, 1 / its
+    largest: torch's softmax has an exp several times faster than exp.
     """
     local_T = labels_T - vocab_start
     inside_T = (local_T >= 0) & (local_T < logits_TV.shape[-1])
@@ -498,15 +504,18 @@ def whole(parts: Partials) -> Partials:
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,
-                  combine: Callable[[Partials], Partials] = whole, gradient_sum: GradientSum | None = None) -> Tensor:
+                  combine: Callable[[Partials], Partials] = whole, gradient_sum: GradientSum | None = None,
+                  partials: Callable[..., tuple[Tensor, ...]] = cross_entropy_partials) -> Tensor:
     """Sum over the labelled tokens of -log softmax(z)[label] + z_loss * logsumexp(z)^2, z = hidden @ weight.T, in fp32 (fp64); labels of
     IGNORE count nothing.
 
     Where weight is the shard of a vocabulary that starts at vocab_start, combine turns a block's partials, (largest logit, sum of
     exp(logit - largest), label's logit), into those of all shards, and is called equally often on shards of one size. The loss is then
     the whole one on each, and hidden's gradient the shard's share, to be summed. gradient_sum: of weight.
+    partials computes what `cross_entropy_partials` does.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, partials,
+                                     torch.is_grad_enabled())
 
 
 LOSS_BLOCK = 1 << 21  # logits at a time (docs/experiments.md): 8 MiB in fp32, and as much for their softmax
@@ -519,16 +528,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     Saves the two gradients."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, training):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, partials, training):
         V, dtype = weight_VD.shape[0], wide(hidden_TD.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden_TD.device)
-        dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=dtype)
+        dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.empty_like(weight_VD, dtype=dtype)
         rows, wide_weight_VD = max(LOSS_BLOCK // V, 1), weight_VD.to(dtype)
         # Two buffers serve all blocks: fresh memory for each would cost the kernel a page fault per 4 KiB.
         logits, probs = hidden_TD.new_empty(2, rows, V, dtype=dtype)
-        for h, labels, dh in zip(hidden_TD.split(rows), labels_T.split(rows), dhidden_TD.split(rows)):
+        for block, (h, labels, dh) in enumerate(zip(hidden_TD.split(rows), labels_T.split(rows), dhidden_TD.split(rows))):
             block_logits = torch.mm(h.to(dtype), wide_weight_VD.t(), out=logits[: len(h)])
-            *parts, dlogits = cross_entropy_partials(block_logits, labels, vocab_start, probs[: len(h)])
+            *parts, dlogits = partials(block_logits, labels, vocab_start, probs[: len(h)])
             largest, total, target = combine((parts[0], parts[1], parts[2]))
             labelled = labels != IGNORE
             lse = total.log() + largest
@@ -540,7 +549,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 inside = labelled & (local >= 0) & (local < V)
                 dlogits.scatter_add_(-1, local.clamp(0, V - 1)[:, None], -inside.to(dtype)[:, None])
                 torch.mm(dlogits.to(weight_VD.dtype), weight_VD, out=dh)
-                torch.addmm(dweight_VD, dlogits.t(), h.to(dtype), out=dweight_VD)
+                _add_product(dweight_VD, dlogits.t(), h, beta=min(block, 1))
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.gradient_sum = gradient_sum
         return loss
@@ -550,7 +559,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden_TD, dweight_VD = ctx.saved_tensors
         gradient_sum = ctx.gradient_sum or GradientSum.temporary(dweight_VD, dhidden_TD.dtype)
         gradient_sum.add_scaled(dweight_VD, dloss)
-        return dhidden_TD.mul_(dloss), gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 6
+        return dhidden_TD.mul_(dloss), gradient_sum.for_autograd(dhidden_TD.dtype), *[None] * 7
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 

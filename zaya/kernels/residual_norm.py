@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zaya.kernels.arguments import check
 from zaya.kernels.backend import MAX_WIDTH
-from zaya.kernels.launch import Config, Target, check, config, launch, target
+from zaya.kernels.launch import Config, Target, config, launch, target
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
