@@ -18,6 +18,7 @@ from zaya.parallel.mesh import open_mesh
 from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
 
+PARTS = ("mix", "partials")  # of the reference that C takes the place of
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -29,7 +30,8 @@ def reference_afterwards() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("kernels", "device", "dtype", "head_dim", "chosen"), [
-    ("auto", CPU, torch.float32, 128, "reference"), ("auto", GPU, torch.bfloat16, 128, "triton"),
+    ("auto", CPU, torch.float32, 128, "cpu"), ("auto", CPU, torch.bfloat16, 32, "cpu"), ("auto", CPU, torch.float64, 32, "reference"),
+    ("auto", CPU, torch.float32, 16, "reference"), ("cpu", CPU, torch.float32, 64, "cpu"), ("auto", GPU, torch.bfloat16, 128, "triton"),
     ("auto", GPU, torch.float64, 128, "reference"),
     ("auto", GPU, torch.bfloat16, 48, "reference"), ("reference", GPU, torch.bfloat16, 128, "reference"),
     ("triton", CPU, torch.float32, 32, "triton"),  # by the interpreter
@@ -50,6 +52,13 @@ def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch,
         backend.choose("triton", device, dtype, head_dim)
 
 
+@pytest.mark.parametrize(("device", "dtype", "head_dim", "says"), [
+    (CPU, torch.float64, 128, "has no fp64"), (CPU, torch.bfloat16, 48, "not 48"), (GPU, torch.float32, 128, "cannot run on cuda")])
+def test_c_where_it_cannot_run_is_an_error(device: torch.device, dtype: torch.dtype, head_dim: int, says: str) -> None:
+    with pytest.raises(ValueError, match=f'train.kernels = "cpu" .*{says}'):
+        backend.choose("cpu", device, dtype, head_dim)
+
+
 def test_the_environment_decides_before_auto_and_not_before_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.ENVIRONMENT, "reference")
     assert backend.choose("auto", GPU, torch.bfloat16, 128) == "reference"
@@ -59,20 +68,22 @@ def test_the_environment_decides_before_auto_and_not_before_the_recipe(monkeypat
         backend.choose("auto", GPU, torch.bfloat16, 128)
 
 
-def test_both_implementations_of_an_op_are_called_alike() -> None:
-    backend.choose("triton", GPU, torch.bfloat16, 128)
-    for name, triton, reference in zip(backend.Ops._fields, backend.ops(), backend.REFERENCE):
-        mine, theirs = inspect.signature(triton).parameters, inspect.signature(reference).parameters
+@pytest.mark.parametrize(("kernels", "device"), [("triton", GPU), ("cpu", CPU)])
+def test_all_implementations_of_an_op_are_called_alike(kernels: str, device: torch.device) -> None:
+    backend.choose(kernels, device, torch.bfloat16, 128)
+    for name, op, reference in zip(backend.Ops._fields, backend.ops(), backend.REFERENCE):
+        mine, theirs = ({name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in PARTS}
+                        for function in (op, reference))
         assert list(mine)[: len(theirs)] == list(theirs), name
         assert all(mine[p].default == theirs[p].default and mine[p].kind == theirs[p].kind for p in theirs), name
 
 
 @pytest.mark.parametrize(("optimizer", "steps"), [("muon", 2), ("adamw", 4)])
-def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps: int) -> None:
-    """A handful of steps in fp32 by the interpreter (on a GPU natively): the same losses, gradient norms and routing."""
+def test_all_implementations_train_alike(tmp_path: Path, optimizer: str, steps: int) -> None:
+    """A handful of steps in fp32, Triton by the interpreter (on a GPU natively): the same losses, gradient norms and routing."""
     curves: dict[str, torch.Tensor] = {}
     shares: dict[str, torch.Tensor] = {}
-    for kernels in ("reference", "triton"):
+    for kernels in ("reference", "triton", *(["cpu"] if not torch.cuda.is_available() else [])):
         parts = recipe(tmp_path, model__head_dim=32, train__steps=9, train__global_batch_size=2, train__device="auto",
                        train__kernels=kernels, optim__name=optimizer)
         mesh = open_mesh("auto", Layout(1))
@@ -81,8 +92,9 @@ def test_triton_and_reference_train_alike(tmp_path: Path, optimizer: str, steps:
         results = [trainer.train_step() for _ in range(steps)]
         curves[kernels] = torch.stack([torch.stack([r.loss.double(), r.grad_norm.double()]) for r in results])
         shares[kernels] = torch.stack([r.shares_LE for r in results])
-    torch.testing.assert_close(curves["triton"], curves["reference"], rtol=2e-5, atol=0)  # fp32 sums in another order
-    assert torch.equal(shares["triton"], shares["reference"])
+    for kernels, curve in curves.items():
+        torch.testing.assert_close(curve, curves["reference"], rtol=2e-5, atol=0)  # fp32 sums in another order
+        assert torch.equal(shares[kernels], shares["reference"])
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -19,8 +19,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import zaya.kernels
-from zaya.kernels.arguments import check
 from zaya.kernels import launch
+from zaya.kernels.arguments import check
 from zaya.kernels.launch import MI300X, Config, Target, config, launching_through
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -49,22 +49,25 @@ def ops() -> Ops:
 def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, width: int = 1, num_classes: int = 1) -> str:
     """Settle which ops compute from here on, for tensors of `dtype` on `device`; returns "triton", "cpu" or "reference".
 
-    auto: Triton on a GPU (ROCm or CUDA), C on a CPU, unless they do not take the dtype or one of the sizes, or there is no compiler; else the
-    reference. ValueError: Triton or C asked for where it cannot run.
+    auto: Triton on a GPU (ROCm or CUDA), C on a CPU; the reference where they do not take the dtype or a size, or there is no compiler.
+    ValueError: Triton or C asked for where it cannot run.
     """
     global _chosen
     if kernels == "auto":
         kernels = os.environ.get(ENVIRONMENT, "auto")
     if kernels not in CHOICES:
         raise ValueError(f"{ENVIRONMENT} = {kernels!r} is none of {', '.join(CHOICES)}")
-    own = "triton" if kernels == "triton" or (kernels == "auto" and device.type == "cuda") else "cpu"
-    if kernels != "reference":
-        obstacle = (_triton_obstacle(device, dtype, head_dim, width, num_classes) if own == "triton" else _cpu_obstacle(device, dtype, head_dim))
-        if obstacle and kernels != "auto":
-            raise ValueError(f'train.kernels = "{kernels}" {obstacle}; use "reference"')
-        kernels = "reference" if obstacle else own
-    _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[kernels]()
-    return kernels
+    wanted = kernels if kernels != "auto" else "triton" if device.type == "cuda" else "cpu"
+    obstacle = ""
+    if wanted == "triton":
+        obstacle = _triton_obstacle(device, dtype, head_dim, width, num_classes)
+    elif wanted == "cpu":
+        obstacle = _cpu_obstacle(device, dtype, head_dim)
+    if obstacle and kernels != "auto":
+        raise ValueError(f'train.kernels = "{kernels}" {obstacle}; use "reference"')
+    chosen = "reference" if obstacle else wanted
+    _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[chosen]()
+    return chosen
 
 
 def _cpu_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

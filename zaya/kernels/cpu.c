@@ -66,16 +66,15 @@ INLINE vec exponential(vec x)
 {
     ivec tiny = x < -87.3f;
     x = pick(x > 88.0f, all(88.0f), pick(tiny, all(-87.3f), x));
-    vec rounded = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer is in the lowest bits */
-    ivec exponent = (ivec)rounded << 23;
+    vec rounded = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n is in the lowest bits */
     vec n = rounded - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f, p = all(1.9875691500e-4f);
+    vec power = (vec)(((ivec)rounded << 23) + (127 << 23));
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return pick(tiny, (vec){0}, (vec)((ivec)p + exponent));
+    return pick(tiny, (vec){0}, (p * r * r + r + 1.0f) * power);
 }
 
 /* sums[r] += sum over i < k of a[r a_row + i a_step] * b[i b_row ... + COLS] */
@@ -318,8 +317,8 @@ int attention_backward(const float *q, const float *k, const float *v, const int
 
 /* ---------------------------------------------------------------------------------------------------------------- cca */
 
-/* x, unit, dx and the like (B, T, N, H); other (B, T, G, H); halo (B, K, 2, N H); kernel and transposed (N, 3 H, H); constant (N, H); temperature (N); keep
- * (B, T), 0 where the document is younger than one or two tokens; cosine and sine (B, T, H / 4); inverse (B, T, N). */
+/* x, unit, dx and the like (B, T, N, H); other (B, T, G, H); halo (B, K, 2, N H); kernel and transposed (N, 3 H, H); constant (N, H);
+ * temperature (N); keep (B, T), 0 where the document is younger than one or two tokens; cosine and sine (B, T, H / 4); inverse (B, T, N). */
 typedef struct {
     const float *x, *other, *kernel, *transposed, *constant, *temperature, *halo, *keep[2], *cosine, *sine, *dout;
     float eps, *unit, *inverse, *out, *dx, *dother, *dkernel, *dconstant, *dtemperature, *dhalo;
@@ -475,8 +474,8 @@ INLINE int mix_back(const mix_of *all_of, long number, long H)
     return 0;
 }
 
-/* Its gradients: dx and dhalo; dother by head, those of kernel, constant and temperature by row and chunk, (B K, ...), to be summed. transposed: kernel
- * with each tap's H x H turned around. */
+/* Its gradients: dx and dhalo; to be summed, dother by head, and those of kernel, constant and temperature by row and chunk, (B K, ...).
+ * transposed: kernel with each tap's H x H turned around. */
 int mix_backward(const float *x, const float *transposed, const float *temperature, const float *halo, const float *keep_1,
                  const float *keep_2, const float *cosine, const float *sine, float eps, const float *unit, const float *inverse,
                  const float *dout, float *dx, float *dother, float *dkernel, float *dconstant, float *dtemperature, float *dhalo, long B, long T,

@@ -34,6 +34,7 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 WIDTH = 32  # TOKENS of cpu.c, and what experts' widths are multiples of
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+KNOWN_IN_C = (torch.float32, torch.int64, torch.int32)
 
 
 # ---------------------------------------------------------------------------------------------------------------- library
@@ -79,7 +80,7 @@ def _call(function: str, *arguments: Tensor | int | float | None) -> None:
     converted: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
-            assert argument.is_contiguous() and argument.dtype in (torch.float32, torch.int64, torch.int32) and argument.device.type == "cpu", function
+            assert argument.is_contiguous() and argument.device.type == "cpu" and argument.dtype in KNOWN_IN_C, function
             converted.append(ctypes.c_void_p(argument.data_ptr()))
         elif isinstance(argument, float):
             converted.append(ctypes.c_float(argument))
@@ -135,22 +136,24 @@ class _ResidualNorm(torch.autograd.Function):
 
 def _mix(x_BTC: Tensor, other_BTGH: Tensor, kernel: Tensor, constant: Tensor, temperature_N: Tensor | None, halo_BKnC: Tensor,
          keeps: list[Tensor], rope: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """See reference._MixNormRotate."""
     B, T, C = x_BTC.shape
-    N, H = constant.shape
-    check("halos", halo_BKnC, shape=(B, None, 2, C), contiguous=False)
+    (N, H), G = constant.shape, other_BTGH.shape[2]
     if H not in HEAD_DIMS:
         raise ValueError(f"k_BTC has head dim {H}, expected {' or '.join(map(str, HEAD_DIMS))}")
+    expected = (("q_BTC", x_BTC, (B, T, N * H)), ("q_mean_BTGH", other_BTGH, (B, T, None, H)), ("halos", halo_BKnC, (B, None, 2, C)),
+                ("convs", kernel, (N, 3 * H, H)), *(("positions_BT", keep, (B, T, 1)) for keep in keeps),
+                *(("rope", table, (B, T, H // 4)) for table in rope))
+    for name, tensor, shape in expected:
+        check(name, tensor, shape=shape, dtypes=FLOATS, contiguous=False)
+    if N % G:
+        raise ValueError(f"q_BTC has {N} heads, expected a multiple of the {G} of k_BTC")
     if T % halo_BKnC.shape[1]:
         raise ValueError(f"halos has {halo_BKnC.shape[1]} chunks, expected a divisor of T = {T}")
-    for name, tensor, shape in (("q_BTC", x_BTC, (B, T, N * H)), ("q_mean_BTGH", other_BTGH, (B, T, None, H)), ("convs", kernel, (N, 3 * H, H)),
-                                ("positions_BT", keeps[0], (B, T, 1)), ("rope", rope[0], (B, T, H // 4)), ("rope", rope[1], (B, T, H // 4))):
-        check(name, tensor, shape=shape, dtypes=FLOATS, contiguous=False)
-    if N % other_BTGH.shape[2]:
-        raise ValueError(f"q_BTC has {N} heads, expected a multiple of the {other_BTGH.shape[2]} of k_BTC")
     if temperature_N is not None:
-        check("temperature_G", temperature_N, shape=(N,), contiguous=False)
-        temperature_N = temperature_N.contiguous()
-    mixed: Tensor = _MixNormRotate.apply(*_plain(x_BTC, other_BTGH, kernel, constant), temperature_N, *_plain(halo_BKnC, *keeps, *rope), eps)
+        check("temperature_G", temperature_N, shape=(N,), dtypes=FLOATS, contiguous=False)
+    temperature = None if temperature_N is None else temperature_N.float().contiguous()
+    mixed: Tensor = _MixNormRotate.apply(*_plain(x_BTC, other_BTGH, kernel, constant), temperature, *_plain(halo_BKnC, *keeps, *rope), eps)
     return mixed
 
 
@@ -158,25 +161,25 @@ class _MixNormRotate(torch.autograd.Function):
     """Saves what the reference does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor, kernel: Tensor, constant: Tensor, temperature: Tensor | None, halo: Tensor, keep_1: Tensor,
-                keep_2: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, other: Tensor, kernel: Tensor, constant: Tensor, temperature: Tensor | None, halo: Tensor,
+                *rest: Any) -> Tensor:
+        *tables, eps = rest  # keep_1, keep_2, cosine, sine
         (B, T, G, H), N = other.shape, len(constant)
         unit, out, inverse = x.new_empty(B, T, N, H), x.new_empty(B, T, N, H), x.new_empty(B, T, N)
-        _call("mix_forward", x, other, kernel, constant, temperature, halo, keep_1, keep_2, cosine, sine, eps, unit, inverse, out, B, T, N, G, H,
-              halo.shape[1])
-        ctx.save_for_backward(x, kernel, temperature, halo, keep_1, keep_2, cosine, sine, unit, inverse)
+        _call("mix_forward", x, other, kernel, constant, temperature, halo, *tables, eps, unit, inverse, out, B, T, N, G, H, halo.shape[1])
+        ctx.save_for_backward(x, kernel, temperature, halo, unit, inverse, *tables)
         ctx.eps, ctx.groups = eps, G
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel, temperature, halo, keep_1, keep_2, cosine, sine, unit, inverse = ctx.saved_tensors
+        x, kernel, temperature, halo, unit, inverse, *tables = ctx.saved_tensors
         (B, T, N, H), K = unit.shape, halo.shape[1]
         dx, dother, dhalo = torch.empty_like(x), torch.empty_like(unit), torch.empty_like(halo)
         parts = x.new_empty(B * K, N, 3 * H, H), x.new_empty(B * K, N, H), None if temperature is None else x.new_empty(B * K, N)
         transposed = kernel.view(N, 3, H, H).mT.contiguous()
-        _call("mix_backward", x, transposed, temperature, halo, keep_1, keep_2, cosine, sine, ctx.eps, unit, inverse, *_plain(*gradients), dx,
-              dother, *parts, dhalo, B, T, N, H, K)
+        _call("mix_backward", x, transposed, temperature, halo, *tables, ctx.eps, unit, inverse, *_plain(*gradients), dx, dother, *parts,
+              dhalo, B, T, N, H, K)
         dkernel, dconstant, dtemperature = (None if part is None else part.sum(0) for part in parts)
         return dx, dother.unflatten(2, (ctx.groups, -1)).sum(3), dkernel, dconstant, dtemperature, dhalo, *[None] * 5
 
@@ -218,8 +221,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, first_key, offsets, out, lse = ctx.saved_tensors
         B, T, N, H = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _call("attention_backward", q, k, v, first_key, offsets, out, lse, *_plain(*gradients), dq, dk, dv, B, T, k.shape[1], N, k.shape[2], H,
-              len(offsets))
+        _call("attention_backward", q, k, v, first_key, offsets, out, lse, *_plain(*gradients), dq, dk, dv, B, T, k.shape[1], N,
+              k.shape[2], H, len(offsets))
         return dq, dk, dv, None, None
 
 # ---------------------------------------------------------------------------------------------------------------- experts

@@ -186,8 +186,8 @@ class _Shift(torch.autograd.Function):
 class _MixNormRotate(torch.autograd.Function):
     """out = rotate(temperature * e), e = r u, r = sqrt(H) / |u|, u = conv(x) + (x + other) / 2; temperature None is 1.
 
-    x (B, T, C), C = N heads of H channels, of which groups of N / G share a head of other (B, T, G, H); kernel (N, 3 H, H) and constant (N, H)
-    as `fold_convolutions` makes them; halo (B, K, 2, C); keeps, of one and two tokens back, (B, T, 1) each. Returns (B, T, N, H).
+    x (B, T, C), C = N heads of H channels, of which groups of N / G share a head of other (B, T, G, H); kernel (N, 3 H, H) and constant
+    (N, H) as `fold_convolutions` makes them; halo (B, K, 2, C); keeps, of one and two tokens back, (B, T, 1) each. Returns (B, T, N, H).
 
     With d = temperature * rotate^T(dout):  du = r (d - e (d . e) / H), without the second term where |u| < eps, to which it is clamped;
     dtemperature = sum rotate^T(dout) . e. Saves x, e and r; backward builds the taps of the convolution again.
@@ -442,7 +442,8 @@ class _Experts(torch.autograd.Function):
         dx_RD = torch.empty_like(x_RD)
         sums = ctx.gradient_sums or ExpertSums.temporary(gate_up_EFD, down_EDF)
         beta_gate_up, beta_down = (0 if gradient_sum.first() else 1 for gradient_sum in sums)
-        for (start, end), gate_up_FD, down_DF, *totals in zip(_spans(ctx.sizes), gate_up_EFD, down_EDF, sums.gate_up.total, sums.down.total):
+        totals_E = zip(sums.gate_up.total, sums.down.total)
+        for (start, end), gate_up_FD, down_DF, totals in zip(_spans(ctx.sizes), gate_up_EFD, down_EDF, totals_E):
             gate, up = gate_up_RF[start:end].chunk(2, dim=-1)
             dy, activated = dy_RD[start:end], F.silu(gate)
             _add_product(totals[1], dy.t(), activated * up, beta_down)

@@ -1,0 +1,279 @@
+"""The ops in C for a CPU against the reference: outputs and every gradient, on poisoned memory, for both register widths; threads; what
+they refuse; a machine without a compiler."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zaya.kernels import backend, cpu, reference
+from zaya.kernels.cases import SMALL, Case, cases, error, run, widened
+from zaya.kernels.gradient_sum import ExpertSums, GradientSum
+
+CPU = torch.device("cpu")
+OPS: dict[Callable[..., Any], Callable[..., Any]] = {
+    reference.residual_norm: cpu.residual_norm, reference.cca: cpu.cca, reference.attention: cpu.attention,
+    reference.experts: cpu.experts, reference.cross_entropy: cpu.cross_entropy}
+CASES = [case for case in cases(SMALL) if case.reference in OPS]
+# Both sides add in fp32, in another order: up to 400 terms, roundings of 6e-8 each. dtemperature is a sum of terms of either sign.
+FP32, SUM_OF_SIGNS = 1e-6, 5e-6
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, and nothing loaded; its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.library.cache_clear()
+    yield tmp_path / "zaya"
+    cpu.library.cache_clear()
+
+
+def compare(case: Case, dtype: torch.dtype) -> None:
+    arguments = case.make(CPU, dtype)
+    got = run(OPS[case.reference], arguments, case.gradients)
+    want = run(case.reference, widened(arguments), case.gradients, like=got)
+    assert {name: tensor.dtype for name, tensor in got.items()} == {
+        name: tensor.dtype for name, tensor in run(case.reference, arguments, case.gradients).items()}
+    limit = {name: case.limit if dtype != torch.float32 else SUM_OF_SIGNS if "temperature" in name else FP32 for name in want}
+    assert not {name: found for name in want if not (found := error(got[name], want[name])) < limit[name]}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_outputs_and_gradients_equal_the_reference(case: Case, dtype: torch.dtype) -> None:
+    compare(case, dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_narrow_registers_compute_the_same(monkeypatch: pytest.MonkeyPatch, fresh_library: Path) -> None:
+    """As on a CPU without AVX-512, whose tiles have 4 rows of 16."""
+    monkeypatch.setenv("CC", "cc" if "avx512f" not in _cpu_flags() else "cc -mno-avx512f")
+    for case in CASES:
+        compare(case, torch.float32)
+    assert len(list(fresh_library.iterdir())) == 1
+
+
+def _cpu_flags() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.exists() else ""
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def attention_arguments(draw: random.Random) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
+    B, G, group, H, chunks = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 5), draw.choice(cpu.HEAD_DIMS), draw.randint(1, 2)
+    chunk, S = draw.randint(1, 70), draw.randint(1, 90)
+    S = max(S, chunk * chunks)
+    last = S - chunk
+    offsets = (draw.randint(0, last),) if chunks == 1 else (draw.randint(0, last - chunk), last)
+    own = torch.cat([torch.arange(offset, offset + chunk) for offset in offsets])
+    first = torch.stack([torch.tensor([draw.randint(0, int(i)) for i in own]) for _ in range(B)])
+    return reference.attention, {"q_BTNH": normal(B, chunk * chunks, G * group, H), "k_BSGH": normal(B, S, G, H),
+                                 "v_BSGH": normal(B, S, G, H), "first_key_BT": first, "offsets": offsets}, ("q_BTNH", "k_BSGH", "v_BSGH")
+
+
+def cca_arguments(draw: random.Random) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
+    B, G, group, H, K = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 4), draw.choice(cpu.HEAD_DIMS), draw.randint(1, 3)
+    N, T = G * group, K * draw.randint(1, 40)
+    positions, start = torch.zeros(B, T, dtype=torch.int64), draw.randint(0, 3)
+    for b in range(B):
+        at = start
+        for t in range(T):
+            at = 0 if draw.random() < 0.2 else at + 1
+            positions[b, t] = at
+    convs = [tuple(normal(*shape) for shape in ((n * H, 2), (n * H,), (n * H, H, 2), (n * H,))) for n in (N, G)]
+    border = draw.randint(0, G * H - 1)
+    delayed = (border, draw.randint(border + 1, G * H))
+    arguments = {"q_BTC": normal(B, T, N * H), "k_BTC": normal(B, T, G * H), "v_BTC": normal(B, T, G * H),
+                 "q_mean_BTGH": normal(B, T, G, H) if draw.random() < 0.5 else None, "q_convs": convs[0], "k_convs": convs[1],
+                 "temperature_G": normal(G), "positions_BT": positions, "rope": reference.rope_table(positions, H, 1e4, torch.float64),
+                 "halos": (normal(B, K, 2, N * H), normal(B, K, 2, G * H), normal(B, K, 1, delayed[1] - border)), "delayed_rows": delayed}
+    return reference.cca, arguments, ("q_BTC", "k_BTC", "v_BTC", *(f"{side}.{i}" for side in ("q_convs", "k_convs") for i in range(4)),
+                                      "temperature_G", "halos.0", "halos.1", "halos.2")
+
+
+def experts_arguments(draw: random.Random) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
+    T, k, E, D, F = draw.randint(1, 150), draw.randint(1, 3), draw.randint(1, 5), 32 * draw.randint(1, 3), 32 * draw.randint(1, 3)
+    favourite = draw.random() < 0.3
+    choice = torch.tensor([[E // 2 if favourite else draw.randint(0, E) for _ in range(k)] for _ in range(T)], dtype=torch.int32)
+    order, sizes = reference.sort_by_expert(choice, E + 1)
+    arguments = {"x_TD": normal(T, D), "sizes_E": sizes[:E], "gate_up_EFD": normal(E, 2 * F, D), "down_EDF": normal(E, D, F),
+                 "order_R": order, "gate_Tk": normal(T, k)}
+    return reference.experts, arguments, ("x_TD", "gate_up_EFD", "down_EDF", "gate_Tk")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("drawn", (attention_arguments, cca_arguments, experts_arguments))
+def test_random_shapes_against_fp64(drawn: Callable[[random.Random], tuple[Any, ...]], seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(6):
+        function, wide, gradients = drawn(draw)
+        narrow = {name: _in_fp32(value) for name, value in wide.items()}
+        got, want = run(OPS[function], narrow, gradients), run(function, wide, gradients)
+        # A sum over few and nearly cancelling terms is the worst: 20 times a usual one, and dtemperature's terms are of either sign.
+        limit = {name: 1e-4 if "temperature" in name else 2e-5 for name in want}
+        assert not {name: found for name in want if not (found := _apart(got[name], want[name])) < limit[name]}, seed
+
+
+def _in_fp32(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_in_fp32, value))
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative; a gradient that is all but zero by cancellation is measured against 1, the size of the inputs."""
+    found = error(got, want)
+    return min(found, float((got - want).abs().max())) if found == found else float("inf")
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    threads = torch.get_num_threads()
+    try:
+        for case in CASES:
+            results = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                results.append(run(OPS[case.reference], case.make(CPU, torch.float32), case.gradients))
+            # The loss and, of odd widths, the experts have torch's products, whose bits follow its threads.
+            if case.reference in (reference.attention, reference.cca, reference.residual_norm):
+                assert all(torch.equal(results[0][name], results[1][name]) for name in results[0]), case.name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ("q_BTNH", "k_BSGH", "v_BSGH"))
+def test_attention_does_not_hide_a_nan(name: str) -> None:
+    tensors = {"q_BTNH": torch.randn(1, 40, 4, 32), "k_BSGH": torch.randn(1, 40, 2, 32), "v_BSGH": torch.randn(1, 40, 2, 32)}
+    arguments = {**tensors, "first_key_BT": torch.zeros(1, 40, dtype=torch.int64), "offsets": (0,)}
+    tensors[name][0, 20, 0, 5] = torch.nan
+    got = run(cpu.attention, arguments, ("q_BTNH", "k_BSGH", "v_BSGH"))
+    seeing = got["out.0"][0, 20 : 21 if name == "q_BTNH" else None, : 1 if name == "q_BTNH" else 2]
+    assert seeing.isnan().any(-1).all()  # every query that sees it
+    assert all(got[f"d {other}"].isnan().any() for other in ("q_BTNH", "k_BSGH"))
+    assert got["out.0"][0, :, 2:].isfinite().all()  # the other group
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("payload", (0, 5))
+def test_experts_and_loss_do_not_hide_what_is_not_finite(value: float, payload: int) -> None:
+    x, logits = torch.randn(5, 32), torch.randn(6, 40)
+    x[2, 3], logits[4, 7] = value, value
+    x.view(torch.int32)[2, 3] += payload  # NaN has many patterns
+    weights = torch.randn(1, 64, 32), torch.randn(1, 32, 32)
+    assert cpu.experts(x, torch.tensor([5]), *weights).isfinite().all(1).tolist() == [True, True, False, True, True]
+    largest, total, target, _ = cpu._partials(logits.clone(), torch.arange(6))
+    mine, theirs = total.log() + largest, logits.logsumexp(-1)
+    assert torch.equal(mine.isfinite(), theirs.isfinite())
+    torch.testing.assert_close(mine[mine.isfinite()], theirs[mine.isfinite()])
+
+
+def test_gradients_are_added_to_sums_and_replace_what_came_before() -> None:
+    sizes, x = torch.tensor([40, 0, 7]), torch.randn(50, 64)
+    weights = torch.randn(3, 128, 64, requires_grad=True), torch.randn(3, 64, 64, requires_grad=True)
+    cpu.experts(x, sizes, *weights).sum().backward()
+    once = [weight.grad for weight in weights]
+    sums = ExpertSums(*(GradientSum(torch.full_like(weight, torch.nan)) for weight in weights))
+    for _ in range(2):
+        cpu.experts(x, sizes, *weights, gradient_sums=sums).sum().backward()
+    for gradient_sum, grad in zip(sums, once):
+        assert grad is not None
+        assert error(gradient_sum.total, 2 * grad) < FP32
+
+
+def _attention(**changes: Any) -> Callable[[], Any]:
+    arguments = {"q_BTNH": torch.randn(1, 8, 4, 32), "k_BSGH": torch.randn(1, 8, 2, 32), "v_BSGH": torch.randn(1, 8, 2, 32),
+                 "first_key_BT": torch.zeros(1, 8, dtype=torch.int64), "offsets": (0,), **changes}
+    return lambda: cpu.attention(**arguments)
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (_attention(q_BTNH=torch.randn(1, 8, 4, 32, dtype=torch.float64)), "q_BTNH has dtype float64"),
+    (_attention(v_BSGH=torch.randn(1, 8, 2, 64)), r"v_BSGH has shape \(1, 8, 2, 64\), expected \(1, 8, 2, 32\)"),
+    (_attention(k_BSGH=torch.randn(1, 8, 3, 32), v_BSGH=torch.randn(1, 8, 3, 32)), "q_BTNH has 4 heads, expected a multiple of the 3"),
+    (_attention(first_key_BT=torch.zeros(1, 7, dtype=torch.int64)), "first_key_BT has shape"),
+    (_attention(offsets=(1,)), r"offsets is \(1,\)"),
+    (_attention(q_BTNH=torch.randn(1, 8, 4, 48), k_BSGH=torch.randn(1, 8, 2, 48), v_BSGH=torch.randn(1, 8, 2, 48)), "head dim 48"),
+    (lambda: cpu.residual_norm(torch.randn(3, 8), torch.randn(3, 9), (torch.ones(8),) * 4, torch.ones(8), 1e-5), "branch has shape"),
+    (lambda: cpu.residual_norm(torch.randn(3, 8), torch.randn(3, 8), (torch.ones(8),) * 3 + (torch.ones(7),), torch.ones(8), 1e-5),
+     r"scales\[3\]"),
+    (lambda: cpu.experts(torch.randn(4, 32), torch.tensor([5]), torch.randn(1, 64, 32), torch.randn(1, 32, 32)), r"sizes_E is \[5\]"),
+    (lambda: cpu.experts(torch.randn(4, 32), torch.tensor([4]), torch.randn(1, 64, 64), torch.randn(1, 32, 32)), "gate_up_EFD has shape"),
+])
+def test_wrong_arguments_are_named(call: Callable[[], Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+# ---------------------------------------------------------------------------------------------------------------- the library
+
+
+def test_the_library_is_built_once(fresh_library: Path) -> None:
+    cpu.library()
+    built = [(path, path.stat().st_mtime_ns) for path in fresh_library.iterdir()]
+    cpu.library.cache_clear()
+    cpu.library()
+    assert built == [(path, path.stat().st_mtime_ns) for path in fresh_library.iterdir()] and len(built) == 1
+
+
+def test_ranks_that_build_at_once_do_not_harm_one_another(fresh_library: Path) -> None:
+    code = "from zaya.kernels import cpu; cpu.library()"
+    environment = os.environ | {"XDG_CACHE_HOME": str(fresh_library.parent)}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
+    assert [path.suffix for path in fresh_library.iterdir()] == [".so"]
+
+
+def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return "needs a C compiler"
+
+
+def _broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'cc1: error: no such CPU' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(broken))
+    return f"cannot compile cpu.c by {broken}: cc1: error: no such CPU"
+
+
+def _missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    return "cannot build or load"
+
+
+def _full_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    (tmp_path / "zaya").write_text("a file where the folder should be")
+    return "cannot build or load"
+
+
+def _damaged_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    cpu._build().write_bytes(b"no library")
+    return "cannot build or load"
+
+
+@pytest.mark.parametrize("break_it", (_no_compiler, _broken_compiler, _missing_compiler, _full_cache, _damaged_library))
+def test_without_a_library_the_reference_computes_and_who_asks_is_told(
+        monkeypatch: pytest.MonkeyPatch, fresh_library: Path, tmp_path: Path, break_it: Callable[[pytest.MonkeyPatch, Path], str]) -> None:
+    says = break_it(monkeypatch, tmp_path)
+    assert backend.choose("auto", CPU, torch.float32, 32) == "reference"
+    with pytest.raises(ValueError, match='train.kernels = "cpu"') as caught:
+        backend.choose("cpu", CPU, torch.float32, 32)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
