@@ -17,6 +17,7 @@ import pytest
 
 from tests import tiny
 from tests.dist.pool import Pools
+from tests.needs import needs_compiler
 from zaya.config import Recipe, recipe_from_tables
 
 STEPS = 20
@@ -166,3 +167,11 @@ def test_every_layout_computes_the_same(pools: Pools, base: Recipe, world_size: 
                                         dtype: str) -> None:
     parallel = {f"parallel__{key}": value for key, value in layout.items()}
     check(pools, world_size, tiny.variant(base, optim__name=optimizer, train__dtype=dtype, **parallel), small_buckets=optimizer == "muon")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("world_size", "layout"), [(2, dict(tp=2)), (2, dict(cp=2)), (4, dict(tp=2, ep=4)), (4, dict(tp=2, cp=2, ep=2))], ids=str)
+def test_layouts_compute_the_same_in_c(pools: Pools, base: Recipe, world_size: int, layout: dict[str, Any]) -> None:
+    """Sizes that the ops in C take: halos and zig-zag chunks, means given, shards of the vocabulary, rows already sorted."""
+    check(pools, world_size, tiny.variant(base, optim__name="adamw", model__head_dim=32, model__moe_intermediate_size=64, train__kernels="cpu",
+                                          **{f"parallel__{key}": value for key, value in layout.items()}))

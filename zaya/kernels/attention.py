@@ -28,10 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import HEAD_DIMS, check
 from zaya.kernels.launch import Target, config, launch, target
 
-HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHUNKS = 2  # zig-zag context parallelism gives each rank one early and one late chunk
 PROGRAMS_PER_CU = 4  # below this, dk and dv split a group's heads: the longest program is then a small part of the whole

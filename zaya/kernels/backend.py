@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from zaya.kernels import reference
+from zaya.kernels.arguments import HEAD_DIMS
 
-HEAD_DIMS = (32, 64, 128)  # what attention and cca are built for
 MAX_WIDTH = 8192  # of the stream: a row lies in the registers of one program
 MAX_CLASSES = 256  # of the router: a block's one-hot table of this width still fits the registers
 CHOICES = ("auto", "triton", "cpu", "reference")

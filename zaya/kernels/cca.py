@@ -36,10 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import check_cca
 from zaya.kernels.launch import config, launch, target
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Convolutions = tuple[Tensor, Tensor, Tensor, Tensor]
 Begin = Callable[[Tensor, Tensor], None]
 
@@ -349,7 +348,8 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
     begin(k, v) runs once the key and value heads are launched and before the query heads, which are then a launch of their own.
     Raises ValueError for anything else, before any launch.
     """
-    _validate(q_BTC, k_BTC, v_BTC, q_mean_BTGH, q_convs, k_convs, temperature_G, positions_BT, rope, halos, delayed_rows)
+    check_cca(q_BTC, k_BTC, v_BTC, q_mean_BTGH, q_convs, k_convs, temperature_G, positions_BT, rope, halos, delayed_rows, contiguous=True)
+    _check_strides(q_BTC, k_BTC, v_BTC)
     return _CCA.apply(q_BTC, k_BTC, v_BTC, q_mean_BTGH, *q_convs, *k_convs, temperature_G, positions_BT, *rope, *halos, delayed_rows, begin)
 
 
@@ -492,38 +492,8 @@ def _row_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, q_convs: Convolutions, k_convs: Convolutions, temperature: Tensor,
-              positions: Tensor, rope: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor, Tensor], delayed: tuple[int, int]) -> None:
-    check("q_BTC", q, shape=(None, None, None), dtypes=DTYPES, contiguous=False)
-    B, T, q_channels = q.shape
-    common: dict[str, Any] = dict(dtypes=(q.dtype,), device=q.device)
-    check("k_BTC", k, shape=(B, T, None), contiguous=False, **common)
-    check("v_BTC", v, shape=tuple(k.shape), contiguous=False, **common)
-    G, channels = temperature.numel(), k.shape[-1]
-    H = channels // max(G, 1)
-    if H not in (32, 64, 128) or channels != G * H:
-        raise ValueError(f"k_BTC has {channels} channels for {G} temperatures, expected heads of 32, 64 or 128 channels each")
-    if q_channels % channels or not q_channels:
-        raise ValueError(f"q_BTC has {q_channels} channels, expected a multiple of k_BTC's {channels}: whole groups of heads of {H}")
-    for name, x in (("q_BTC", q), ("k_BTC", k), ("v_BTC", v)):
-        if not B * T:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least one token")
+def _check_strides(*projections: Tensor) -> None:
+    B, T, _ = projections[0].shape
+    for name, x in zip(("q_BTC", "k_BTC", "v_BTC"), projections):
         if x.stride(2) != 1 or (B > 1 and T > 1 and x.stride(0) != T * x.stride(1)):
             raise ValueError(f"{name} has strides {x.stride()}, expected (T * s, s, 1): evenly spaced tokens of adjacent channels")
-    if mean is not None:
-        check("q_mean_BTGH", mean, shape=(B, T, G, H), **common)
-    for side, convs, width in (("q", q_convs, q_channels), ("k", k_convs, channels)):
-        for part, x, shape in zip(("w", "b", "W", "c"), convs, ((width, 2), (width,), (width, H, 2), (width,))):
-            check(f"{side}_convs.{part}", x, shape=shape, dtypes=(q_convs[0].dtype,) if x is not q_convs[0] else DTYPES, device=q.device)
-    check("temperature_G", temperature, shape=(G,), dtypes=DTYPES, device=q.device)
-    check("positions_BT", positions, shape=(B, T), dtypes=(torch.int64, torch.int32), device=q.device)
-    for name, x in zip(("cos", "sin"), rope):
-        check(f"rope.{name}", x, shape=(B, T, H // 4), dtypes=(torch.float32,), device=q.device)
-    start, end = delayed
-    if not 0 <= start <= end <= channels:
-        raise ValueError(f"delayed_rows is {delayed}, expected a range within v_BTC's {channels} channels")
-    for name, x, n, width in zip("qkv", halos, (2, 2, 1), (q_channels, channels, end - start)):
-        check(f"halos.{name}", x, shape=(B, None, n, width), **common)
-    K = halos[0].shape[1]
-    if K < 1 or T % K or any(x.shape[1] != K for x in halos):
-        raise ValueError(f"halos are for {[x.shape[1] for x in halos]} chunks, expected one number that divides {T} tokens")

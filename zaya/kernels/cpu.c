@@ -1,11 +1,11 @@
 /* Ops of zaya/kernels/reference.py for a CPU in fp32; zaya/kernels/cpu.py compiles and calls them, and says which.
  *
  * What torch's operations cannot do is stay in a cache: here a tile of scores, of a head's channels or of the stream is made, used and
- * dropped while it is there. Every product is `product` below, a register tile over rows that lie in one stride; whatever does not fit it
- * (masks, documents, the tokens before a chunk) is copied into a small buffer first, zeros where nothing is.
+ * dropped while it is there. Every product is `product` below, a register tile over rows that lie in one stride; what does not (the tokens
+ * before a chunk or a document, an expert's rows) is copied into a small buffer first, zeros where nothing is.
  *
- * All tensors are contiguous, fp32 but for indices (int64). Results do not depend on the number of threads: a thread owns what it adds to.
- * Functions return 0, or 1 where memory was refused.
+ * All tensors are contiguous; x in cpu.py's table of signatures is fp32, i int64, s int32. Results do not depend on the number of threads: a
+ * thread owns what it adds to. Functions return 0, or 1 where memory was refused.
  *
  * Letters as in reference.py: B batch rows, T tokens, S keys, N heads, G KV heads, H head dim, K chunks, D and F widths; H is 32, 64 or
  * MAX_HEAD_DIM.
@@ -65,7 +65,7 @@ INLINE float sum(vec x)
 INLINE vec exponential(vec x)
 {
     ivec tiny = x < -87.3f;
-    x = pick(x > 88.0f, all(88.0f), pick(tiny, all(-87.3f), x));
+    x = pick(x > 88.0f, all(88.0f), x);
     vec rounded = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n is in the lowest bits */
     vec n = rounded - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f, p = all(1.9875691500e-4f);
     vec power = (vec)(((ivec)rounded << 23) + (127 << 23));
@@ -103,26 +103,29 @@ INLINE void store_tile(float *to, long row, tile x)
 /* f with H as a constant, so that its loops over channels become straight code; f is INLINE, its last parameter H. */
 #define BY_HEAD_DIM(f, ...) (H == 32 ? f(__VA_ARGS__, 32) : H == 64 ? f(__VA_ARGS__, 64) : f(__VA_ARGS__, MAX_HEAD_DIM))
 
+const long rows_of_a_block = BLOCK, tokens_of_a_share = TOKENS; /* cpu.py sizes its buffers by them */
+
+#define REFUSED(failed) do { _Pragma("omp atomic write") failed = 1; } while (0)
+
 static float *buffer(long floats) { return aligned_alloc(64, round_up(4 * floats, 64)); }
 
 /* ---------------------------------------------------------------------------------------------------------------- attention */
 
-/* to (H, padded): column s is key s of x, zeros beyond S. */
+/* to (H, padded): column s is key s of x; what lies beyond S is never seen. */
 static void transpose(float *to, long padded, const float *x, long stride, long S, long H)
 {
     for (long start = 0; start < S; start += LANES)
         for (long h = 0; h < H; h++)
             for (long s = start; s < smaller(S, start + LANES); s++) to[h * padded + s] = x[s * stride + h];
-    for (long h = 0; h < H; h++) memset(to + h * padded + S, 0, 4 * (padded - S));
 }
 
-/* Row i of a group is head i % m of token i / m, m heads to a group; rows beyond the last stand for it, and are not written. */
+/* Row i of a group is head i % m of token i / m, m heads to a group; rows beyond the last stand for the last token's, and are not written. */
 typedef struct { long b, g, T, N, m; } group;
 
 INLINE long token_of(group of, long i) { return smaller(i / of.m, of.T - 1); }
 INLINE long head_at(group of, long i) { return (of.b * of.T + token_of(of, i)) * of.N + of.g * of.m + i % of.m; }
 
-/* The keys [from, to) that a row sees. */
+/* The keys [from, to) that a row sees: itself at least. */
 typedef struct { long from, to; } keys;
 
 INLINE keys keys_of(group of, long i, const int64_t *first_key, const int64_t *offsets, long chunk)
@@ -138,19 +141,19 @@ INLINE void cover(float *row, keys seen, long lo, long hi, float by)
     for (long s = seen.to; s < hi; s++) row[s] = by;
 }
 
-/* What attention_forward is given, but where it lies in memory. */
-typedef struct { const float *q, *v; const int64_t *first_key, *offsets; float *out, *lse; long S, G, chunk, padded; } forward_of;
+/* Arguments of attention_forward. */
+typedef struct { const float *q, *v; const int64_t *first_key, *offsets; float *out, *softmax; long S, G, chunk, padded; } forward_call;
 
 /* ROWS rows of a group from `start` on. kt: its keys, transposed; p (ROWS, padded): room for their scores. */
-INLINE int attend(group of, const forward_of *all_of, const float *kt, float *p, long start, long H)
+INLINE int attend(group of, const forward_call *call, const float *kt, float *p, long start, long H)
 {
-    long padded = all_of->padded, rows = of.T * of.m, stride = all_of->G * H, lo = all_of->S, hi = 0;
+    long padded = call->padded, rows = of.T * of.m, stride = call->G * H, lo = call->S, hi = 0;
     float scaled[ROWS * MAX_HEAD_DIM], inverse[ROWS], scale = 1 / sqrtf(H);
     keys seen[ROWS];
     for (int r = 0; r < ROWS; r++) {
-        seen[r] = keys_of(of, start + r, all_of->first_key, all_of->offsets, all_of->chunk);
+        seen[r] = keys_of(of, start + r, call->first_key, call->offsets, call->chunk);
         lo = smaller(lo, seen[r].from / COLS * COLS), hi = larger(hi, seen[r].to);
-        for (long h = 0; h < H; h += LANES) store(scaled + r * H + h, load(all_of->q + head_at(of, start + r) * H + h) * scale);
+        for (long h = 0; h < H; h += LANES) store(scaled + r * H + h, load(call->q + head_at(of, start + r) * H + h) * scale);
     }
     long end = round_up(hi, COLS);
     for (long s = lo; s < end; s += COLS) {
@@ -171,33 +174,35 @@ INLINE int attend(group of, const forward_of *all_of, const float *kt, float *p,
             total += x;
         }
         inverse[r] = 1 / sum(total);
-        if (start + r < rows) all_of->lse[head_at(of, start + r)] = top - logf(inverse[r]);
+        if (start + r < rows) {
+            float *softmax = call->softmax + 2 * head_at(of, start + r);
+            softmax[0] = top, softmax[1] = inverse[r];
+        }
     }
     for (long h = 0; h < H; h += COLS) {
         tile sums = {0};
-        product(sums, p + lo, padded, 1, all_of->v + of.b * all_of->S * stride + lo * stride + of.g * H + h, stride, hi - lo);
+        product(sums, p + lo, padded, 1, call->v + of.b * call->S * stride + lo * stride + of.g * H + h, stride, hi - lo);
         for (int r = 0; r < smaller(ROWS, rows - start); r++) {
-            float *to = all_of->out + head_at(of, start + r) * H + h;
+            float *to = call->out + head_at(of, start + r) * H + h;
             store(to, sums[r][0] * inverse[r]), store(to + LANES, sums[r][1] * inverse[r]);
         }
     }
     return 0;
 }
 
-int attention_forward(const float *q, const float *k, const float *v, const int64_t *first_key, const int64_t *offsets, float *out, float *lse,
-                      long B, long T, long S, long N, long G, long H, long chunks)
+/* softmax (B, T, N, 2): of each row the largest score, and one over the sum of exp(score - largest). */
+int attention_forward(const float *q, const float *k, const float *v, const int64_t *first_key, const int64_t *offsets, float *out,
+                      float *softmax, long B, long T, long S, long N, long G, long H, long chunks)
 {
-    long m = N / G, padded = round_up(S, COLS), rows = T * m, failed = 0;
-    forward_of all_of = {q, v, first_key, offsets, out, lse, S, G, T / chunks, padded};
+    long m = N / G, padded = round_up(S, COLS), rows = T * m;
+    int failed = 0;
+    forward_call call = {q, v, first_key, offsets, out, softmax, S, G, T / chunks, padded};
     float *kt = buffer(B * G * H * padded);
     if (!kt) return 1;
     #pragma omp parallel
     {
         float *p = buffer(ROWS * padded);
-        if (!p) {
-            #pragma omp atomic write
-            failed = 1;
-        }
+        if (!p) REFUSED(failed);
         #pragma omp for
         for (long bg = 0; bg < B * G; bg++) transpose(kt + bg * H * padded, padded, k + (bg / G * S * G + bg % G) * H, G * H, S, H);
         #pragma omp for collapse(2) schedule(dynamic)
@@ -205,7 +210,7 @@ int attention_forward(const float *q, const float *k, const float *v, const int6
             for (long block = 0; block < rows; block += 8 * ROWS)
                 for (long start = block; p && start < smaller(rows, block + 8 * ROWS); start += ROWS) {
                     group of = {bg / G, bg % G, T, N, m};
-                    BY_HEAD_DIM(attend, of, &all_of, kt + bg * H * padded, p, start);
+                    BY_HEAD_DIM(attend, of, &call, kt + bg * H * padded, p, start);
                 }
         free(p);
     }
@@ -214,35 +219,35 @@ int attention_forward(const float *q, const float *k, const float *v, const int6
 }
 
 typedef struct {
-    const float *q, *k, *v, *out, *lse, *dout;
+    const float *q, *k, *v, *out, *softmax, *dout;
     const int64_t *first_key, *offsets;
     float *dq;
     long S, G, chunk, padded;
-} backward_of;
+} backward_call;
 
 /* What a thread keeps of its group: keys and values, transposed (H, padded); their gradients (padded, H); of BLOCK rows, probabilities and the
  * gradients of scores (BLOCK, padded). */
 typedef struct { float *kt, *vt, *dk, *dv, *p, *ds; } room;
 
 /* BLOCK rows of a group from `start` on: their dq, and what they add to dk and dv. */
-INLINE int attend_back(group of, const backward_of *all_of, room at, long start, long H)
+INLINE int attend_back(group of, const backward_call *call, room at, long start, long H)
 {
-    long padded = all_of->padded, rows = of.T * of.m, stride = all_of->G * H, lo = all_of->S, hi = 0;
-    float scaled[BLOCK * MAX_HEAD_DIM], grad[BLOCK * MAX_HEAD_DIM], along[BLOCK], lse[BLOCK], scale = 1 / sqrtf(H);
+    long padded = call->padded, rows = of.T * of.m, stride = call->G * H, lo = call->S, hi = 0;
+    float scaled[BLOCK * MAX_HEAD_DIM], grad[BLOCK * MAX_HEAD_DIM], along[BLOCK], top[BLOCK], inverse[BLOCK], scale = 1 / sqrtf(H);
     keys seen[BLOCK];
     for (int r = 0; r < BLOCK; r++) {
         long head = head_at(of, start + r);
-        float there = start + r < rows; /* a row that stands for the last adds nothing */
         vec dot = {0};
-        seen[r] = keys_of(of, start + r, all_of->first_key, all_of->offsets, all_of->chunk);
+        seen[r] = keys_of(of, start + r, call->first_key, call->offsets, call->chunk);
         lo = smaller(lo, seen[r].from / COLS * COLS), hi = larger(hi, seen[r].to);
         for (long h = 0; h < H; h += LANES) {
-            vec d = load(all_of->dout + head * H + h);
-            dot += d * load(all_of->out + head * H + h);
-            store(scaled + r * H + h, load(all_of->q + head * H + h) * (scale * there));
-            store(grad + r * H + h, d * there);
+            vec d = load(call->dout + head * H + h);
+            dot += d * load(call->out + head * H + h);
+            store(scaled + r * H + h, load(call->q + head * H + h) * scale);
+            store(grad + r * H + h, d);
         }
-        along[r] = sum(dot), lse[r] = all_of->lse[head];
+        along[r] = sum(dot), top[r] = call->softmax[2 * head], inverse[r] = call->softmax[2 * head + 1];
+        if (start + r >= rows) top[r] = INFINITY; /* a row that stands for the last token's has no probabilities */
     }
     long end = round_up(hi, COLS);
     for (int first = 0; first < BLOCK; first += ROWS) {
@@ -250,7 +255,7 @@ INLINE int attend_back(group of, const backward_of *all_of, room at, long start,
             tile x = {0};
             product(x, scaled + first * H, H, 1, at.kt + s, padded, H);
             UNROLLED (int r = 0; r < ROWS; r++)
-                for (int j = 0; j < 2; j++) x[r][j] = exponential(x[r][j] - lse[first + r]);
+                for (int j = 0; j < 2; j++) x[r][j] = exponential(x[r][j] - top[first + r]) * inverse[first + r];
             store_tile(at.p + first * padded + s, padded, x);
         }
         for (int r = first; r < first + ROWS; r++) cover(at.p + r * padded, seen[r], lo, end, 0);
@@ -264,9 +269,9 @@ INLINE int attend_back(group of, const backward_of *all_of, room at, long start,
         }
         for (long h = 0; h < H; h += COLS) {
             tile sums = {0};
-            product(sums, at.ds + first * padded + lo, padded, 1, all_of->k + (of.b * all_of->S + lo) * stride + of.g * H + h, stride, hi - lo);
+            product(sums, at.ds + first * padded + lo, padded, 1, call->k + (of.b * call->S + lo) * stride + of.g * H + h, stride, hi - lo);
             for (int r = 0; r < smaller(ROWS, rows - start - first); r++) {
-                float *to = all_of->dq + head_at(of, start + first + r) * H + h;
+                float *to = call->dq + head_at(of, start + first + r) * H + h;
                 store(to, sums[r][0] * scale), store(to + LANES, sums[r][1] * scale);
             }
         }
@@ -286,26 +291,26 @@ INLINE int attend_back(group of, const backward_of *all_of, room at, long start,
 
 /* A group has one thread, which adds up dk and dv over its blocks of rows. */
 int attention_backward(const float *q, const float *k, const float *v, const int64_t *first_key, const int64_t *offsets, const float *out,
-                       const float *lse, const float *dout, float *dq, float *dk, float *dv, long B, long T, long S, long N, long G, long H,
+                       const float *softmax, const float *dout, float *dq, float *dk, float *dv, long B, long T, long S, long N, long G, long H,
                        long chunks)
 {
-    long padded = round_up(S, COLS), failed = 0, each = H * padded;
-    backward_of all_of = {q, k, v, out, lse, dout, first_key, offsets, dq, S, G, T / chunks, padded};
+    long padded = round_up(S, COLS), each = H * padded;
+    int failed = 0;
+    backward_call call = {q, k, v, out, softmax, dout, first_key, offsets, dq, S, G, T / chunks, padded};
     #pragma omp parallel for schedule(dynamic)
     for (long bg = 0; bg < B * G; bg++) {
         group of = {bg / G, bg % G, T, N, N / G};
         long own = (of.b * S * G + of.g) * H;
         float *all_room = buffer(4 * each + 2 * BLOCK * padded);
         if (!all_room) {
-            #pragma omp atomic write
-            failed = 1;
+            REFUSED(failed);
             continue;
         }
         room at = {all_room, all_room + each, all_room + 2 * each, all_room + 3 * each, all_room + 4 * each, all_room + 4 * each + BLOCK * padded};
         transpose(at.kt, padded, k + own, G * H, S, H);
         transpose(at.vt, padded, v + own, G * H, S, H);
         memset(at.dk, 0, 4 * 2 * each);
-        for (long start = 0; start < T * of.m; start += BLOCK) BY_HEAD_DIM(attend_back, of, &all_of, at, start);
+        for (long start = 0; start < T * of.m; start += BLOCK) BY_HEAD_DIM(attend_back, of, &call, at, start);
         for (long s = 0; s < S; s++) {
             memcpy(dk + own + s * G * H, at.dk + s * H, 4 * H);
             memcpy(dv + own + s * G * H, at.dv + s * H, 4 * H);
@@ -318,42 +323,43 @@ int attention_backward(const float *q, const float *k, const float *v, const int
 /* ---------------------------------------------------------------------------------------------------------------- cca */
 
 /* x, unit, dx and the like (B, T, N, H); other (B, T, G, H); halo (B, K, 2, N H); kernel and transposed (N, 3 H, H); constant (N, H);
- * temperature (N); keep (B, T), 0 where the document is younger than one or two tokens; cosine and sine (B, T, H / 4); inverse (B, T, N). */
+ * temperature (N); keep (B, T), 0 where the document is younger than one or two tokens; cosine and sine (B, T, H / 4); inverse
+ * (B, T, N), negative where |u| was clamped to eps. */
 typedef struct {
     const float *x, *other, *kernel, *transposed, *constant, *temperature, *halo, *keep[2], *cosine, *sine, *dout;
     float eps, *unit, *inverse, *out, *dx, *dother, *dkernel, *dconstant, *dtemperature, *dhalo;
     long T, N, G, K;
-} mix_of;
+} mix_call;
 
 /* One head of one chunk of a row: its first number in x and in halo, its first token, its tokens, the stride of both. */
 typedef struct { long x, halo, token, L, C, head, number; } strip;
 
-INLINE strip strip_of(const mix_of *all_of, long number, long H)
+INLINE strip strip_of(const mix_call *call, long number, long H)
 {
-    long L = all_of->T / all_of->K, C = all_of->N * H, head = number % all_of->N, chunk = number / all_of->N;
+    long L = call->T / call->K, C = call->N * H, head = number % call->N, chunk = number / call->N;
     return (strip){chunk * L * C + head * H, chunk * 2 * C + head * H, chunk * L, L, C, head, number};
 }
 
-INLINE int follows(const mix_of *all_of, strip of, long t, long by)
+INLINE int follows(const mix_call *call, strip of, long t, long by)
 {
-    return t >= 0 && t < of.L && (!by || all_of->keep[by - 1][of.token + t] != 0);
+    return t >= 0 && t < of.L && (!by || call->keep[by - 1][of.token + t] != 0);
 }
 
 /* to (ROWS, 3 H): tokens t, t - 1 and t - 2 side by side, for t from start on; zeros where the document begins between. */
-INLINE void taps(float *to, const mix_of *all_of, strip of, long start, long H)
+INLINE void taps(float *to, const mix_call *call, strip of, long start, long H)
 {
     for (int r = 0; r < ROWS; r++)
         for (int by = 0; by < 3; by++, to += H) {
             long from = start + r - by;
-            if (!follows(all_of, of, start + r, by)) memset(to, 0, 4 * H);
-            else memcpy(to, from >= 0 ? all_of->x + of.x + from * of.C : all_of->halo + of.halo + (2 + from) * of.C, 4 * H);
+            if (!follows(call, of, start + r, by)) memset(to, 0, 4 * H);
+            else memcpy(to, from >= 0 ? call->x + of.x + from * of.C : call->halo + of.halo + (2 + from) * of.C, 4 * H);
         }
 }
 
 /* to (H): x (H), its first quarter a and second b as a c - b s, b c + a s; sign -1 turns back. */
-INLINE void rotate(float *to, const float *x, const mix_of *all_of, long token, float sign, long H)
+INLINE void rotate(float *to, const float *x, const mix_call *call, long token, float sign, long H)
 {
-    const float *cosine = all_of->cosine + token * H / 4, *sine = all_of->sine + token * H / 4;
+    const float *cosine = call->cosine + token * H / 4, *sine = call->sine + token * H / 4;
     for (long h = 0; h < H / 4; h++) {
         float a = x[h], b = x[H / 4 + h], s = sign * sine[h];
         to[h] = a * cosine[h] - b * s;
@@ -362,37 +368,37 @@ INLINE void rotate(float *to, const float *x, const mix_of *all_of, long token, 
     memcpy(to + H / 2, x + H / 2, 4 * H / 2);
 }
 
-INLINE int mix(const mix_of *all_of, long number, long H)
+INLINE int mix(const mix_call *call, long number, long H)
 {
-    strip of = strip_of(all_of, number, H);
-    float stretch = all_of->temperature ? all_of->temperature[of.head] : 1;
+    strip of = strip_of(call, number, H);
+    float stretch = call->temperature ? call->temperature[of.head] : 1;
     for (long start = 0; start < of.L; start += ROWS) {
         float tap[ROWS * 3 * MAX_HEAD_DIM], mixed[ROWS * MAX_HEAD_DIM];
-        taps(tap, all_of, of, start, H);
+        taps(tap, call, of, start, H);
         for (long h = 0; h < H; h += COLS) {
             tile sums;
-            load_tile(sums, all_of->constant + of.head * H + h, 0);
-            product(sums, tap, 3 * H, 1, all_of->kernel + of.head * 3 * H * H + h, H, 3 * H);
+            load_tile(sums, call->constant + of.head * H + h, 0);
+            product(sums, tap, 3 * H, 1, call->kernel + of.head * 3 * H * H + h, H, 3 * H);
             store_tile(mixed + h, H, sums);
         }
         for (int r = 0; r < smaller(ROWS, of.L - start); r++) {
             long at = of.x + (start + r) * of.C, token = of.token + start + r;
-            const float *other = all_of->other + (token * all_of->G + of.head * all_of->G / all_of->N) * H;
+            const float *other = call->other + (token * call->G + of.head * call->G / call->N) * H;
             float *u = mixed + r * H;
             vec square = {0};
             for (long h = 0; h < H; h += LANES) {
-                vec value = load(u + h) + 0.5f * (load(all_of->x + at + h) + load(other + h));
+                vec value = load(u + h) + 0.5f * (load(call->x + at + h) + load(other + h));
                 square += value * value;
                 store(u + h, value);
             }
-            float norm = sqrtf(sum(square)), shortened = sqrtf(H) / (norm < all_of->eps ? all_of->eps : norm);
-            all_of->inverse[token * all_of->N + of.head] = shortened;
+            float norm = sqrtf(sum(square)), clamped = norm < call->eps, shortened = sqrtf(H) / (clamped ? call->eps : norm);
+            call->inverse[token * call->N + of.head] = clamped ? -shortened : shortened;
             for (long h = 0; h < H; h += LANES) {
                 vec value = load(u + h) * shortened;
-                store(all_of->unit + at + h, value);
+                store(call->unit + at + h, value);
                 store(u + h, value * stretch);
             }
-            rotate(all_of->out + at, u, all_of, token, 1, H);
+            rotate(call->out + at, u, call, token, 1, H);
         }
     }
     return 0;
@@ -403,43 +409,43 @@ int mix_forward(const float *x, const float *other, const float *kernel, const f
                 const float *keep_1, const float *keep_2, const float *cosine, const float *sine, float eps, float *unit, float *inverse,
                 float *out, long B, long T, long N, long G, long H, long K)
 {
-    mix_of all_of = {.x = x, .other = other, .kernel = kernel, .constant = constant, .temperature = temperature, .halo = halo,
+    mix_call call = {.x = x, .other = other, .kernel = kernel, .constant = constant, .temperature = temperature, .halo = halo,
                      .keep = {keep_1, keep_2}, .cosine = cosine, .sine = sine, .eps = eps, .unit = unit, .inverse = inverse, .out = out,
                      .T = T, .N = N, .G = G, .K = K};
     #pragma omp parallel for
-    for (long number = 0; number < B * K * N; number++) BY_HEAD_DIM(mix, &all_of, number);
+    for (long number = 0; number < B * K * N; number++) BY_HEAD_DIM(mix, &call, number);
     return 0;
 }
 
-INLINE int mix_back(const mix_of *all_of, long number, long H)
+INLINE int mix_back(const mix_call *call, long number, long H)
 {
-    strip of = strip_of(all_of, number, H);
+    strip of = strip_of(call, number, H);
     long padded = round_up(of.L, BLOCK);
-    float *dz = buffer(padded * H), *dkernel = all_of->dkernel + number * 3 * H * H, stretch = 1, along_all = 0;
+    float *dz = buffer(padded * H), *dkernel = call->dkernel + number * 3 * H * H, stretch = 1, along_all = 0;
     if (!dz) return 1;
-    if (all_of->temperature) stretch = all_of->temperature[of.head];
+    if (call->temperature) stretch = call->temperature[of.head];
     memset(dz + of.L * H, 0, 4 * (padded - of.L) * H);
     memset(dkernel, 0, 4 * 3 * H * H);
     vec dconstant[MAX_HEAD_DIM / LANES] = {{0}};
     for (long t = 0; t < of.L; t++) {
         long at = of.x + t * of.C, token = of.token + t;
-        float d[MAX_HEAD_DIM], shortened = all_of->inverse[token * all_of->N + of.head];
-        rotate(d, all_of->dout + at, all_of, token, -1, H);
+        float d[MAX_HEAD_DIM], inverse = call->inverse[token * call->N + of.head], shortened = fabsf(inverse);
+        rotate(d, call->dout + at, call, token, -1, H);
         vec dot = {0};
-        for (long h = 0; h < H; h += LANES) dot += load(d + h) * load(all_of->unit + at + h);
-        float along = sum(dot), clamped = shortened >= sqrtf(H) / all_of->eps, part = clamped ? 0 : along * stretch / H;
+        for (long h = 0; h < H; h += LANES) dot += load(d + h) * load(call->unit + at + h);
+        float along = sum(dot), part = inverse < 0 ? 0 : along * stretch / H;
         along_all += along;
         for (long h = 0; h < H; h += LANES) {
-            vec du = (load(d + h) * stretch - load(all_of->unit + at + h) * part) * shortened;
-            store(dz + t * H + h, du), store(all_of->dother + at + h, 0.5f * du);
+            vec du = (load(d + h) * stretch - load(call->unit + at + h) * part) * shortened;
+            store(dz + t * H + h, du), store(call->dother + at + h, 0.5f * du);
             dconstant[h / LANES] += du;
         }
     }
-    for (long h = 0; h < H; h += LANES) store(all_of->dconstant + number * H + h, dconstant[h / LANES]);
-    if (all_of->temperature) all_of->dtemperature[number] = along_all;
+    for (long h = 0; h < H; h += LANES) store(call->dconstant + number * H + h, dconstant[h / LANES]);
+    if (call->temperature) call->dtemperature[number] = along_all;
     for (long start = 0; start < of.L; start += BLOCK) {
         float tap[BLOCK * 3 * MAX_HEAD_DIM];
-        for (int r = 0; r < BLOCK; r += ROWS) taps(tap + r * 3 * H, all_of, of, start + r, H);
+        for (int r = 0; r < BLOCK; r += ROWS) taps(tap + r * 3 * H, call, of, start + r, H);
         for (long in = 0; in < 3 * H; in += ROWS)
             for (long h = 0; h < H; h += COLS) {
                 tile sums;
@@ -454,15 +460,15 @@ INLINE int mix_back(const mix_of *all_of, long number, long H)
         for (int r = 0; r < ROWS; r++)
             for (int by = 0; by < 3; by++, to += H) {
                 long t = start + r + by;
-                if (follows(all_of, of, t, by)) memcpy(to, dz + t * H, 4 * H);
+                if (follows(call, of, t, by)) memcpy(to, dz + t * H, 4 * H);
                 else memset(to, 0, 4 * H);
             }
         for (long h = 0; h < H; h += COLS) {
             tile sums = {0};
-            product(sums, later, 3 * H, 1, all_of->transposed + of.head * 3 * H * H + h, H, 3 * H);
+            product(sums, later, 3 * H, 1, call->transposed + of.head * 3 * H * H + h, H, 3 * H);
             for (int r = 0; r < smaller(ROWS, of.L - start); r++) {
                 long t = start + r;
-                float *at = (t < 0 ? all_of->dhalo + of.halo + (2 + t) * of.C : all_of->dx + of.x + t * of.C) + h;
+                float *at = (t < 0 ? call->dhalo + of.halo + (2 + t) * of.C : call->dx + of.x + t * of.C) + h;
                 for (int j = 0; j < 2; j++) {
                     if (t >= 0) sums[r][j] += 0.5f * load(dz + t * H + h + j * LANES);
                     store(at + j * LANES, sums[r][j]);
@@ -481,16 +487,13 @@ int mix_backward(const float *x, const float *transposed, const float *temperatu
                  const float *dout, float *dx, float *dother, float *dkernel, float *dconstant, float *dtemperature, float *dhalo, long B, long T,
                  long N, long H, long K)
 {
-    mix_of all_of = {.x = x, .transposed = transposed, .temperature = temperature, .halo = halo, .keep = {keep_1, keep_2}, .cosine = cosine,
+    mix_call call = {.x = x, .transposed = transposed, .temperature = temperature, .halo = halo, .keep = {keep_1, keep_2}, .cosine = cosine,
                      .sine = sine, .eps = eps, .unit = (float *)unit, .inverse = (float *)inverse, .dout = dout, .dx = dx, .dother = dother,
                      .dkernel = dkernel, .dconstant = dconstant, .dtemperature = dtemperature, .dhalo = dhalo, .T = T, .N = N, .K = K};
     int failed = 0;
     #pragma omp parallel for
     for (long number = 0; number < B * K * N; number++)
-        if (BY_HEAD_DIM(mix_back, &all_of, number)) {
-            #pragma omp atomic write
-            failed = 1;
-        }
+        if (BY_HEAD_DIM(mix_back, &call, number)) REFUSED(failed);
     return failed;
 }
 
@@ -563,15 +566,20 @@ int residual_norm_backward(const float *stream, const float *branch, const float
 /* Up to TOKENS assignments of one expert. They are columns here, and weights are what `product` spreads, so that no weight is packed. */
 typedef struct { long expert, first, n; } share;
 
-/* The shares of all experts one after the other; starts (E + 1): the first of each. NULL where memory is refused. */
-static share *shares_of(const int64_t *sizes, long E, long *starts)
+/* The shares of all experts one after the other, and at starts (E + 1) the first of each; free the result. NULL where memory is refused. */
+static share *shares_of(const int64_t *sizes, long E, const long **starts)
 {
     long count = 0, first = 0;
-    for (long e = 0; e < E; e++) starts[e] = count, count += (sizes[e] + TOKENS - 1) / TOKENS;
-    starts[E] = count;
-    share *shares = malloc((count + 1) * sizeof(share));
-    for (long e = 0; shares && e < E; first += sizes[e++])
-        for (long i = 0; i < sizes[e]; i += TOKENS) shares[starts[e] + i / TOKENS] = (share){e, first + i, smaller(TOKENS, sizes[e] - i)};
+    for (long e = 0; e < E; e++) count += (sizes[e] + TOKENS - 1) / TOKENS;
+    share *shares = malloc(count * sizeof(share) + (E + 1) * sizeof(long));
+    if (!shares) return NULL;
+    long *own = (long *)(shares + count), at = 0;
+    for (long e = 0; e < E; first += sizes[e++]) {
+        own[e] = at;
+        for (long i = 0; i < sizes[e]; i += TOKENS) shares[at++] = (share){e, first + i, smaller(TOKENS, sizes[e] - i)};
+    }
+    own[E] = at;
+    *starts = own;
     return shares;
 }
 
@@ -582,22 +590,22 @@ typedef struct {
     const int32_t *order;
     float *hidden, *y, *dhidden, *dy_columns, *x_rows, *gated, *dx, *dgate;
     long k, D, F;
-} experts_of;
+} experts_call;
 
-INLINE long row_of(const experts_of *all_of, share of, long t) { return all_of->order ? all_of->order[of.first + t] : of.first + t; }
+INLINE long row_of(const experts_call *call, share of, long t) { return call->order ? call->order[of.first + t] : of.first + t; }
 
 /* to (width, TOKENS): of.n rows of x, each at its assignment, or at its token where `k` assignments share one; the other columns are zero. */
-static void gather(float *to, const experts_of *all_of, share of, const float *x, long k, long width)
+static void gather(float *to, const experts_call *call, share of, const float *x, long k, long width)
 {
     for (long t = 0; t < TOKENS; t++)
-        for (long i = 0; i < width; i++) to[i * TOKENS + t] = t < of.n ? x[row_of(all_of, of, t) / k * width + i] : 0;
+        for (long i = 0; i < width; i++) to[i * TOKENS + t] = t < of.n ? x[row_of(call, of, t) / k * width + i] : 0;
 }
 
 /* The other way, times `gate` where there is one. */
-static void scatter(float *x, const experts_of *all_of, share of, const float *from, const float *gate, long width)
+static void scatter(float *x, const experts_call *call, share of, const float *from, const float *gate, long width)
 {
     for (long t = 0; t < of.n; t++) {
-        long row = row_of(all_of, of, t);
+        long row = row_of(call, of, t);
         float by = gate ? gate[row] : 1;
         for (long i = 0; i < width; i++) x[row * width + i] = from[i * TOKENS + t] * by;
     }
@@ -618,31 +626,30 @@ static void apply(float *out, const float *weight, long w_row, long w_step, cons
 int experts_forward(const float *x, const int64_t *sizes, const float *gate_up, const float *down, const int32_t *order, const float *gate,
                     float *hidden, float *y, long R, long k, long E, long D, long F)
 {
-    experts_of all_of = {.x = x, .gate_up = gate_up, .down = down, .gate = gate, .order = order, .hidden = hidden, .y = y, .k = k, .D = D, .F = F};
-    long starts[E + 1], failed = 0, routed = 0;
-    share *shares = shares_of(sizes, E, starts);
+    experts_call call = {.x = x, .gate_up = gate_up, .down = down, .gate = gate, .order = order, .hidden = hidden, .y = y, .k = k, .D = D, .F = F};
+    const long *starts;
+    long routed = 0;
+    int failed = 0;
+    share *shares = shares_of(sizes, E, &starts);
     if (!shares) return 1;
     for (long e = 0; e < E; e++) routed += sizes[e];
     #pragma omp parallel
     {
         float *columns = buffer((2 * D + F) * TOKENS), *activated = columns + D * TOKENS, *out = activated + F * TOKENS;
-        if (!columns) {
-            #pragma omp atomic write
-            failed = 1;
-        }
+        if (!columns) REFUSED(failed);
         #pragma omp for schedule(dynamic)
         for (long i = 0; i < starts[E]; i++) {
             if (!columns) continue;
             share of = shares[i];
             float *own = hidden + i * 2 * F * TOKENS;
-            gather(columns, &all_of, of, x, k, D);
+            gather(columns, &call, of, x, k, D);
             apply(own, gate_up + of.expert * 2 * F * D, D, 1, columns, 2 * F, D);
             for (long j = 0; j < F * TOKENS; j += LANES) {
                 vec gate_part = load(own + j), up = load(own + F * TOKENS + j);
                 store(activated + j, gate_part / (1 + exponential(-gate_part)) * up);
             }
             apply(out, down + of.expert * D * F, F, 1, activated, D, F);
-            scatter(y, &all_of, of, out, gate, D);
+            scatter(y, &call, of, out, gate, D);
         }
         #pragma omp for
         for (long i = routed; i < R; i++) memset(y + (order ? order[i] : i) * D, 0, 4 * D);
@@ -653,34 +660,34 @@ int experts_forward(const float *x, const int64_t *sizes, const float *gate_up, 
 }
 
 /* With a = silu(gate part) * up and dh = down^T dy:  dgate = a . dh;  what enters gate_up is dh times the gate and SwiGLU's derivative. */
-static void experts_back(const experts_of *all_of, share of, long number, float *room)
+static void experts_back(const experts_call *call, share of, long number, float *room)
 {
-    long D = all_of->D, F = all_of->F;
-    float *columns = room, *activated = columns + D * TOKENS, *hidden = all_of->hidden + number * 2 * F * TOKENS;
-    float *dhidden = all_of->dhidden + number * 2 * F * TOKENS, *dy = all_of->dy_columns + number * D * TOKENS;
-    float *x_rows = all_of->x_rows + number * TOKENS * D, *gated = all_of->gated + number * TOKENS * F, gates[TOKENS] = {0}, dgates[TOKENS] = {0};
+    long D = call->D, F = call->F;
+    float *columns = room, *activated = columns + D * TOKENS, *hidden = call->hidden + number * 2 * F * TOKENS;
+    float *dhidden = call->dhidden + number * 2 * F * TOKENS, *dy = call->dy_columns + number * D * TOKENS;
+    float *x_rows = call->x_rows + number * TOKENS * D, *gated = call->gated + number * TOKENS * F, gates[TOKENS] = {0}, dgates[TOKENS] = {0};
     for (long t = 0; t < TOKENS; t++) {
-        if (t < of.n) memcpy(x_rows + t * D, all_of->x + row_of(all_of, of, t) / all_of->k * D, 4 * D);
+        if (t < of.n) memcpy(x_rows + t * D, call->x + row_of(call, of, t) / call->k * D, 4 * D);
         else memset(x_rows + t * D, 0, 4 * D);
-        if (t < of.n) gates[t] = all_of->gate ? all_of->gate[row_of(all_of, of, t)] : 1;
+        if (t < of.n) gates[t] = call->gate ? call->gate[row_of(call, of, t)] : 1;
     }
-    gather(dy, all_of, of, all_of->dy, all_of->k, D);
-    apply(dhidden, all_of->down + of.expert * D * F, 1, F, dy, F, D);
+    gather(dy, call, of, call->dy, call->k, D);
+    apply(dhidden, call->down + of.expert * D * F, 1, F, dy, F, D);
     for (long f = 0; f < F; f++)
         for (int j = 0; j < TOKENS; j += LANES) {
             long at = f * TOKENS + j;
             vec gate = load(hidden + at), up = load(hidden + F * TOKENS + at), dh = load(dhidden + at), weight = load(gates + j);
             vec sigmoid = 1 / (1 + exponential(-gate)), silu = gate * sigmoid;
             store(dgates + j, load(dgates + j) + silu * up * dh);
-            store(dhidden + at, dh * weight * up * sigmoid * (1 + gate - silu));
+            store(dhidden + at, dh * weight * up * sigmoid * (1 + gate * (1 - sigmoid)));
             store(dhidden + F * TOKENS + at, dh * weight * silu);
             store(activated + at, silu * up * weight);
         }
     for (long t = 0; t < TOKENS; t++)
         for (long f = 0; f < F; f++) gated[t * F + f] = activated[f * TOKENS + t];
-    for (long t = 0; all_of->dgate && t < of.n; t++) all_of->dgate[row_of(all_of, of, t)] = dgates[t];
-    apply(columns, all_of->gate_up + of.expert * 2 * F * D, 1, D, dhidden, D, 2 * F);
-    scatter(all_of->dx, all_of, of, columns, NULL, D);
+    for (long t = 0; call->dgate && t < of.n; t++) call->dgate[row_of(call, of, t)] = dgates[t];
+    apply(columns, call->gate_up + of.expert * 2 * F * D, 1, D, dhidden, D, 2 * F);
+    scatter(call->dx, call, of, columns, NULL, D);
 }
 
 /* COLS columns of dweight (rows, width), new or added to: over the shares [from, to), left (rows, TOKENS) times right (TOKENS, width). */
@@ -699,23 +706,22 @@ int experts_backward(const float *x, const int64_t *sizes, const float *gate_up,
                      const float *hidden, const float *dy, float *dhidden, float *dy_columns, float *x_rows, float *gated, float *dx,
                      float *dgate, float *dgate_up, float *ddown, long add_gate_up, long add_down, long R, long k, long E, long D, long F)
 {
-    experts_of all_of = {.x = x, .gate_up = gate_up, .down = down, .gate = gate, .dy = dy, .order = order, .hidden = (float *)hidden,
+    experts_call call = {.x = x, .gate_up = gate_up, .down = down, .gate = gate, .dy = dy, .order = order, .hidden = (float *)hidden,
                          .dhidden = dhidden, .dy_columns = dy_columns, .x_rows = x_rows, .gated = gated, .dx = dx, .dgate = dgate, .k = k,
                          .D = D, .F = F};
-    long starts[E + 1], failed = 0, routed = 0, panels = D / COLS + F / COLS;
-    share *shares = shares_of(sizes, E, starts);
+    const long *starts;
+    long routed = 0, panels = D / COLS + F / COLS;
+    int failed = 0;
+    share *shares = shares_of(sizes, E, &starts);
     if (!shares) return 1;
     for (long e = 0; e < E; e++) routed += sizes[e];
     #pragma omp parallel
     {
         float *room = buffer((D + F) * TOKENS);
-        if (!room) {
-            #pragma omp atomic write
-            failed = 1;
-        }
+        if (!room) REFUSED(failed);
         #pragma omp for schedule(dynamic)
         for (long i = 0; i < starts[E]; i++)
-            if (room) experts_back(&all_of, shares[i], i, room);
+            if (room) experts_back(&call, shares[i], i, room);
         #pragma omp for schedule(dynamic)
         for (long i = 0; i < E * panels; i++) {
             long e = i / panels, column = i % panels * COLS;

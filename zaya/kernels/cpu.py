@@ -1,9 +1,9 @@
-"""The reference's costliest ops on a CPU, in C (cpu.c): attention, cca's convolutions, the residual join, the experts, the loss's
-softmax.
+"""The reference's costliest ops on a CPU, in C (cpu.c): attention, cca's convolutions, the residual join, the experts, the loss's softmax.
 
-torch computes them by operations that each read and write memory; in C what lies between stays in a cache. fp32 inside, whatever the
-inputs' dtype, but no fp64. Wide products remain torch's. The machine's C compiler builds the library on first use, for the CPU that it
-stands on; it is kept under XDG_CACHE_HOME (~/.cache), as Triton keeps its kernels.
+torch computes them by operations that each read and write memory; in C what lies between stays in a cache. They compute in fp32, also
+from bf16 and fp16, of which they save copies in fp32. Experts in 16 bits, or of widths that are no multiples of 32, remain the reference's,
+and so do wide products. The machine's C compiler builds the library on first use, for the CPU that it stands on; it is kept under
+XDG_CACHE_HOME (~/.cache), as Triton keeps its kernels.
 
 Letters as in reference.py.
 """
@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,21 @@ import torch
 from torch import Tensor
 
 from zaya.kernels import reference
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import FLOATS, HEAD_DIMS, check, check_cca, check_experts
 from zaya.kernels.gradient_sum import ExpertSums
 
-HEAD_DIMS = (32, 64, 128)  # multiples of a register tile's width; cpu.c keeps rows of up to 128 on its stack
 SOURCE = Path(__file__).with_name("cpu.c")
 # A product and its sum may round once; nobody reads errno or a floating-point trap. NaN and infinity stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
-WIDTH = 32  # TOKENS of cpu.c, and what experts' widths are multiples of
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-KNOWN_IN_C = (torch.float32, torch.int64, torch.int32)
-
+# What cpu.c's functions take, in order. x: fp32, i: int64, s: int32, each a contiguous tensor or None; f: float; n: long.
+SIGNATURES = {
+    "attention_forward": "xxxiixxnnnnnnn", "attention_backward": "xxxiixxxxxxnnnnnnn",
+    "mix_forward": "xxxxxxxxxxfxxxnnnnnn", "mix_backward": "xxxxxxxxfxxxxxxxxxnnnnn",
+    "residual_norm_forward": "xxxxxxxfxxxnn", "residual_norm_backward": "xxxxxxxxxxxxxnn",
+    "experts_forward": "xixxsxxxnnnnn", "experts_backward": "xixxsxxxxxxxxxxxnnnnnnn",
+    "cross_entropy_partials": "xixxxnn"}
+TENSORS = {"x": torch.float32, "i": torch.int64, "s": torch.int32}
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------------------------------------------------- library
 
@@ -44,14 +49,27 @@ KNOWN_IN_C = (torch.float32, torch.int64, torch.int32)
 def library() -> ctypes.CDLL:
     """The compiled ops. RuntimeError: why there are none here, in one line."""
     try:
-        return ctypes.CDLL(str(_build()))
-    except OSError as error:
+        path = _build()
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # cut short by a full disk or a power failure
+            path.unlink()
+            loaded = ctypes.CDLL(str(_build()))
+    except (OSError, ValueError) as error:  # ValueError: quotes in CC that do not close, messages that are no text
         raise RuntimeError(f"cannot build or load its C library: {error}") from error
+    for name, signature in SIGNATURES.items():
+        getattr(loaded, name).argtypes = [{"f": ctypes.c_float, "n": ctypes.c_long}.get(letter, ctypes.c_void_p) for letter in signature]
+    return loaded
+
+
+def compiler() -> str | None:
+    """The C compiler's command: that of the environment's CC, or what is found."""
+    return os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
 def _build() -> Path:
     """Path of the library for this source, compiler and CPU, which are its name: nodes of different CPUs may share a home."""
-    found = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    found = compiler()
     if found is None:
         raise RuntimeError("needs a C compiler, and finds none of cc, gcc, clang (or CC)")
     command = [*shlex.split(found), *FLAGS]
@@ -70,7 +88,7 @@ def _build() -> Path:
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise RuntimeError(f"cannot compile {SOURCE.name} by {command[0]}: {next((line for line in lines if 'error' in line), lines[0])}")
     return done.stdout
 
@@ -78,20 +96,24 @@ def _run(command: list[str]) -> str:
 def _call(function: str, *arguments: Tensor | int | float | None) -> None:
     """A function of cpu.c; None is a null pointer."""
     converted: list[Any] = []
-    for argument in arguments:
+    for index, (letter, argument) in enumerate(zip(SIGNATURES[function], arguments, strict=True)):
         if isinstance(argument, Tensor):
-            assert argument.is_contiguous() and argument.device.type == "cpu" and argument.dtype in KNOWN_IN_C, function
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, float):
-            converted.append(ctypes.c_float(argument))
-        else:
-            converted.append(None if argument is None else ctypes.c_long(argument))
+            if argument.dtype != TENSORS[letter] or argument.device != CPU or not argument.is_contiguous():
+                raise ValueError(f"argument {index} of {function} is {argument.dtype} of strides {argument.stride()} on {argument.device}, "
+                                 f"expected contiguous {TENSORS[letter]} on cpu")
+            argument = argument.data_ptr()
+        converted.append(argument)
     if getattr(library(), function)(*converted):
         raise MemoryError(f"{function} of zaya/kernels/cpu.c got no memory")
 
 
+def _constant(name: str) -> int:
+    """A number that cpu.c and the sizes of its buffers share."""
+    return ctypes.c_long.in_dll(library(), name).value
+
+
 def _plain(*tensors: Tensor) -> list[Tensor]:
-    """fp32 and contiguous; the gradients go back through both."""
+    """fp32 and contiguous; gradients go back through both."""
     return [tensor.float().contiguous() for tensor in tensors]
 
 # ---------------------------------------------------------------------------------------------------------------- stream
@@ -99,12 +121,13 @@ def _plain(*tensors: Tensor) -> list[Tensor]:
 
 def residual_norm(stream: Tensor, branch: Tensor, scales: tuple[Tensor, Tensor, Tensor, Tensor], norm_weight: Tensor,
                   eps: float) -> tuple[Tensor, Tensor]:
-    """See reference.residual_norm. ValueError names an argument of a wrong dtype or shape."""
-    check("stream", stream, dtypes=(torch.float32,), contiguous=False)
-    check("branch", branch, shape=tuple(stream.shape), dtypes=FLOATS, device=stream.device, contiguous=False)
-    for index, scale in enumerate(scales):
-        check(f"scales[{index}]", scale, shape=(stream.shape[-1],), dtypes=FLOATS, device=stream.device, contiguous=False)
-    check("norm_weight", norm_weight, shape=(stream.shape[-1],), dtypes=FLOATS, device=stream.device, contiguous=False)
+    """See reference.residual_norm. ValueError names a wrong argument."""
+    check("stream", stream, dtypes=(torch.float32,), device=CPU, contiguous=False)
+    if stream.dim() == 0 or len(scales) != 4:
+        raise ValueError(f"stream has shape {tuple(stream.shape)} and {len(scales)} scales, expected a last dim and 4")
+    check("branch", branch, shape=tuple(stream.shape), dtypes=FLOATS, device=CPU, contiguous=False)
+    for name, vector in (*((f"scales[{index}]", scale) for index, scale in enumerate(scales)), ("norm_weight", norm_weight)):
+        check(name, vector, shape=(stream.shape[-1],), dtypes=FLOATS, device=CPU, contiguous=False)
     new, x = _ResidualNorm.apply(*_plain(stream, branch, *scales, norm_weight), eps)
     return new, x.to(norm_weight.dtype)
 
@@ -124,41 +147,38 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         stream, branch, inverse_rms, a_h, b_h, a_x, b_x, weight = ctx.saved_tensors
-        dnew, dx = _plain(*gradients)
         rows, D = inverse_rms.numel(), stream.shape[-1]
-        dstream, dbranch, sums = torch.empty_like(stream), torch.empty_like(branch), stream.new_empty(-(-rows // 32), 4, D)
-        _call("residual_norm_backward", stream, branch, inverse_rms, a_h, b_h, a_x, b_x, weight, dnew, dx, dstream, dbranch, sums, rows, D)
+        dstream, dbranch = torch.empty_like(stream), torch.empty_like(branch)
+        sums = stream.new_empty(-(-rows // _constant("rows_of_a_block")), 4, D)
+        _call("residual_norm_backward", stream, branch, inverse_rms, a_h, b_h, a_x, b_x, weight, *_plain(*gradients), dstream, dbranch,
+              sums, rows, D)
         total, of_branch, of_stream, dweight = sums.sum(0)
         return dstream, dbranch, b_h * total + of_branch, a_h * total, b_x * total + of_stream, a_x * total, dweight, None
 
 # ---------------------------------------------------------------------------------------------------------------- attention
 
 
-def _mix(x_BTC: Tensor, other_BTGH: Tensor, kernel: Tensor, constant: Tensor, temperature_N: Tensor | None, halo_BKnC: Tensor,
-         keeps: list[Tensor], rope: tuple[Tensor, Tensor], eps: float) -> Tensor:
+def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
+        k_convs: tuple[Tensor, Tensor, Tensor, Tensor], temperature_G: Tensor, positions_BT: Tensor, rope: tuple[Tensor, Tensor],
+        halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int],
+        begin: Callable[[Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.cca. ValueError names a wrong argument."""
+    arguments = (q_BTC, k_BTC, v_BTC, q_mean_BTGH, q_convs, k_convs, temperature_G, positions_BT, rope, halos, delayed_rows)
+    check("q_BTC", q_BTC, device=CPU, contiguous=False)
+    check_cca(*arguments, contiguous=False)
+    return reference.cca_by(_mix, *arguments, begin)
+
+
+def _mix(x: Tensor, other: Tensor, kernel: Tensor, constant: Tensor, temperature: Tensor | None, halo: Tensor, keeps: list[Tensor],
+         rope: tuple[Tensor, Tensor], eps: float) -> Tensor:
     """See reference._MixNormRotate."""
-    B, T, C = x_BTC.shape
-    (N, H), G = constant.shape, other_BTGH.shape[2]
-    if H not in HEAD_DIMS:
-        raise ValueError(f"k_BTC has head dim {H}, expected {' or '.join(map(str, HEAD_DIMS))}")
-    expected = (("q_BTC", x_BTC, (B, T, N * H)), ("q_mean_BTGH", other_BTGH, (B, T, None, H)), ("halos", halo_BKnC, (B, None, 2, C)),
-                ("convs", kernel, (N, 3 * H, H)), *(("positions_BT", keep, (B, T, 1)) for keep in keeps),
-                *(("rope", table, (B, T, H // 4)) for table in rope))
-    for name, tensor, shape in expected:
-        check(name, tensor, shape=shape, dtypes=FLOATS, contiguous=False)
-    if N % G:
-        raise ValueError(f"q_BTC has {N} heads, expected a multiple of the {G} of k_BTC")
-    if T % halo_BKnC.shape[1]:
-        raise ValueError(f"halos has {halo_BKnC.shape[1]} chunks, expected a divisor of T = {T}")
-    if temperature_N is not None:
-        check("temperature_G", temperature_N, shape=(N,), dtypes=FLOATS, contiguous=False)
-    temperature = None if temperature_N is None else temperature_N.float().contiguous()
-    mixed: Tensor = _MixNormRotate.apply(*_plain(x_BTC, other_BTGH, kernel, constant), temperature, *_plain(halo_BKnC, *keeps, *rope), eps)
+    temperatures = [None] if temperature is None else _plain(temperature)
+    mixed: Tensor = _MixNormRotate.apply(*_plain(x, other, kernel, constant), *temperatures, *_plain(halo, *keeps, *rope), eps)
     return mixed
 
 
 class _MixNormRotate(torch.autograd.Function):
-    """Saves what the reference does."""
+    """Saves x, e and r, as the reference does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor, kernel: Tensor, constant: Tensor, temperature: Tensor | None, halo: Tensor,
@@ -184,45 +204,42 @@ class _MixNormRotate(torch.autograd.Function):
         return dx, dother.unflatten(2, (ctx.groups, -1)).sum(3), dkernel, dconstant, dtemperature, dhalo, *[None] * 5
 
 
-cca = functools.partial(reference.cca, mix=_mix)
-
-
 def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:
-    """See reference.attention. ValueError names an argument of a wrong dtype or shape."""
-    check("q_BTNH", q_BTNH, shape=(None, None, None, None), dtypes=FLOATS, contiguous=False)
+    """See reference.attention. A query sees itself at least, whatever its first key. ValueError names a wrong argument."""
+    check("q_BTNH", q_BTNH, shape=(None, None, None, None), dtypes=FLOATS, device=CPU, contiguous=False)
     B, T, N, H = q_BTNH.shape
-    check("k_BSGH", k_BSGH, shape=(B, None, None, H), dtypes=(q_BTNH.dtype,), device=q_BTNH.device, contiguous=False)
-    check("v_BSGH", v_BSGH, shape=tuple(k_BSGH.shape), dtypes=(q_BTNH.dtype,), device=q_BTNH.device, contiguous=False)
-    check("first_key_BT", first_key_BT, shape=(B, T), dtypes=(torch.int64, torch.int32), device=q_BTNH.device, contiguous=False)
+    check("k_BSGH", k_BSGH, shape=(B, None, None, H), dtypes=(q_BTNH.dtype,), device=CPU, contiguous=False)
+    check("v_BSGH", v_BSGH, shape=tuple(k_BSGH.shape), dtypes=(q_BTNH.dtype,), device=CPU, contiguous=False)
+    check("first_key_BT", first_key_BT, shape=(B, T), dtypes=(torch.int64, torch.int32), device=CPU, contiguous=False)
     S, G = k_BSGH.shape[1:3]
     if H not in HEAD_DIMS:
         raise ValueError(f"q_BTNH has head dim {H}, expected {' or '.join(map(str, HEAD_DIMS))}")
     if G == 0 or N % G:
         raise ValueError(f"q_BTNH has {N} heads, expected a multiple of the {G} heads of k_BSGH")
-    if not offsets or T % len(offsets) or not all(0 <= offset <= S - T // len(offsets) for offset in offsets):
+    if not offsets or T % len(offsets) or not all(isinstance(o, int) and 0 <= o <= S - T // len(offsets) for o in offsets):
         raise ValueError(f"offsets is {offsets}, expected starts of chunks, a divisor of T = {T} of them, within S = {S}")
     out: Tensor = _Attention.apply(*_plain(q_BTNH, k_BSGH, v_BSGH), first_key_BT.long().contiguous(), torch.tensor(offsets))
     return out.to(q_BTNH.dtype)
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, the output and the log-sum-exp of each row's scores."""
+    """Saves q, k, v, the output, and of each row's scores the largest and the sum of exp."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets: Tensor) -> Tensor:
-        B, T, N, H = q.shape
-        out, lse = torch.empty_like(q), q.new_empty(B, T, N)
-        _call("attention_forward", q, k, v, first_key, offsets, out, lse, B, T, k.shape[1], N, k.shape[2], H, len(offsets))
-        ctx.save_for_backward(q, k, v, first_key, offsets, out, lse)
+        (B, T, N, H), (S, G) = q.shape, k.shape[1:3]
+        out, softmax = torch.empty_like(q), q.new_empty(B, T, N, 2)
+        _call("attention_forward", q, k, v, first_key, offsets, out, softmax, B, T, S, N, G, H, len(offsets))
+        ctx.save_for_backward(q, k, v, first_key, offsets, out, softmax)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, first_key, offsets, out, lse = ctx.saved_tensors
-        B, T, N, H = q.shape
+        q, k, v, first_key, offsets, out, softmax = ctx.saved_tensors
+        (B, T, N, H), (S, G) = q.shape, k.shape[1:3]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _call("attention_backward", q, k, v, first_key, offsets, out, lse, *_plain(*gradients), dq, dk, dv, B, T, k.shape[1], N,
-              k.shape[2], H, len(offsets))
+        _call("attention_backward", q, k, v, first_key, offsets, out, softmax, *_plain(*gradients), dq, dk, dv, B, T, S, N, G, H,
+              len(offsets))
         return dq, dk, dv, None, None
 
 # ---------------------------------------------------------------------------------------------------------------- experts
@@ -230,69 +247,70 @@ class _Attention(torch.autograd.Function):
 
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
             gate_Tk: Tensor | None = None, gradient_sums: ExpertSums | None = None) -> Tensor:
-    """See reference.experts, which computes all but fp32, and widths that are no multiples of 32. ValueError names a wrong argument."""
-    (T, D), (E, _, F) = x_TD.shape, down_EDF.shape
-    sums = () if gradient_sums is None else tuple(gradient_sum.total for gradient_sum in gradient_sums)
-    if any(tensor.dtype != torch.float32 for tensor in (x_TD, gate_up_EFD, down_EDF, *sums)) or D % WIDTH or F % WIDTH:
+    """See reference.experts, which computes what C does not: all but fp32, and other widths than multiples of 32. ValueError names a wrong
+    argument."""
+    totals = () if gradient_sums is None else tuple(gradient_sum.total for gradient_sum in gradient_sums)
+    if any(x.dtype != torch.float32 for x in (x_TD, gate_up_EFD, down_EDF, *totals)) or any(width % 32 for width in down_EDF.shape[1:]):
         return reference.experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
-    check("sizes_E", sizes_E, shape=(E,), dtypes=(torch.int64,), contiguous=False)
-    check("gate_up_EFD", gate_up_EFD, shape=(E, 2 * F, D), contiguous=False)
-    check("down_EDF", down_EDF, shape=(E, D, F), contiguous=False)
-    if order_R is None or gate_Tk is None:
-        order_R, gate_Tk, k, rows = None, None, 1, T
-    else:
-        check("gate_Tk", gate_Tk, shape=(T, None), dtypes=(torch.float32,), contiguous=False)
-        k, rows = gate_Tk.shape[1], gate_Tk.numel()
-        check("order_R", order_R, shape=(rows,), dtypes=(torch.int32,), contiguous=False)
-        order_R, gate_Tk = order_R.contiguous(), gate_Tk.contiguous()
-    sizes = sizes_E.tolist()
-    if min(sizes, default=0) < 0 or sum(sizes) > rows:
-        raise ValueError(f"sizes_E is {sizes}, expected counts of together at most {rows} rows")
-    y_RD: Tensor = _Experts.apply(*_plain(x_TD, gate_up_EFD, down_EDF), gate_Tk, order_R, sizes_E.contiguous(), gradient_sums)
-    return y_RD if k == 1 else y_RD.view(T, k, D).sum(1)
+    x_TD, gate_up_EFD, down_EDF, sizes_E = (tensor.contiguous() for tensor in (x_TD, gate_up_EFD, down_EDF, sizes_E))
+    order_R, gate_Tk = (None if tensor is None else tensor.contiguous() for tensor in (order_R, gate_Tk))
+    check("x_TD", x_TD, device=CPU)
+    check_experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
+    rows = len(x_TD) if gate_Tk is None else gate_Tk.numel()
+    if sizes_E.lt(0).any() or int(sizes_E.sum()) > rows:
+        raise ValueError(f"sizes_E is {sizes_E.tolist()}, expected counts of together at most {rows} rows")
+    if order_R is not None and not torch.equal(order_R.sort().values, torch.arange(rows, dtype=torch.int32)):
+        raise ValueError(f"order_R holds other numbers than each of 0 to {rows - 1} once")
+    y_TD: Tensor = _Experts.apply(x_TD, gate_up_EFD, down_EDF, gate_Tk, order_R, sizes_E.long(), gradient_sums)
+    return y_TD
 
 
 class _Experts(torch.autograd.Function):
-    """Saves x and gate | up, by shares of an expert's rows, not the activation. Returns a row per assignment, times its gate."""
+    """Saves x and gate | up, by shares of an expert's rows, not the activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, gate: Tensor | None, order: Tensor | None, sizes: Tensor,
                 gradient_sums: ExpertSums | None) -> Tensor:
-        (T, D), (E, _, F) = x.shape, down.shape
-        rows = T if gate is None else gate.numel()
-        shares = int(((sizes + WIDTH - 1) // WIDTH).sum())
-        hidden, y = x.new_empty(shares, 2 * F, WIDTH), x.new_empty(rows, D)
-        _call("experts_forward", x, sizes, gate_up, down, order, gate, hidden, y, rows, rows // max(T, 1), E, D, F)
+        (T, D), (E, _, F), tokens = x.shape, down.shape, _constant("tokens_of_a_share")
+        k = 1 if gate is None else gate.shape[1]
+        hidden, y = x.new_empty(int((sizes + (tokens - 1)).div(tokens, rounding_mode="floor").sum()), 2 * F, tokens), x.new_empty(T, k, D)
+        _call("experts_forward", x, sizes, gate_up, down, order, gate, hidden, y, T * k, k, E, D, F)
         ctx.save_for_backward(x, gate_up, down, gate, order, sizes, hidden)
         ctx.gradient_sums = gradient_sums
-        return y
+        return y.sum(1) if k > 1 else y[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, gate, order, sizes, hidden = ctx.saved_tensors
-        (T, D), (E, _, F), shares = x.shape, down.shape, len(hidden)
-        rows = T if gate is None else gate.numel()
-        # By assignment each gets its token's gradient; where tokens have several, y was summed over them.
-        (dy,), k = _plain(*gradients), rows // max(T, 1)
-        dy = dy.view(T, k, D)[:, 0].contiguous() if k > 1 else dy
+        (T, D), (E, _, F), (shares, _, tokens) = x.shape, down.shape, hidden.shape
+        k = 1 if gate is None else gate.shape[1]
         sums = ctx.gradient_sums or ExpertSums.temporary(gate_up, down)
-        dx, dgate = x.new_empty(rows, D), None if gate is None else torch.empty_like(gate)
-        work = (torch.empty_like(hidden), x.new_empty(shares, D, WIDTH), x.new_empty(shares, WIDTH, D), x.new_empty(shares, WIDTH, F))
+        dx, dgate = x.new_empty(T, k, D), None if gate is None else torch.empty_like(gate)
+        work = torch.empty_like(hidden), x.new_empty(shares, D, tokens), x.new_empty(shares, tokens, D), x.new_empty(shares, tokens, F)
         adds = [not gradient_sum.first() for gradient_sum in sums]
-        _call("experts_backward", x, sizes, gate_up, down, order, gate, hidden, dy, *work, dx, dgate, *(each.total for each in sums), *adds,
-              rows, k, E, D, F)
-        dx = dx if k == 1 else dx.view(T, k, D).sum(1)
-        return dx, *(gradient_sum.for_autograd(x.dtype) for gradient_sum in sums), dgate, None, None, None
+        _call("experts_backward", x, sizes, gate_up, down, order, gate, hidden, *_plain(*gradients), *work, dx, dgate,
+              *(gradient_sum.total for gradient_sum in sums), *adds, T * k, k, E, D, F)
+        dweights = (gradient_sum.for_autograd(x.dtype) for gradient_sum in sums)
+        return dx.sum(1) if k > 1 else dx[:, 0], *dweights, dgate, None, None, None
 
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def _partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int = 0, probs_TV: Tensor | None = None) -> tuple[Tensor, ...]:
-    if logits_TV.dtype != torch.float32:
-        return reference.cross_entropy_partials(logits_TV, labels_T, vocab_start, probs_TV)
+def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,
+                  combine: Callable[[reference.Partials], reference.Partials] = reference.whole,
+                  gradient_sum: Any = None) -> Tensor:
+    """See reference.cross_entropy. ValueError names a wrong argument."""
+    check("hidden_TD", hidden_TD, shape=(None, None), dtypes=FLOATS, device=CPU, contiguous=False)
+    T, D = hidden_TD.shape
+    check("weight_VD", weight_VD, shape=(None, D), dtypes=(hidden_TD.dtype,), device=CPU, contiguous=False)
+    check("labels_T", labels_T, shape=(T,), dtypes=(torch.int64, torch.int32), device=CPU, contiguous=False)
+    if not len(weight_VD):
+        raise ValueError(f"weight_VD has shape {tuple(weight_VD.shape)}, expected at least one row")
+    return reference.cross_entropy_by(_partials, hidden_TD, weight_VD, labels_T.long(), z_loss, vocab_start, combine, gradient_sum)
+
+
+def _partials(logits_TV: Tensor, labels_T: Tensor, vocab_start: int, probs_TV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.cross_entropy_partials; the softmax takes the logits' place."""
     largest, total, target = logits_TV.new_empty(3, len(logits_TV))
     _call("cross_entropy_partials", logits_TV, labels_T - vocab_start, largest, total, target, *logits_TV.shape)
     return largest, total, target, logits_TV
-
-
-cross_entropy = functools.partial(reference.cross_entropy, partials=_partials)

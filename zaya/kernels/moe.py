@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import check, check_experts
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 from zaya.kernels.grouped_gemm import (
     _dgate_kernel,
@@ -45,27 +45,7 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     Without order and gate x is a row per assignment, already sorted, and so is the result: rows beyond the sum of sizes come out zero.
     gradient_sums: of gate_up and down, fp32.
     """
-    if gate_up_EFD.dim() != 3:
-        raise ValueError(f"gate_up_EFD has shape {tuple(gate_up_EFD.shape)}, expected (E, 2F, D)")
-    check("down_EDF", down_EDF, shape=(None, None, None))
-    E, _, D = gate_up_EFD.shape
-    F, device, dtype = down_EDF.shape[-1], x_TD.device, (x_TD.dtype,)
-    check("x_TD", x_TD, shape=(None, D), dtypes=FLOATS)
-    check("gate_up_EFD", gate_up_EFD, shape=(None, 2 * F, None), dtypes=dtype, device=device)
-    check("down_EDF", down_EDF, shape=(E, D, None), dtypes=dtype, device=device)
-    check("sizes_E", sizes_E, shape=(E,), dtypes=(torch.int32, torch.int64), device=device)
-    if (order_R is None) != (gate_Tk is None):
-        missing = "order_R" if order_R is None else "gate_Tk"
-        raise ValueError(f"{missing} is None, expected both order_R and gate_Tk, or neither for rows that are sorted already")
-    if order_R is not None and gate_Tk is not None:
-        check("gate_Tk", gate_Tk, shape=(x_TD.shape[0], None), dtypes=(torch.float32,), device=device)
-        if gate_Tk.shape[1] == 0:
-            raise ValueError(f"gate_Tk has shape {tuple(gate_Tk.shape)}, expected at least one slot per token")
-        check("order_R", order_R, shape=(gate_Tk.numel(),), dtypes=(torch.int32,), device=device)
-    if gradient_sums is not None:
-        for name, weight in (("gate_up", gate_up_EFD), ("down", down_EDF)):
-            total = getattr(gradient_sums, name).total
-            check(f"gradient_sums.{name}", total, shape=tuple(weight.shape), dtypes=(torch.float32,), device=device)
+    check_experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
     return _Experts.apply(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
 
 

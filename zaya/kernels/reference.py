@@ -101,8 +101,8 @@ class _ResidualNorm(torch.autograd.Function):
         dt = torch.addcmul(dstream, new, -mean * r * r).addcmul_(dx * r, w)
         rows = dt.view(-1, D)
         total = rows.sum(0)
-        da_h = b_h * total + torch.mul(rows, branch.view(-1, D), out=product.view(-1, D)).sum(0)
-        da_x = b_x * total + torch.mul(rows, stream.view(-1, D), out=product.view(-1, D)).sum(0)
+        da_h = b_h * total + torch.mul(rows, branch.reshape(-1, D), out=product.view(-1, D)).sum(0)
+        da_x = b_x * total + torch.mul(rows, stream.reshape(-1, D), out=product.view(-1, D)).sum(0)
         vectors = (da_h, a_h * total, da_x, a_x * total, dw)
         return dt * a_x, (dt * a_h).to(branch.dtype), *(v.to(ctx.param_dtype) for v in vectors), None
 
@@ -248,8 +248,8 @@ def _taps(x_BTC: Tensor, halo_BK2C: Tensor, keeps: Sequence[Tensor]) -> Iterator
 
 def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None, q_convs: tuple[Tensor, Tensor, Tensor, Tensor],
         k_convs: tuple[Tensor, Tensor, Tensor, Tensor], temperature_G: Tensor, positions_BT: Tensor, rope: tuple[Tensor, Tensor],
-        halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int], begin: Callable[[Tensor, Tensor], None] | None = None, *,
-        mix: Callable[..., Tensor] = _MixNormRotate.apply) -> tuple[Tensor, Tensor, Tensor]:
+        halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int],
+        begin: Callable[[Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed convolutional attention: from projected q~, k~, v to attention-ready q (B,T,N,H), k and v (B,T,G,H).
 
     q = conv(q~) + (q~ + k~) / 2;  k = conv(k~) + (mean of q~ over the group + k~) / 2;  both to length sqrt(H), k times its
@@ -257,8 +257,16 @@ def cca(q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
     q_mean: q~'s mean over each group, where the group spans devices; None: it is taken here. convs = (depthwise weight, bias, grouped
     weight, bias). halos: the two tokens before each chunk of q~ and k~ (B,K,2,C) and the one before of the delayed values (B,K,1,C).
     begin is called with k and v as soon as they exist, before the query heads: it may send them away, and must change nothing.
-    mix computes what `_MixNormRotate` does.
     """
+    return cca_by(_MixNormRotate.apply, q_BTC, k_BTC, v_BTC, q_mean_BTGH, q_convs, k_convs, temperature_G, positions_BT, rope, halos,
+                  delayed_rows, begin)
+
+
+def cca_by(mix: Callable[..., Tensor], q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_mean_BTGH: Tensor | None,
+           q_convs: tuple[Tensor, Tensor, Tensor, Tensor], k_convs: tuple[Tensor, Tensor, Tensor, Tensor], temperature_G: Tensor,
+           positions_BT: Tensor, rope: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor, Tensor], delayed_rows: tuple[int, int],
+           begin: Callable[[Tensor, Tensor], None] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`cca`, where mix computes what `_MixNormRotate` does."""
     B, T, _ = q_BTC.shape
     G = len(temperature_G)
     H = k_BTC.shape[-1] // G
@@ -505,16 +513,20 @@ def whole(parts: Partials) -> Partials:
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,
-                  combine: Callable[[Partials], Partials] = whole, gradient_sum: GradientSum | None = None,
-                  partials: Callable[..., tuple[Tensor, ...]] = cross_entropy_partials) -> Tensor:
+                  combine: Callable[[Partials], Partials] = whole, gradient_sum: GradientSum | None = None) -> Tensor:
     """Sum over the labelled tokens of -log softmax(z)[label] + z_loss * logsumexp(z)^2, z = hidden @ weight.T, in fp32 (fp64); labels of
     IGNORE count nothing.
 
     Where weight is the shard of a vocabulary that starts at vocab_start, combine turns a block's partials, (largest logit, sum of
     exp(logit - largest), label's logit), into those of all shards, and is called equally often on shards of one size. The loss is then
     the whole one on each, and hidden's gradient the shard's share, to be summed. gradient_sum: of weight.
-    partials computes what `cross_entropy_partials` does.
     """
+    return cross_entropy_by(cross_entropy_partials, hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum)
+
+
+def cross_entropy_by(partials: Callable[..., tuple[Tensor, ...]], hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float,
+                     vocab_start: int, combine: Callable[[Partials], Partials], gradient_sum: GradientSum | None) -> Tensor:
+    """`cross_entropy`, where partials computes what `cross_entropy_partials` does."""
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, vocab_start, combine, gradient_sum, partials,
                                      torch.is_grad_enabled())
 
