@@ -13,7 +13,7 @@ from torch import Tensor
 from zaya.kernels.gradient_sum import ExpertSums
 
 HEAD_DIMS = (32, 64, 128)  # what attention and cca are built for, in Triton and in C
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check(name: str, tensor: Tensor, *, shape: tuple[int | None, ...] | None = None, dtypes: tuple[torch.dtype, ...] = (),

@@ -1,4 +1,4 @@
-"""The specification of every op, in plain torch: what a kernel must compute, forward and backward, and what the CPU trains with.
+"""The specification of every op, in plain torch: what a kernel must compute, forward and backward, and what trains where none can.
 
 Norms, convolutions, attention, routing and loss are computed in fp32 (fp64 stays fp64) and cast once at the end; experts and
 Newton-Schulz round in their inputs' dtype (but not what enters a GradientSum). Where an op has a backward of its own, it is the one a
