@@ -148,7 +148,7 @@ class TrainConfig:
     """auto | cuda (ROCm too) | cpu."""
     kernels: str = "auto"
     """auto (triton on a GPU, cpu on a CPU, reference where they cannot run; environment ZAYA_KERNELS decides first) | triton | cpu (C,
-    by the machine's compiler: head dims 32, 64 and 128) | reference (plain torch)."""
+    by the machine's compiler: head dims 32, 64 and 128, no fp64) | reference (plain torch)."""
     recompute: str = "none"
     """none | selective (attention and expert activations) | full (whole blocks) are recomputed in backward."""
     eval_interval: int = 0

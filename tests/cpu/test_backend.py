@@ -1,4 +1,4 @@
-"""The choice between Triton kernels and the reference: what each setting means on each device, and that both train the same."""
+"""The choice between Triton kernels, C and the reference: what each setting means on each device, and that all train the same."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_all_implementations_train_alike(tmp_path: Path, optimizer: str, steps: 
     curves: dict[str, torch.Tensor] = {}
     shares: dict[str, torch.Tensor] = {}
     for kernels in ("reference", "triton", *(["cpu"] if compiler() and not torch.cuda.is_available() else [])):
-        parts = recipe(tmp_path, model__head_dim=32, train__steps=9, train__global_batch_size=2, train__device="auto",
-                       train__kernels=kernels, optim__name=optimizer)
+        parts = recipe(tmp_path, model__head_dim=32, model__moe_intermediate_size=32, train__steps=9, train__global_batch_size=2,
+                       train__device="auto", train__kernels=kernels, optim__name=optimizer)
         mesh = open_mesh("auto", Layout(1))
         trainer = Trainer(parts, mesh, open_data(parts, mesh))
         assert trainer.kernels == kernels

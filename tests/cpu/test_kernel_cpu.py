@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 OPS: dict[Callable[..., Any], Callable[..., Any]] = {
     reference.residual_norm: cpu.residual_norm, reference.cca: cpu.cca, reference.attention: cpu.attention,
     reference.experts: cpu.experts, reference.cross_entropy: cpu.cross_entropy}
-CASES = [case for case in cases(SMALL) if case.reference in OPS]
+# Experts in bf16 and of odd widths are the reference's own: their cases prove that it is asked.
+CASES = [case for case in cases(SMALL) if case.reference in OPS and not case.name.startswith("experts_into_sums")]
 # Both sides add in fp32, in another order: up to 400 terms, roundings of 6e-8 each. dtemperature is a sum of terms of either sign.
 FP32, SUM_OF_SIGNS = 1e-6, 5e-6
 M_PERTURB = -6
@@ -44,7 +45,7 @@ def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
 
 @pytest.fixture(scope="module", autouse=True)
 def dirty_memory() -> Iterator[None]:
-    """glibc fills what C asks for, and what it gives back, with 0x7f..: numbers of 3e38, so that what C forgets to write shows."""
+    """glibc fills what C asks for with 0x7f..: numbers of 3e38, so that what C forgets to write shows."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(M_PERTURB, 0x80)
@@ -56,10 +57,14 @@ def dirty_memory() -> Iterator[None]:
 @pytest.fixture(params=("native", "narrow"))
 def either_width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, narrow_cache: Path) -> Iterator[None]:
     """Tiles of 8 rows of 32 where the CPU has AVX-512; tiles of 4 rows of 16 as where it has not."""
-    if request.param == "narrow":
-        monkeypatch.setenv("XDG_CACHE_HOME", str(narrow_cache))
-        monkeypatch.setenv("CC", "cc -mno-avx512f" if "avx512f" in _cpu_flags() else "cc")
     cpu.library.cache_clear()
+    if request.param == "narrow":
+        if cpu._constant("lanes") == 8:
+            pytest.skip("this CPU has no AVX-512: narrow is native")
+        cpu.library.cache_clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(narrow_cache))
+        monkeypatch.setenv("CC", f"{cpu.compiler()} -mno-avx512f")
+        assert cpu._constant("lanes") == 8
     yield
     cpu.library.cache_clear()
 
@@ -84,11 +89,6 @@ def compare(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_outputs_and_gradients_equal_the_reference(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype)
-
-
-def _cpu_flags() -> str:
-    info = Path("/proc/cpuinfo")
-    return info.read_text() if info.exists() else ""
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -140,9 +140,10 @@ def experts_arguments(draw: random.Random) -> tuple[Callable[..., Any], dict[str
 @pytest.mark.usefixtures("poisoned", "either_width")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("drawn", (attention_arguments, cca_arguments, experts_arguments))
-def test_random_shapes_against_fp64(drawn: Callable[[random.Random], tuple[Any, ...]], seed: int) -> None:
-    draw = random.Random(seed)
-    torch.manual_seed(seed)
+def test_random_shapes_against_fp64(drawn: Callable[[random.Random], tuple[Any, ...]], seed: int,
+                                          soak_seed: int) -> None:
+    draw = random.Random(seed + soak_seed)
+    torch.manual_seed(seed + soak_seed)
     for _ in range(4):
         function, wide, gradients = drawn(draw)
         narrow = {name: _in_fp32(value) for name, value in wide.items()}
@@ -160,8 +161,7 @@ def _in_fp32(value: Any) -> Any:
 
 def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
     """Relative; a gradient that is all but zero by cancellation is measured against 1, the size of the inputs."""
-    found = error(got, want)
-    return min(found, float((got - want).abs().max())) if found == found else float("inf")
+    return min(error(got, want), float((got - want).abs().max()))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.reference in (reference.attention, reference.cca, reference.residual_norm)
@@ -234,11 +234,20 @@ def test_attention_does_not_hide_a_nan(name: str) -> None:
 def test_gates_of_any_size_have_their_derivative() -> None:
     """1 for large ones, 0 for very negative ones, whatever the rounding beside them."""
     gate_up = torch.randn(1, 64, 32)
-    x = torch.eye(32)[:8] * torch.tensor([1e-9, 1.0, 30.0, -30.0, 1e4, -1e4, 1e9, -1e9])[:, None]
+    x = torch.eye(32)[:8] * torch.tensor([1e-9, 1.0, 30.0, -30.0, 1e4, -1e4, 1e9, 1e17])[:, None]
     arguments = {"x_TD": x, "sizes_E": torch.tensor([8]), "gate_up_EFD": gate_up, "down_EDF": torch.randn(1, 32, 32)}
-    got, want = (run(op, arguments, ("x_TD", "gate_up_EFD")) for op in (cpu.experts, reference.experts))
-    for row in range(8):
-        assert error(got["d x_TD"][row], want["d x_TD"][row]) < 1e-5
+    got, want = (run(op, arguments, ("x_TD",)) for op in (cpu.experts, reference.experts))
+    for name in want:
+        for row in range(8):
+            assert error(got[name][row], want[name][row]) < 1e-5, (name, row)
+
+
+def test_there_is_no_second_derivative() -> None:
+    x, vector = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    out = cpu.residual_norm(x, x, (vector,) * 4, vector, 1e-5)[1]
+    (grad,) = torch.autograd.grad(out.square().sum(), vector, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
@@ -246,7 +255,8 @@ def test_gates_of_any_size_have_their_derivative() -> None:
 def test_experts_and_loss_do_not_hide_what_is_not_finite(value: float, payload: int) -> None:
     x, logits = torch.randn(5, 32), torch.randn(6, 40)
     x[2, 3], logits[4, 7] = value, value
-    x.view(torch.int32)[2, 3] += payload  # NaN has many patterns
+    for tensor in (x[2, 3], logits[4, 7]) if value != value else ():
+        tensor.view(torch.int32).add_(payload)  # NaN has many patterns
     weights = torch.randn(1, 64, 32), torch.randn(1, 32, 32)
     assert cpu.experts(x, torch.tensor([5]), *weights).isfinite().all(1).tolist() == [True, True, False, True, True]
     largest, total, target, _ = cpu._partials(logits.clone(), torch.arange(6), 0, torch.empty(0))
@@ -311,6 +321,8 @@ def _experts(**changes: Any) -> Callable[[], Any]:
     (_experts(order_R=torch.tensor([0, 1, 2, 3])), "order_R has dtype int64"),
     (_experts(gate_Tk=None), "gate_Tk is None"),
     (_experts(sizes_E=torch.tensor([-1, 2])), r"sizes_E is \[-1, 2\]"),
+    (_experts(sizes_E=torch.tensor([2**62, 2**62])), "sizes_E is"),
+    (_attention(q_BTNH=torch._neg_view(torch.randn(1, 8, 4, 32))), "argument 0 of attention_forward"),
     (_experts(gradient_sums=ExpertSums(GradientSum(torch.zeros(1, 64, 32)), GradientSum(torch.zeros(2, 32, 32)))), "gradient_sums.gate_up"),
     (lambda: cpu.experts(torch.randn(4, 32), torch.tensor([5]), torch.randn(1, 64, 32), torch.randn(1, 32, 32)), r"sizes_E is \[5\]"),
     (lambda: cpu.experts(torch.randn(4, 32), torch.tensor([4]), torch.randn(1, 96, 32), torch.randn(1, 32, 32)), "gate_up_EFD has shape"),

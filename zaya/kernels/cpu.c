@@ -61,11 +61,10 @@ INLINE float sum(vec x)
     return part[0];
 }
 
-/* e^x to 2 ulp: 2^n e^r with |r| <= ln 2 / 2 (Cephes' polynomial); 0 below -87.3, at most e^88. NaN stays NaN. */
+/* e^x to 2 ulp: 2^n e^r with |r| <= ln 2 / 2 (Cephes' polynomial); 0 below -87.3, infinite above 88. NaN stays NaN. */
 INLINE vec exponential(vec x)
 {
-    ivec tiny = x < -87.3f;
-    x = pick(x > 88.0f, all(88.0f), x);
+    ivec tiny = x < -87.3f, huge = x > 88.0f;
     vec rounded = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n is in the lowest bits */
     vec n = rounded - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f, p = all(1.9875691500e-4f);
     vec power = (vec)(((ivec)rounded << 23) + (127 << 23));
@@ -74,7 +73,7 @@ INLINE vec exponential(vec x)
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    return pick(tiny, (vec){0}, (p * r * r + r + 1.0f) * power);
+    return pick(huge, all(INFINITY), pick(tiny, (vec){0}, (p * r * r + r + 1.0f) * power));
 }
 
 /* sums[r] += sum over i < k of a[r a_row + i a_step] * b[i b_row ... + COLS] */
@@ -103,7 +102,7 @@ INLINE void store_tile(float *to, long row, tile x)
 /* f with H as a constant, so that its loops over channels become straight code; f is INLINE, its last parameter H. */
 #define BY_HEAD_DIM(f, ...) (H == 32 ? f(__VA_ARGS__, 32) : H == 64 ? f(__VA_ARGS__, 64) : f(__VA_ARGS__, MAX_HEAD_DIM))
 
-const long rows_of_a_block = BLOCK, tokens_of_a_share = TOKENS; /* cpu.py sizes its buffers by them */
+const long lanes = LANES, rows_of_a_block = BLOCK, tokens_of_a_share = TOKENS; /* cpu.py sizes its buffers by them */
 
 #define REFUSED(failed) do { _Pragma("omp atomic write") failed = 1; } while (0)
 
@@ -483,12 +482,12 @@ INLINE int mix_back(const mix_call *call, long number, long H)
 /* Its gradients: dx and dhalo; to be summed, dother by head, and those of kernel, constant and temperature by row and chunk, (B K, ...).
  * transposed: kernel with each tap's H x H turned around. */
 int mix_backward(const float *x, const float *transposed, const float *temperature, const float *halo, const float *keep_1,
-                 const float *keep_2, const float *cosine, const float *sine, float eps, const float *unit, const float *inverse,
+                 const float *keep_2, const float *cosine, const float *sine, const float *unit, const float *inverse,
                  const float *dout, float *dx, float *dother, float *dkernel, float *dconstant, float *dtemperature, float *dhalo, long B, long T,
                  long N, long H, long K)
 {
     mix_call call = {.x = x, .transposed = transposed, .temperature = temperature, .halo = halo, .keep = {keep_1, keep_2}, .cosine = cosine,
-                     .sine = sine, .eps = eps, .unit = (float *)unit, .inverse = (float *)inverse, .dout = dout, .dx = dx, .dother = dother,
+                     .sine = sine, .unit = (float *)unit, .inverse = (float *)inverse, .dout = dout, .dx = dx, .dother = dother,
                      .dkernel = dkernel, .dconstant = dconstant, .dtemperature = dtemperature, .dhalo = dhalo, .T = T, .N = N, .K = K};
     int failed = 0;
     #pragma omp parallel for

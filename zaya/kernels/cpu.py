@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zaya.kernels import reference
 from zaya.kernels.arguments import FLOATS, HEAD_DIMS, check, check_cca, check_experts
@@ -35,7 +36,7 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-
 # What cpu.c's functions take, in order. x: fp32, i: int64, s: int32, each a contiguous tensor or None; f: float; n: long.
 SIGNATURES = {
     "attention_forward": "xxxiixxnnnnnnn", "attention_backward": "xxxiixxxxxxnnnnnnn",
-    "mix_forward": "xxxxxxxxxxfxxxnnnnnn", "mix_backward": "xxxxxxxxfxxxxxxxxxnnnnn",
+    "mix_forward": "xxxxxxxxxxfxxxnnnnnn", "mix_backward": "xxxxxxxxxxxxxxxxxnnnnn",
     "residual_norm_forward": "xxxxxxxfxxxnn", "residual_norm_backward": "xxxxxxxxxxxxxnn",
     "experts_forward": "xixxsxxxnnnnn", "experts_backward": "xixxsxxxxxxxxxxxnnnnnnn",
     "cross_entropy_partials": "xixxxnn"}
@@ -53,7 +54,7 @@ def library() -> ctypes.CDLL:
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError:  # cut short by a full disk or a power failure
-            path.unlink()
+            path.unlink(missing_ok=True)  # another rank may have been here
             loaded = ctypes.CDLL(str(_build()))
     except (OSError, ValueError) as error:  # ValueError: quotes in CC that do not close, messages that are no text
         raise RuntimeError(f"cannot build or load its C library: {error}") from error
@@ -98,7 +99,7 @@ def _call(function: str, *arguments: Tensor | int | float | None) -> None:
     converted: list[Any] = []
     for index, (letter, argument) in enumerate(zip(SIGNATURES[function], arguments, strict=True)):
         if isinstance(argument, Tensor):
-            if argument.dtype != TENSORS[letter] or argument.device != CPU or not argument.is_contiguous():
+            if argument.dtype != TENSORS[letter] or argument.device != CPU or not argument.is_contiguous() or argument.is_neg():
                 raise ValueError(f"argument {index} of {function} is {argument.dtype} of strides {argument.stride()} on {argument.device}, "
                                  f"expected contiguous {TENSORS[letter]} on cpu")
             argument = argument.data_ptr()
@@ -145,6 +146,7 @@ class _ResidualNorm(torch.autograd.Function):
         return new, x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         stream, branch, inverse_rms, a_h, b_h, a_x, b_x, weight = ctx.saved_tensors
         rows, D = inverse_rms.numel(), stream.shape[-1]
@@ -188,17 +190,18 @@ class _MixNormRotate(torch.autograd.Function):
         unit, out, inverse = x.new_empty(B, T, N, H), x.new_empty(B, T, N, H), x.new_empty(B, T, N)
         _call("mix_forward", x, other, kernel, constant, temperature, halo, *tables, eps, unit, inverse, out, B, T, N, G, H, halo.shape[1])
         ctx.save_for_backward(x, kernel, temperature, halo, unit, inverse, *tables)
-        ctx.eps, ctx.groups = eps, G
+        ctx.groups = G
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel, temperature, halo, unit, inverse, *tables = ctx.saved_tensors
         (B, T, N, H), K = unit.shape, halo.shape[1]
         dx, dother, dhalo = torch.empty_like(x), torch.empty_like(unit), torch.empty_like(halo)
         parts = x.new_empty(B * K, N, 3 * H, H), x.new_empty(B * K, N, H), None if temperature is None else x.new_empty(B * K, N)
         transposed = kernel.view(N, 3, H, H).mT.contiguous()
-        _call("mix_backward", x, transposed, temperature, halo, *tables, ctx.eps, unit, inverse, *_plain(*gradients), dx, dother, *parts,
+        _call("mix_backward", x, transposed, temperature, halo, *tables, unit, inverse, *_plain(*gradients), dx, dother, *parts,
               dhalo, B, T, N, H, K)
         dkernel, dconstant, dtemperature = (None if part is None else part.sum(0) for part in parts)
         return dx, dother.unflatten(2, (ctx.groups, -1)).sum(3), dkernel, dconstant, dtemperature, dhalo, *[None] * 5
@@ -223,7 +226,7 @@ def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tens
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, the output, and of each row's scores the largest and the sum of exp."""
+    """Saves q, k, v, the output, and of each row's scores the largest and one over the sum of exp."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets: Tensor) -> Tensor:
@@ -234,6 +237,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, first_key, offsets, out, softmax = ctx.saved_tensors
         (B, T, N, H), (S, G) = q.shape, k.shape[1:3]
@@ -256,9 +260,9 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     order_R, gate_Tk = (None if tensor is None else tensor.contiguous() for tensor in (order_R, gate_Tk))
     check("x_TD", x_TD, device=CPU)
     check_experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
-    rows = len(x_TD) if gate_Tk is None else gate_Tk.numel()
-    if sizes_E.lt(0).any() or int(sizes_E.sum()) > rows:
-        raise ValueError(f"sizes_E is {sizes_E.tolist()}, expected counts of together at most {rows} rows")
+    rows, sizes = len(x_TD) if gate_Tk is None else gate_Tk.numel(), sizes_E.tolist()
+    if any(size < 0 for size in sizes) or sum(sizes) > rows:
+        raise ValueError(f"sizes_E is {sizes}, expected counts of together at most {rows} rows")
     if order_R is not None and not torch.equal(order_R.sort().values, torch.arange(rows, dtype=torch.int32)):
         raise ValueError(f"order_R holds other numbers than each of 0 to {rows - 1} once")
     y_TD: Tensor = _Experts.apply(x_TD, gate_up_EFD, down_EDF, gate_Tk, order_R, sizes_E.long(), gradient_sums)
@@ -280,6 +284,7 @@ class _Experts(torch.autograd.Function):
         return y.sum(1) if k > 1 else y[:, 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, gate, order, sizes, hidden = ctx.saved_tensors
         (T, D), (E, _, F), (shares, _, tokens) = x.shape, down.shape, hidden.shape
