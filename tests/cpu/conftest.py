@@ -1,13 +1,22 @@
-"""What the tests of kernels share."""
+"""What tests in one process share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from zaya.kernels import backend
+
+
+@pytest.fixture(autouse=True)
+def reference_afterwards() -> Iterator[None]:
+    """The choice of kernels is one for the process: the next test shall not inherit it."""
+    yield
+    backend.choose("reference", torch.device("cpu"), torch.float64, 32)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,6 @@ from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def reference_afterwards() -> Iterator[None]:
-    """The choice is one for the process: the next test shall not inherit it."""
-    yield
-    backend.choose("reference", CPU, torch.float32, 32)
 
 
 @pytest.mark.parametrize(("kernels", "device", "dtype", "head_dim", "chosen"), [

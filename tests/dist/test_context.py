@@ -118,10 +118,10 @@ def noting_the_query_path(ledger: Ledger) -> Iterator[None]:
     """The ledger shows when query heads are computed."""
     original = reference._MixNormRotate.apply
 
-    def apply(x: Tensor, mean_BTNH: Tensor, *rest: Any) -> Tensor:
-        if mean_BTNH.shape[2] == N:
+    def apply(x: Tensor, *rest: Any) -> Tensor:
+        if x.shape[-1] == N * H:
             ledger.note("note", "query path", "")
-        return original(x, mean_BTNH, *rest)
+        return original(x, *rest)
 
     with mock.patch.object(reference._MixNormRotate, "apply", apply):
         yield

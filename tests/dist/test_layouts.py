@@ -26,6 +26,9 @@ Run = tuple[list[tuple[float, float, list[list[float]]]], dict[str, np.ndarray],
 
 def train(rank: int, world_size: int, tables: dict[str, Any], steps: int, small_buckets: bool) -> Run | None:
     """Steps of a recipe; rank 0 returns (loss, grad norm, expert shares) of each, the first and the final parameters."""
+    import torch
+
+    from zaya.kernels import backend
     from zaya.parallel import partition
     from zaya.parallel.collectives import gather_objects
 
@@ -39,6 +42,7 @@ def train(rank: int, world_size: int, tables: dict[str, Any], steps: int, small_
         final = _parameters(gather_objects(_owned(trainer), trainer.mesh.world))
     finally:
         partition.BUCKET_ELEMENTS, partition.ROUND_ELEMENTS = 40_000_000, 1 << 22
+        backend.choose("reference", torch.device("cpu"), torch.float64, 32)  # the next test's in this process
     numbers = [(r.loss.item(), r.grad_norm.item(), r.shares_LE.tolist()) for r in results]
     return (numbers, first, final) if rank == 0 else None
 
