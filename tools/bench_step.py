@@ -32,7 +32,7 @@ from zaya.parallel.mesh import open_mesh
 from zaya.shard import Layout
 from zaya.trainer import Trainer
 
-# Relative: two fp32 programs drift apart by rounding (1e-5 in 12 steps), a wrong one parts at once.
+# Relative: two fp32 programs drift apart by rounding (1e-4 by step 14), a wrong one parts at once.
 LOSS_TOLERANCE, SURE_STEPS = 2e-3, 12
 # Later by more: rounding decides where two experts all but tie for a token, and from there on weights differ (2.4e-3 at step 26).
 LATER_TOLERANCE = 2e-2

@@ -59,6 +59,9 @@ def test_the_environment_decides_before_auto_and_not_before_the_recipe(monkeypat
     monkeypatch.setenv(backend.ENVIRONMENT, "reference")
     assert backend.choose("auto", GPU, torch.bfloat16, 128) == "reference"
     assert backend.choose("triton", GPU, torch.bfloat16, 128) == "triton"
+    monkeypatch.setenv(backend.ENVIRONMENT, "cpu")
+    with pytest.raises(ValueError, match='ZAYA_KERNELS = "cpu" cannot run on cuda'):
+        backend.choose("auto", GPU, torch.bfloat16, 128)
     monkeypatch.setenv(backend.ENVIRONMENT, "cuda")
     with pytest.raises(ValueError, match="ZAYA_KERNELS = 'cuda'"):
         backend.choose("auto", GPU, torch.bfloat16, 128)

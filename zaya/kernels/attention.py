@@ -28,10 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import HEAD_DIMS, check
+from zaya.kernels.arguments import FLOATS, HEAD_DIMS, check
 from zaya.kernels.launch import Target, config, launch, target
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHUNKS = 2  # zig-zag context parallelism gives each rank one early and one late chunk
 PROGRAMS_PER_CU = 4  # below this, dk and dv split a group's heads: the longest program is then a small part of the whole
 
@@ -418,7 +417,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets: tuple[int, ...]) -> None:
-    check("q_BTNH", q, shape=(None, None, None, None), dtypes=DTYPES, contiguous=False)
+    check("q_BTNH", q, shape=(None, None, None, None), dtypes=FLOATS, contiguous=False)
     B, T, N, H = q.shape
     check("k_BSGH", k, shape=(B, None, None, H), dtypes=(q.dtype,), device=q.device, contiguous=False)
     check("v_BSGH", v, shape=tuple(k.shape), dtypes=(q.dtype,), device=q.device, contiguous=False)

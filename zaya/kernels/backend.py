@@ -53,8 +53,9 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int
     ValueError: Triton or C asked for where it cannot run.
     """
     global _chosen
+    asked_by = "train.kernels"
     if kernels == "auto":
-        kernels = os.environ.get(ENVIRONMENT, "auto")
+        asked_by, kernels = ENVIRONMENT, os.environ.get(ENVIRONMENT, "auto")
     if kernels not in CHOICES:
         raise ValueError(f"{ENVIRONMENT} = {kernels!r} is none of {', '.join(CHOICES)}")
     wanted = kernels if kernels != "auto" else "triton" if device.type == "cuda" else "cpu"
@@ -64,7 +65,7 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int
     elif wanted == "cpu":
         obstacle = _cpu_obstacle(device, dtype, head_dim)
     if obstacle and kernels != "auto":
-        raise ValueError(f'train.kernels = "{kernels}" {obstacle}; use "reference"')
+        raise ValueError(f'{asked_by} = "{kernels}" {obstacle}; use "reference"')
     chosen = "reference" if obstacle else wanted
     _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[chosen]()
     return chosen

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from zaya.kernels import reference
 from zaya.kernels.arguments import FLOATS, HEAD_DIMS, check, check_cca, check_experts
-from zaya.kernels.gradient_sum import ExpertSums
+from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 
 SOURCE = Path(__file__).with_name("cpu.c")
 # A product and its sum may round once; nobody reads errno or a floating-point trap. NaN and infinity stay what they are.
@@ -303,7 +303,7 @@ class _Experts(torch.autograd.Function):
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float = 0.0, *, vocab_start: int = 0,
                   combine: Callable[[reference.Partials], reference.Partials] = reference.whole,
-                  gradient_sum: Any = None) -> Tensor:
+                  gradient_sum: GradientSum | None = None) -> Tensor:
     """See reference.cross_entropy. ValueError names a wrong argument."""
     check("hidden_TD", hidden_TD, shape=(None, None), dtypes=FLOATS, device=CPU, contiguous=False)
     T, D = hidden_TD.shape

@@ -33,12 +33,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.gradient_sum import GradientSum
 from zaya.kernels.launch import config, launch, target
 from zaya.kernels.reference import IGNORE, Partials, whole
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # 2,048 tokens of the whole vocabulary: 2.15 GB of fp32 logits and 1.07 GB of their gradients. Fewer rows would starve the GEMM of dh,
 # whose 2,048 x 2,048 outputs are 64 tiles of 256 x 256 for 304 compute units already.
 CHUNK_LOGITS = 2048 * 262_272

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zaya.kernels.arguments import check, check_experts
+from zaya.kernels.arguments import FLOATS, check, check_experts
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 from zaya.kernels.grouped_gemm import (
     _dgate_kernel,
@@ -32,7 +32,6 @@ from zaya.kernels.grouped_gemm import (
 )
 from zaya.kernels.launch import Config, config, launch, target
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 256  # the widest tile: other widths need clamped columns, whose registers the largest tiles do not have on gfx942
 
 

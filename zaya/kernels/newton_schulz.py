@@ -25,11 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.launch import Config, Target, config, launch, target
 from zaya.kernels.reference import NEWTON_SCHULZ
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Speed of a compute unit by tile, relative to the largest: operations per byte that a tile loads grow with its side.
 RATES = {"large": 1.0, "medium": 0.8, "small": 0.45}
 

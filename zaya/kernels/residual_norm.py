@@ -25,12 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.backend import MAX_WIDTH
 from zaya.kernels.launch import Config, Target, config, launch, target
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
 

@@ -18,11 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import check
+from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.backend import MAX_CLASSES
 from zaya.kernels.launch import config, launch, target
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_FP32 = tl.constexpr(3.4028234663852886e38)
 
 
