@@ -15,7 +15,7 @@ setup(
     description="Pretraining of ZAYA1 mixture-of-experts models",
     license="Apache-2.0",
     packages=find_packages(include=["zaya", "zaya.*"]),
-    package_data={"zaya.kernels": ["configs.json", "cpu.c"]},
+    package_data={"zaya.kernels": ["configs.json", "c/*"]},
     python_requires=">=3.11,<3.14",
     install_requires=["numpy", "safetensors", "xxhash"],
     extras_require={

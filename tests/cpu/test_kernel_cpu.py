@@ -386,7 +386,7 @@ def _broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     broken.write_text("#!/bin/sh\necho 'cc1: error: no such CPU' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CC", str(broken))
-    return f"cannot compile cpu.c by {broken}: cc1: error: no such CPU"
+    return f"cannot compile zaya/kernels/c by {broken}: cc1: error: no such CPU"
 
 
 def _missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:

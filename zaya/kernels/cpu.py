@@ -1,4 +1,4 @@
-"""The reference's costliest ops on a CPU, in C (cpu.c): attention, cca's convolutions, the residual join, the experts, the loss's softmax.
+"""The reference's costliest ops on a CPU, in C (c/): attention, cca's convolutions, the residual join, the experts, the loss's softmax.
 
 torch computes them by operations that each read and write memory; in C what lies between stays in a cache. They compute in fp32, also
 from bf16 and fp16, of which they save copies in fp32. Experts in 16 bits, or of widths that are no multiples of 32, remain the reference's,
@@ -30,10 +30,10 @@ from zaya.kernels import reference
 from zaya.kernels.arguments import FLOATS, HEAD_DIMS, check, check_cca, check_experts
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = sorted(Path(__file__).with_name("c").glob("*.[ch]"))
 # A product and its sum may round once; nobody reads errno or a floating-point trap. NaN and infinity stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
-# What cpu.c's functions take, in order. x: fp32, i: int64, s: int32, each a contiguous tensor or None; f: float; n: long.
+# What the functions in C take, in order. x: fp32, i: int64, s: int32, each a contiguous tensor or None; f: float; n: long.
 SIGNATURES = {
     "attention_forward": "xxxiixxnnnnnnn", "attention_backward": "xxxiixxxxxxnnnnnnn",
     "mix_forward": "xxxxxxxxxxfxxxnnnnnn", "mix_backward": "xxxxxxxxxxxxxxxxxnnnnn",
@@ -75,13 +75,13 @@ def _build() -> Path:
         raise RuntimeError("needs a C compiler, and finds none of cc, gcc, clang (or CC)")
     command = [*shlex.split(found), *FLAGS]
     macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])  # among them the compiler's version and the CPU's instructions
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, macros]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*(source.read_text() for source in SOURCES), *command, macros]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zaya"
     path = folder / f"cpu-{key}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # whole or not at all: other ranks build it too
-            _run([*command, str(SOURCE), "-o", f"{scratch}/cpu.so", "-lm"])
+            _run([*command, *(str(source) for source in SOURCES if source.suffix == ".c"), "-o", f"{scratch}/cpu.so", "-lm"])
             os.replace(f"{scratch}/cpu.so", path)
     return path
 
@@ -90,12 +90,12 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"cannot compile {SOURCE.name} by {command[0]}: {next((line for line in lines if 'error' in line), lines[0])}")
+        raise RuntimeError(f"cannot compile zaya/kernels/c by {command[0]}: {next((line for line in lines if 'error' in line), lines[0])}")
     return done.stdout
 
 
 def _call(function: str, *arguments: Tensor | int | float | None) -> None:
-    """A function of cpu.c; None is a null pointer."""
+    """A function in C; None is a null pointer."""
     converted: list[Any] = []
     for index, (letter, argument) in enumerate(zip(SIGNATURES[function], arguments, strict=True)):
         if isinstance(argument, Tensor):
@@ -105,11 +105,11 @@ def _call(function: str, *arguments: Tensor | int | float | None) -> None:
             argument = argument.data_ptr()
         converted.append(argument)
     if getattr(library(), function)(*converted):
-        raise MemoryError(f"{function} of zaya/kernels/cpu.c got no memory")
+        raise MemoryError(f"{function} of zaya/kernels/c got no memory")
 
 
 def _constant(name: str) -> int:
-    """A number that cpu.c and the sizes of its buffers share."""
+    """A number that C and the sizes of its buffers share."""
     return ctypes.c_long.in_dll(library(), name).value
 
 
