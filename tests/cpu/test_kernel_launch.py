@@ -52,9 +52,10 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("arch, block", [
     ("gfx942", 1), ("sm_90", 2), ("sm_100", 3),  # its own
     ("gfx950", 1), ("gfx90a", 1), ("interpreter", 1), ("sm_80", 2),  # its maker's nearest
+    ("sm_89", 4), ("sm_86", 4), ("sm_120", 4),  # as little shared memory
 ])
 def test_an_arch_gets_its_own_entry_or_its_makers_nearest(table: dict[str, Any], arch: str, block: int) -> None:
-    table["_fill_kernel"] += [entry("sm_100", 3), entry("sm_90", 2), entry("gfx942", 1)]
+    table["_fill_kernel"] += [entry("sm_100", 3), entry("sm_90", 2), entry("gfx942", 1), entry("sm_89", 4)]
     assert config(_fill_kernel, Target(arch, num_cus=8)).blocks == {"BLOCK": block}
 
 
@@ -91,14 +92,17 @@ def test_only_amd_is_told_amds_options() -> None:
 
 
 @pytest.mark.parametrize("hip, properties, chip", [
-    ("7.0", {"gcnArchName": "gfx942:sramecc+:xnack-"}, MI300X),
-    ("7.0", {"gcnArchName": "gfx90a:sramecc+:xnack-"}, Target("gfx90a", num_cus=304, num_xcds=1)),
-    (None, {"major": 9, "minor": 0}, Target("sm_90", num_cus=304)),
+    ("7.0", {"gcnArchName": "gfx942:sramecc+:xnack-", "multi_processor_count": 304}, MI300X),
+    ("7.0", {"gcnArchName": "gfx942:sramecc+:xnack-", "multi_processor_count": 228}, Target("gfx942", num_cus=228, num_xcds=6)),  # MI300A
+    ("7.0", {"gcnArchName": "gfx942:sramecc+:xnack-", "multi_processor_count": 38}, Target("gfx942", num_cus=38)),  # a die by itself
+    ("7.0", {"gcnArchName": "gfx942:sramecc+:xnack-", "multi_processor_count": 20}, Target("gfx942", num_cus=20)),
+    ("7.0", {"gcnArchName": "gfx90a:sramecc+:xnack-", "multi_processor_count": 104}, Target("gfx90a", num_cus=104)),
+    (None, {"major": 9, "minor": 0, "multi_processor_count": 132}, H100),
 ])
 def test_a_gpu_is_known_by_its_properties(monkeypatch: pytest.MonkeyPatch, hip: str | None, properties: dict[str, Any],
                                           chip: Target) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=304, **properties))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**properties))
     assert launch._gpu.__wrapped__(0) == chip
 
 

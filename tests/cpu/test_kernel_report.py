@@ -3,8 +3,10 @@ products; that the report would notice; and that it reads machine code rightly."
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,36 @@ def test_the_gates_hold_under_other_versions_of_triton(version: str, capsys: pyt
     with capsys.disabled():
         print(f"\ntriton {version}: {last}, {time.monotonic() - start:.0f} s")
     assert result.returncode == 0, result.stderr
+
+
+SMALL_GPU = """
+import torch
+from triton.backends.compiler import GPUTarget
+from tools.kernel_report import of_cases
+from zaya.kernels import cases, machine_code
+from zaya.kernels.launch import Target
+
+gpu = GPUTarget("cuda", 89, 32)
+chosen = cases.cases(cases.CHIP)
+for dtype in (torch.bfloat16, torch.float32):
+    with machine_code.recording(Target("sm_89", num_cus=128), gpu) as noted:
+        for _, run in of_cases(chosen, dtype):
+            run()
+    builds = {build.key: build for build, config in noted}
+    assert {"_gate_up_fwd_kernel", "_attention_bwd_dkv_kernel", "_newton_schulz_gram_kernel"} <= {build.kernel for build in builds.values()}
+    for build in builds.values():
+        print(build.kernel, machine_code.compiled(build, gpu).metadata.shared)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_configuration_fits_a_gpu_of_little_shared_memory() -> None:
+    """An RTX 4090 has 99 KiB for a program; a launch that wants more fails."""
+    result = run(["-c", SMALL_GPU])
+    assert result.returncode == 0, result.stderr
+    too_large = {line for line in result.stdout.splitlines() if int(line.split()[1]) > 99 * 1024}
+    assert result.stdout and too_large == set()
 
 
 PLANTED = textwrap.dedent('''
@@ -141,6 +173,35 @@ def test_an_op_that_waits_for_the_device_is_caught(tmp_path: Path) -> None:
 def test_an_unknown_op_is_one_line() -> None:
     result = run(["-m", "tools.kernel_report", "--op", "nonsense"])
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "nonsense" in result.stderr
+
+
+def processes_of(session: int) -> list[str]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, its_session = file.read_text().rpartition(")")[2].split()[:4]
+            found += [file.parent.name] if int(its_session) == session and state != "Z" else []
+    return found
+
+
+@pytest.mark.parametrize("delay_s", [0.1, 6.0], ids=["starting", "compiling"])
+@pytest.mark.parametrize("command", ["tools.kernel_report --op attention", "tools.tune_kernels --op attention --arch gfx942 --dry-run"])
+def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path: Path, command: str, delay_s: float) -> None:
+    """A terminal sends it to all processes; those of the pool start by importing torch."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    tool = subprocess.Popen([sys.executable, "-m", *command.split()], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 100
+    while len(processes_of(tool.pid)) < 3:  # itself, multiprocessing's resource tracker, the first of the pool
+        assert time.monotonic() < deadline and tool.poll() is None
+        time.sleep(0.05)
+    time.sleep(delay_s)
+    os.killpg(tool.pid, signal.SIGINT)
+    _, err = tool.communicate(timeout=30)
+    assert (tool.returncode, err) == (130, f"{command.split()[0]}: interrupted\n")
+    while left := processes_of(tool.pid):  # they are killed, and take a moment to go
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------------------- reading machine code

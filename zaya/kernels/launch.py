@@ -38,6 +38,8 @@ class Target:
 
 
 MI300X = Target("gfx942", num_cus=304, num_xcds=8)
+CUS_PER_XCD = 38  # of an MI300X, and of an MI300A, which has six dies
+SMALL_SHARED = ("sm_86", "sm_89", "sm_120", "sm_121")  # NVIDIA's with 99 KiB of shared memory: the table has them as sm_89
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,23 @@ def _gpu(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
-        return Target(arch, properties.multi_processor_count, MI300X.num_xcds if arch == MI300X.arch else 1)
+        dies = properties.multi_processor_count // CUS_PER_XCD if arch == MI300X.arch else 1
+        return Target(arch, properties.multi_processor_count, max(dies, 1))
     return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
 def config(kernel: Any, target: Target, **when: str | int) -> Config:
     """The table's first entry for this kernel and arch whose conditions all hold; an arch without any uses its maker's nearest: gfx942
-    for AMD and the interpreter, sm_90 for NVIDIA."""
+    for AMD and the interpreter, sm_90 for NVIDIA, but first sm_89 where there is as little shared memory."""
     return _config(kernel.__name__, target.arch, tuple(when.items()))
 
 
 @functools.cache
 def _config(kernel: str, arch: str, conditions: tuple[tuple[str, str | int], ...]) -> Config:
-    when, nearest = dict(conditions), "sm_90" if arch.startswith("sm_") else MI300X.arch
-    for each in (arch, nearest):
+    when, nearest = dict(conditions), ["sm_90"] if arch.startswith("sm_") else [MI300X.arch]
+    if arch in SMALL_SHARED:
+        nearest.insert(0, "sm_89")
+    for each in (arch, *nearest):
         for entry in _table()[kernel]:
             if entry["arch"] == each and all(when.get(key) == value for key, value in entry.get("when", {}).items()):
                 return Config(entry["blocks"], entry["num_warps"], entry.get("num_stages", 2), entry.get("hip", {}))
