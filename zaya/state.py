@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class TrainState:
                 small = {name: checkpoint.read(wanted[name]) for name in self.replicated if name in wanted}
         except CheckpointError as damage:
             error = str(damage)
-        told = cast(list[tuple[str, dict[str, Tensor]]], gather_objects((error, small), self.mesh.world))
+        told = gather_objects((error, small), self.mesh.world)
         raise_on_all([error for error, _ in told])
         for name, tensor in told[0][1].items():
             self.replicated[name].copy_(tensor)

@@ -79,4 +79,4 @@ def agreed(action: Callable[[], T], mesh: Mesh) -> T:
 
 def objects(value: T, mesh: Mesh) -> list[T]:
     """Of every rank."""
-    return cast(list[T], gather_objects(value, mesh.world))
+    return gather_objects(value, mesh.world)

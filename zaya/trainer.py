@@ -67,6 +67,19 @@ def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
     return loader
 
 
+def choose_kernels(recipe: Recipe, mesh: Mesh) -> backend.Choice:
+    """Who computes the ops, the same on every rank (collective). ValueError: the recipe asks for what cannot run, or nodes differ."""
+    model = recipe.model
+    choice = backend.choose(recipe.train.kernels, mesh.device, DTYPES[recipe.train.dtype], model.head_dim, model.hidden_size,
+                            model.num_router_classes)
+    choices = gather_objects(choice, mesh.world)
+    for rank, other in enumerate(choices):
+        if other.kernels != choices[0].kernels:
+            raise ValueError(f"kernels would be {choices[0]} on rank 0 and {other} on rank {rank}; make their nodes alike, or set "
+                             'train.kernels = "reference"')
+    return choice
+
+
 class StepResult(NamedTuple):
     """Device tensors of one optimizer step, over the global batch."""
 
@@ -88,8 +101,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader) -> None:
         self.recipe, self.mesh, self.loader = recipe, mesh, loader
         train = recipe.train
-        self.kernels = backend.choose(train.kernels, mesh.device, DTYPES[train.dtype], recipe.model.head_dim,
-                                      recipe.model.hidden_size, recipe.model.num_router_classes)
+        self.kernels = choose_kernels(recipe, mesh)
         self.table = plan(recipe.model)
         self.model = build_model(recipe.model, DTYPES[train.dtype], train.recompute, mesh, self.table)
         init_weights(self.model, recipe.model, train.seed, pieces(mesh, self.table))
@@ -284,8 +296,8 @@ class Trainer:
             self._start_save(saver, metrics)
             saver.wait(hurry)
         if saver.failed:
-            raise CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once the disk is well, start the "
-                                  "run again: it goes on from the newest checkpoint before it")
+            raise CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once that is mended, start "
+                                  "the run again: it goes on from the newest checkpoint before it")
 
     def _mirrored(self, saver: Saver, preemption: Preemption) -> bool:
         """Wait until every checkpoint is on both tiers (collective). False: a signal to any rank came before; a job that must go has no

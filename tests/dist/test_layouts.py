@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,27 @@ def test_layouts_compute_the_same_in_c(pools: Pools, base: Recipe, world_size: i
     """Sizes that the ops in C take: halos and zig-zag chunks, means given, shards of the vocabulary, rows already sorted."""
     check(pools, world_size, tiny.variant(base, optim__name="adamw", model__head_dim=32, model__moe_intermediate_size=64, train__kernels="cpu",
                                           **{f"parallel__{key}": value for key, value in layout.items()}))
+
+
+@needs_compiler
+def test_ranks_that_would_compute_differently_are_refused(pools: Pools, base: Recipe) -> None:
+    refused = pools[2].run(choose_apart, dataclasses.asdict(tiny.variant(base, model__head_dim=32, train__kernels="auto")))
+    assert refused == ['kernels would be cpu on rank 0 and reference on rank 1; make their nodes alike, or set train.kernels = "reference"'] * 2
+
+
+def choose_apart(rank: int, world_size: int, tables: dict[str, Any]) -> str:
+    """What a rank's start ends with, where the environment of rank 1 chooses otherwise."""
+    import torch
+
+    from zaya.kernels import backend
+
+    if rank == 1:
+        os.environ[backend.ENVIRONMENT] = "reference"
+    try:
+        tiny.trainer(tables, world_size)
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.environ.pop(backend.ENVIRONMENT, None)
+        backend.choose("reference", torch.device("cpu"), torch.float64, 32)  # the next test's in this process
+    return "nothing"

@@ -18,6 +18,7 @@ from zaya.kernels.arguments import HEAD_DIMS
 MAX_WIDTH = 8192  # of the stream: a row lies in the registers of one program
 MAX_CLASSES = 256  # of the router: a block's one-hot table of this width still fits the registers
 CHOICES = ("auto", "triton", "cpu", "reference")
+NAMES = {"triton": "Triton", "cpu": "C"}
 ENVIRONMENT = "ZAYA_KERNELS"  # overrides "auto": for tests, and to tell a kernel's fault from another's
 
 
@@ -36,6 +37,17 @@ class Ops(NamedTuple):
     adamw_: Callable[..., Any]
 
 
+class Choice(NamedTuple):
+    """Who computes, and in words why not who would be faster."""
+
+    kernels: str
+    """"triton", "cpu" or "reference"."""
+    obstacle: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kernels} ({self.obstacle})" if self.obstacle else self.kernels
+
+
 REFERENCE = Ops(reference.rms_norm, reference.residual_norm, reference.cca, reference.attention, reference.route, reference.sort_by_expert,
                 reference.experts, reference.cross_entropy, reference.newton_schulz, reference.adamw_)
 _chosen = REFERENCE
@@ -46,8 +58,8 @@ def ops() -> Ops:
     return _chosen
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, width: int = 1, num_classes: int = 1) -> str:
-    """Settle which ops compute from here on, for tensors of `dtype` on `device`; returns "triton", "cpu" or "reference".
+def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, width: int = 1, num_classes: int = 1) -> Choice:
+    """Settle which ops compute from here on, for tensors of `dtype` on `device`.
 
     auto: Triton on a GPU (ROCm or CUDA), C on a CPU; the reference where they do not take the dtype or a size, or there is no compiler.
     ValueError: Triton or C asked for where it cannot run.
@@ -66,9 +78,9 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int
         obstacle = _cpu_obstacle(device, dtype, head_dim)
     if obstacle and kernels != "auto":
         raise ValueError(f'{asked_by} = "{kernels}" {obstacle}; use "reference"')
-    chosen = "reference" if obstacle else wanted
-    _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[chosen]()
-    return chosen
+    choice = Choice("reference", f"{NAMES[wanted]} {obstacle}") if obstacle else Choice(wanted)
+    _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[choice.kernels]()
+    return choice
 
 
 def _cpu_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -132,11 +135,11 @@ def all_reduce_sum(tensor: Tensor, group: Group) -> None:
     all_reduce(tensor, group).wait()
 
 
-def gather_objects(value: object, group: Group) -> list[object]:
+def gather_objects(value: T, group: Group) -> list[T]:
     """Every rank's picklable value, in rank order, on every rank. Small things only."""
     if group.handle is None:
         return [value]
-    values: list[object] = [None] * group.size
+    values: list[Any] = [None] * group.size
     dist.all_gather_object(values, value, group=group.handle)
     return values
 

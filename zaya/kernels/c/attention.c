@@ -11,7 +11,8 @@ static void transpose(float *to, long padded, const float *x, long stride, long 
             for (long s = start; s < smaller(S, start + LANES); s++) to[h * padded + s] = x[s * stride + h];
 }
 
-/* Row i of a group is head i % m of token i / m, m heads to a group; rows beyond the last stand for the last token's, and are not written. */
+/* Row i of a group is head i % m of token i / m, m heads to a group; rows beyond the last stand for the last token's, and are not
+ * written. */
 typedef struct { long b, g, T, N, m; } group;
 
 INLINE long token_of(group of, long i) { return smaller(i / of.m, of.T - 1); }
@@ -117,8 +118,8 @@ typedef struct {
     long S, G, chunk, padded;
 } backward_call;
 
-/* What a thread keeps of its group: keys and values, transposed (H, padded); their gradients (padded, H); of BLOCK rows, probabilities and the
- * gradients of scores (BLOCK, padded). */
+/* What a thread keeps of its group: keys and values, transposed (H, padded); their gradients (padded, H); of BLOCK rows, probabilities
+ * and the gradients of scores (BLOCK, padded). */
 typedef struct { float *kt, *vt, *dk, *dv, *p, *ds; } room;
 
 /* BLOCK rows of a group from `start` on: their dq, and what they add to dk and dv. */
@@ -183,8 +184,8 @@ INLINE int attend_back(group of, const backward_call *call, room at, long start,
 
 /* A group has one thread, which adds up dk and dv over its blocks of rows. */
 int attention_backward(const float *q, const float *k, const float *v, const int64_t *first_key, const int64_t *offsets, const float *out,
-                       const float *softmax, const float *dout, float *dq, float *dk, float *dv, long B, long T, long S, long N, long G, long H,
-                       long chunks)
+                       const float *softmax, const float *dout, float *dq, float *dk, float *dv, long B, long T, long S, long N, long G,
+                       long H, long chunks)
 {
     long padded = round_up(S, COLS), each = H * padded;
     int failed = 0;
@@ -198,7 +199,8 @@ int attention_backward(const float *q, const float *k, const float *v, const int
             REFUSED(failed);
             continue;
         }
-        room at = {all_room, all_room + each, all_room + 2 * each, all_room + 3 * each, all_room + 4 * each, all_room + 4 * each + BLOCK * padded};
+        room at = {all_room, all_room + each, all_room + 2 * each, all_room + 3 * each, all_room + 4 * each,
+                   all_room + 4 * each + BLOCK * padded};
         transpose(at.kt, padded, k + own, G * H, S, H);
         transpose(at.vt, padded, v + own, G * H, S, H);
         memset(at.dk, 0, 4 * 2 * each);

@@ -163,8 +163,8 @@ INLINE int mix_back(const mix_call *call, long number, long H)
  * transposed: kernel with each tap's H x H turned around. */
 int mix_backward(const float *x, const float *transposed, const float *temperature, const float *halo, const float *keep_1,
                  const float *keep_2, const float *cosine, const float *sine, const float *unit, const float *inverse,
-                 const float *dout, float *dx, float *dother, float *dkernel, float *dconstant, float *dtemperature, float *dhalo, long B, long T,
-                 long N, long H, long K)
+                 const float *dout, float *dx, float *dother, float *dkernel, float *dconstant, float *dtemperature, float *dhalo, long B,
+                 long T, long N, long H, long K)
 {
     mix_call call = {.x = x, .transposed = transposed, .temperature = temperature, .halo = halo, .keep = {keep_1, keep_2}, .cosine = cosine,
                      .sine = sine, .unit = (float *)unit, .inverse = (float *)inverse, .dout = dout, .dx = dx, .dother = dother,

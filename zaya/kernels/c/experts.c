@@ -24,7 +24,8 @@ static share *shares_of(const int64_t *sizes, long E, const long **starts)
 }
 
 /* order (R) brings assignments (token * k + slot) together by expert, gate (R) is by assignment; both NULL where rows are sorted. gate_up
- * (E, 2 F, D), down (E, D, F); by share: hidden (2 F, TOKENS), dhidden likewise, dy_columns (D, TOKENS), x_rows (TOKENS, D), gated (TOKENS, F). */
+ * (E, 2 F, D), down (E, D, F); by share: hidden (2 F, TOKENS), dhidden likewise, dy_columns (D, TOKENS), x_rows (TOKENS, D), gated
+ * (TOKENS, F). */
 typedef struct {
     const float *x, *gate_up, *down, *gate, *dy;
     const int32_t *order;
@@ -34,7 +35,8 @@ typedef struct {
 
 INLINE long row_of(const experts_call *call, share of, long t) { return call->order ? call->order[of.first + t] : of.first + t; }
 
-/* to (width, TOKENS): of.n rows of x, each at its assignment, or at its token where `k` assignments share one; the other columns are zero. */
+/* to (width, TOKENS): of.n rows of x, each at its assignment, or at its token where `k` assignments share one; the other columns are
+ * zero. */
 static void gather(float *to, const experts_call *call, share of, const float *x, long k, long width)
 {
     for (long t = 0; t < TOKENS; t++)
@@ -66,7 +68,8 @@ static void apply(float *out, const float *weight, long w_row, long w_step, cons
 int experts_forward(const float *x, const int64_t *sizes, const float *gate_up, const float *down, const int32_t *order, const float *gate,
                     float *hidden, float *y, long R, long k, long E, long D, long F)
 {
-    experts_call call = {.x = x, .gate_up = gate_up, .down = down, .gate = gate, .order = order, .hidden = hidden, .y = y, .k = k, .D = D, .F = F};
+    experts_call call = {.x = x, .gate_up = gate_up, .down = down, .gate = gate, .order = order, .hidden = hidden, .y = y,
+                         .k = k, .D = D, .F = F};
     const long *starts;
     long routed = 0;
     int failed = 0;
@@ -105,7 +108,8 @@ static void experts_back(const experts_call *call, share of, long number, float 
     long D = call->D, F = call->F;
     float *columns = room, *activated = columns + D * TOKENS, *hidden = call->hidden + number * 2 * F * TOKENS;
     float *dhidden = call->dhidden + number * 2 * F * TOKENS, *dy = call->dy_columns + number * D * TOKENS;
-    float *x_rows = call->x_rows + number * TOKENS * D, *gated = call->gated + number * TOKENS * F, gates[TOKENS] = {0}, dgates[TOKENS] = {0};
+    float *x_rows = call->x_rows + number * TOKENS * D, *gated = call->gated + number * TOKENS * F;
+    float gates[TOKENS] = {0}, dgates[TOKENS] = {0};
     for (long t = 0; t < TOKENS; t++) {
         if (t < of.n) memcpy(x_rows + t * D, call->x + row_of(call, of, t) / call->k * D, 4 * D);
         else memset(x_rows + t * D, 0, 4 * D);
@@ -136,7 +140,8 @@ static void weight_gradient(float *dweight, int add, const float *left, const fl
     for (long row = 0; row < rows; row += ROWS) {
         tile sums = {0};
         if (add) load_tile(sums, dweight + row * width, width);
-        for (long i = from; i < to; i++) product(sums, left + (i * rows + row) * TOKENS, TOKENS, 1, right + i * TOKENS * width, width, TOKENS);
+        for (long i = from; i < to; i++)
+            product(sums, left + (i * rows + row) * TOKENS, TOKENS, 1, right + i * TOKENS * width, width, TOKENS);
         store_tile(dweight + row * width, width, sums);
     }
 }
@@ -166,7 +171,8 @@ int experts_backward(const float *x, const int64_t *sizes, const float *gate_up,
         for (long i = 0; i < E * panels; i++) {
             long e = i / panels, column = i % panels * COLS;
             if (column < D)
-                weight_gradient(dgate_up + e * 2 * F * D + column, add_gate_up, dhidden, x_rows + column, 2 * F, D, starts[e], starts[e + 1]);
+                weight_gradient(dgate_up + e * 2 * F * D + column, add_gate_up, dhidden, x_rows + column, 2 * F, D, starts[e],
+                                starts[e + 1]);
             else
                 weight_gradient(ddown + e * D * F + column - D, add_down, dy_columns, gated + column - D, D, F, starts[e], starts[e + 1]);
         }

@@ -4,9 +4,11 @@
 const long rows_of_a_block = BLOCK; /* cpu.py sizes the sums by it */
 
 /* Numbers i to i + n of (branch + b_h) a_h + (stream + b_x) a_x. */
-INLINE vec joined(const float *stream, const float *branch, const float *a_h, const float *b_h, const float *a_x, const float *b_x, long i, long n)
+INLINE vec joined(const float *stream, const float *branch, const float *a_h, const float *b_h, const float *a_x, const float *b_x, long i,
+                  long n)
 {
-    return (load_n(branch + i, n) + load_n(b_h + i, n)) * load_n(a_h + i, n) + (load_n(stream + i, n) + load_n(b_x + i, n)) * load_n(a_x + i, n);
+    return (load_n(branch + i, n) + load_n(b_h + i, n)) * load_n(a_h + i, n)
+           + (load_n(stream + i, n) + load_n(b_x + i, n)) * load_n(a_x + i, n);
 }
 
 /* `_ResidualNorm` over rows of width D; a_h, b_h, a_x, b_x, weight (D), inverse_rms (rows). */
