@@ -305,9 +305,6 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"tools.bench_checkpoint: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("tools.bench_checkpoint: interrupted", file=sys.stderr)
-        return 130
     if arguments.json is not None:
         hidden = arguments.json.with_name(f".{arguments.json.name}.tmp")
         hidden.write_text(json.dumps(report, indent=2) + "\n", encoding="ascii")

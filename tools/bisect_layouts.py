@@ -4,7 +4,8 @@
     python -m tools.bisect_layouts RECIPE --a ranks=2 --b ranks=8,cp=8 --tolerance 1e-9 --train.recompute=full
 
 Layouts: ranks (processes on this machine) and parallel.* keys; --a is one process by default. Everything is computed in fp64 (--dtype
-changes it), so that rounding is no explanation. Exit code 0: they agree, 1: they part, 2: bad input.
+changes it), so that rounding is no explanation. Exit code 0: they agree, 1: they part, 2: bad input, or a layout that fails or takes longer
+than --timeout; 130: interrupted.
 
 Every rank notes what passes the model's seams with its place in the batch (rows, tokens, channels); the parts of all ranks make logical
 tensors, which are compared in the order of the step: forward through the blocks, backward through them, the parameters' gradients, loss
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,7 @@ from zaya.shard import Layout
 from zaya.trainer import Trainer, open_data
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
+STEPS = 2
 
 
 class Part(NamedTuple):
@@ -56,8 +59,10 @@ class Difference(NamedTuple):
     """RMS of the difference over RMS of the first layout's values."""
 
 
-def record(trainer: Trainer, steps: int = 2) -> Record:
-    """This rank's steps, and everything that passed a seam. The second step sees what the first one's update left on every rank."""
+def record(trainer: Trainer, begin: Callable[[int], object] = lambda _: None) -> Record:
+    """This rank's steps, and everything that passed a seam. The second step sees what the first one's update left on every rank.
+
+    begin(n) is told as step n begins."""
     notes: Record = {}
     suffix = ""
     rows_T: list[NDArray[np.int64]] = []
@@ -111,7 +116,8 @@ def record(trainer: Trainer, steps: int = 2) -> Record:
         update(**arguments)
 
     trainer.optimizer.update = note_gradients  # type: ignore[method-assign]
-    for step in range(steps):
+    for step in range(STEPS):
+        begin(step + 1)
         suffix = f", step {step + 1}" if step else ""
         batches += trainer._micro_batches()
         result = trainer.train_step()
@@ -215,26 +221,35 @@ def _layout(text: str) -> tuple[int, list[str]]:
     return ranks, [f"--parallel.{key}={value}" for key, value in values.items()]
 
 
-def _run(recipe: str, ranks: int, overrides: list[str], timeout_s: float) -> list[Record]:
+def _run(side: str, recipe: str, ranks: int, overrides: list[str], timeout_s: float) -> list[Record]:
+    """What each rank noted. ValueError, with the option `side` that named the layout, where it fails or takes too long; whatever ends this,
+    its processes are gone."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                    "-m", "tools.bisect_layouts", "--worker", folder, recipe, *overrides]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A session of its own: a terminal's Ctrl-C would be torchrun's first signal, and at a second one it leaves its workers running.
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
             try:
                 _, stderr = job.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
                 job.terminate()  # torchrun takes its workers with it
-                raise ValueError(f"{' '.join(overrides) or 'one process'} took longer than --timeout {timeout_s:g}") from None
+                stdout, _ = job.communicate()
+                if isinstance(end, KeyboardInterrupt):
+                    raise
+                begun = [line for line in stdout.splitlines() if line.startswith("step ")]  # libraries print there too
+                where = f"in {begun[-1]} of {STEPS}" if begun else "before its first step"
+                raise ValueError(f"{side} took longer than --timeout {timeout_s:g}; it was stopped {where}") from None
         if job.returncode:
-            raise ValueError(f"{' '.join(overrides) or 'one process'} failed:\n{stderr[-2000:]}")
+            raise ValueError(f"{side} failed:\n{stderr[-2000:]}")
         by_rank = [pickle.loads((Path(folder) / f"rank-{rank}").read_bytes()) for rank in range(ranks)]  # written just now, by ourselves
         return [{key: [Part(*part) for part in parts] for key, parts in notes.items()} for notes in by_rank]
 
 
 def _worker(folder: str, recipe: Recipe) -> int:
+    """A rank. The first says on stdout which step it is at."""
     mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, int(os.environ["WORLD_SIZE"])))
-    notes = record(Trainer(recipe, mesh, open_data(recipe, mesh)))
+    notes = record(Trainer(recipe, mesh, open_data(recipe, mesh)), lambda step: mesh.rank or print(f"step {step}", flush=True))
     plain = {key: [(part.values, part.places) for part in parts] for key, parts in notes.items()}
     (Path(folder) / f"rank-{mesh.rank}").write_bytes(pickle.dumps(plain))
     close_mesh(mesh)
@@ -260,10 +275,11 @@ def main(argv: list[str] | None = None) -> int:
             return _worker(options.worker, recipe)
         if recipe.parallel.engine != "zaya":
             raise ValueError(f'parallel.engine = "{recipe.parallel.engine}" has no layouts to compare; use --parallel.engine=zaya')
-        layouts = [_layout(text) for text in (options.a, options.b)]
-        for ranks, flags in layouts:
+        layouts = {side: _layout(text) for side, text in ((f"--a {options.a}", options.a), (f"--b {options.b}", options.b))}
+        for ranks, flags in layouts.values():
             load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)
-        a, b = (_run(options.recipe, ranks, [*overrides, *flags], options.timeout) for ranks, flags in layouts)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing else would end the processes
+        a, b = (_run(side, options.recipe, ranks, [*overrides, *flags], options.timeout) for side, (ranks, flags) in layouts.items())
     except ValueError as error:
         print(f"tools.bisect_layouts: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,8 @@ from zaya.config import model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model.transformer import Zaya
 
+TEMPERATURE, TOP_K = 0.8, 50
+
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Zaya:
     """The model in the dtype it is stored in. ValueError if the checkpoint does not hold the model of its recipe."""
@@ -101,12 +103,16 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int]:
 
 def sample(options: argparse.Namespace) -> str:
     """The prompt and what follows it."""
-    if not options.greedy and not 0 < options.temperature < math.inf:
-        raise ValueError(f"--temperature = {options.temperature} must be above 0 and finite; for the likeliest token use --greedy")
+    if options.greedy and (options.temperature, options.top_k) != (None, None):
+        raise ValueError("--greedy takes the likeliest token each time and draws none: leave it out, or --temperature and --top-k")
+    temperature = TEMPERATURE if options.temperature is None else options.temperature
+    top_k = TOP_K if options.top_k is None else options.top_k
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"--temperature = {temperature} must be above 0 and finite; for the likeliest token use --greedy")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens = {options.max_new_tokens} must be at least 1")
-    if options.top_k < 0:
-        raise ValueError(f"--top-k = {options.top_k} must be at least 0, which takes all tokens")
+    if top_k < 0:
+        raise ValueError(f"--top-k = {top_k} must be at least 0, which takes all tokens")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed = {options.seed} must be at least 0 and below 2^63")
     if any("\ud800" <= character <= "\udfff" for character in options.prompt):
@@ -123,7 +129,7 @@ def sample(options: argparse.Namespace) -> str:
     if max(prompt) >= model.config.vocab_size:
         raise ValueError(f"the tokenizer gives token {max(prompt)}, the model knows {model.config.vocab_size} (0 to "
                          f"{model.config.vocab_size - 1}); give the tokenizer it was trained with")
-    choose = greedy if options.greedy else sampler(options.temperature, options.top_k, options.seed)
+    choose = greedy if options.greedy else sampler(temperature, top_k, options.seed)
     ends = end_tokens(checkpoint, tokenizer)
     new = generate(model, prompt, choose, options.max_new_tokens, ends)
     return str(tokenizer.decode(prompt + [token for token in new if token not in ends], skip_special_tokens=False))
@@ -134,10 +140,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="stop after so many tokens (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the likeliest K tokens; 0 = all (default: 50)")
+    parser.add_argument("--temperature", type=float, help=f"below 1 sharpens, above 1 flattens (default: {TEMPERATURE})")
+    parser.add_argument("--top-k", type=int, help=f"draw from the likeliest K tokens; 0 = all (default: {TOP_K})")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time: neither --temperature nor --top-k")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the one the recipe names)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute (default: auto)")
     options = parser.parse_args(argv)

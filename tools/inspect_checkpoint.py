@@ -5,7 +5,8 @@
     python -m tools.inspect_checkpoint CHECKPOINT --tensors '*router*' --json
 
 Off the batch's path; knows no model, reads only. Without --verify it checks the manifest's hash and the files' sizes; with it every byte,
-on threads. Exit code 0: good, 7: corrupt (a line names the file, and the tensor, of every damage), 2: no checkpoint, or bad arguments.
+on threads. Exit code 0: good, 7: corrupt (a line names the file, and the tensor, of every damage), 2: no checkpoint or another program's,
+or bad arguments.
 """
 
 from __future__ import annotations
@@ -25,22 +26,35 @@ from typing import Any
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import step_directories
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, load, num_bytes
+from zaya.checkpoint.manifest import MANIFEST, CheckpointError, ForeignError, Manifest, load, num_bytes
 from zaya.checkpoint.read import Checkpoint
-from zaya.cli import Parser, worker_count
+from zaya.cli import Parser, size, worker_count
 
 GOOD, NO_CHECKPOINT, CORRUPT = 0, 2, 7
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_FOREIGN_BYTES = 1 << 20  # of a manifest.json that is looked at for being another program's
+OTHERS = {  # a file of a directory -> whose checkpoint that is, and what reads it
+    "latest_universal": "a universal checkpoint of DeepSpeed; tools.import_deepspeed reads those",
+    "zero/optimizer_state.pt": "a universal checkpoint of DeepSpeed; tools.import_deepspeed reads those",
+    "latest": "a checkpoint of DeepSpeed; its ds_to_universal makes of it what tools.import_deepspeed reads",
+    "mp_rank_00_model_states.pt": "a checkpoint of DeepSpeed; its ds_to_universal makes of it what tools.import_deepspeed reads",
+    "latest_checkpointed_iteration.txt": "a run of Megatron-LM; tools.import_megatron reads those",
+    "common.pt": "a torch_dist checkpoint of Megatron-core; tools.import_megatron reads those",
+    ".metadata": "a checkpoint of torch.distributed; no tool here reads those",
+    "config.json": "a model of transformers; tools.import_hf reads those of ZAYA1",
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """One checkpoint. `manifest` is None where that is what is damaged; `seconds` is what the hashes took, None if they were not asked."""
+    """One checkpoint. `manifest` is None where that is what is damaged; `seconds` is what the hashes took, None if they were not asked;
+    `foreign`: another program's, which is no damage, and how that shows."""
 
     path: Path
     manifest: Manifest | None
     damage: list[str]
     seconds: float | None = None
+    foreign: str = ""
 
 
 def kind_of(name: str) -> str:
@@ -57,7 +71,11 @@ def kind_of(name: str) -> str:
 def inspect(path: Path, verify: bool, workers: int) -> Report:
     try:
         manifest = load(path)
+    except ForeignError as error:
+        return Report(path, None, [], foreign=f"not a zaya checkpoint of this version: {error}")
     except CheckpointError as error:
+        if is_others(path):
+            return Report(path, None, [], foreign=f"not a zaya checkpoint: its {MANIFEST} is another program's{likeness(path)}")
         return Report(path, None, [str(error)])
     except OSError as error:
         return Report(path, None, [f"cannot read {path / MANIFEST}: {error.strerror}"])
@@ -68,6 +86,24 @@ def inspect(path: Path, verify: bool, workers: int) -> Report:
     with tqdm(total=box_bytes(manifest), unit="B", unit_scale=True, disable=None, dynamic_ncols=True, desc=path.name) as bar:
         damage = [str(damage) for damage in checkpoint.damages(workers, bar.update)]
     return Report(path, manifest, damage, time.perf_counter() - started)
+
+
+def is_others(path: Path) -> bool:
+    """Whether the manifest is whole JSON with nothing of ours in it, beside no file of ours. Damage leaves some of it, or no JSON."""
+    if any(path.glob("shard-*.safetensors")):
+        return False
+    try:
+        with open(path / MANIFEST, "rb") as file:
+            found = json.loads(file.read(MAX_FOREIGN_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, list) or (isinstance(found, dict) and not {"xxh3", "manifest"} & found.keys())
+
+
+def likeness(path: Path) -> str:
+    """Whose checkpoint a directory that is none of ours looks like; empty where there is no sign."""
+    sign = next((name for name in OTHERS if (path / name).is_file()), None)
+    return "" if sign is None else f"; with {sign} it looks like {OTHERS[sign]}"
 
 
 def box_bytes(manifest: Manifest) -> int:
@@ -106,14 +142,6 @@ def as_json(report: Report, pattern: str | None) -> dict[str, Any]:
     return out
 
 
-def size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"
-
-
 def count(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("x") else "s")
 
@@ -147,12 +175,13 @@ def text(report: Report, pattern: str | None) -> str:
     return "\n".join([*lines, f"  {verdict(report)}", *(f"    {damage}" for damage in report.damage)])
 
 
-def table(run: Path, reports: list[Report], unfinished: list[Path]) -> str:
-    """The checkpoints of a run, a line each."""
+def table(run: Path, reports: list[Report], foreign: list[Report], unfinished: list[Path]) -> str:
+    """The checkpoints of a run, a line each, and what lies beside them."""
     lines = [f"{run}: {count(len(reports), 'checkpoint')}"]
     for report in reports:
         held = "" if report.manifest is None else f"{report.manifest.tokens:,} tokens, {size(as_json(report, None)['bytes'])}, "
         lines += [f"  {report.path.name}  {held}{verdict(report)}", *(f"    {damage}" for damage in report.damage)]
+    lines += [f"  {report.path.name}  {report.foreign}" for report in foreign]
     return "\n".join([*lines, *(f"  {path.name}  no {MANIFEST}: a save that did not end; it counts for nothing" for path in unfinished)])
 
 
@@ -168,7 +197,7 @@ def look(path: Path) -> tuple[list[Path], list[Path]]:
     if not complete:
         killed = f"; {count(len(found), 'save')} in {path / 'checkpoints'} did not end" if found else ""
         raise ValueError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run that has one "
-                         f"(no checkpoints/step-*/{MANIFEST}){killed}")
+                         f"(no checkpoints/step-*/{MANIFEST}){killed}{likeness(path)}")
     return complete, [directory for _, directory, whole in found if not whole]
 
 
@@ -198,6 +227,10 @@ def main(argv: Sequence[str]) -> int:
             check_readable(path)
         reports = [inspect(path, options.verify, options.workers) for path in paths]
         reports = [report for report in reports if not report.damage or (report.path / MANIFEST).is_file()]  # a run prunes meanwhile
+        foreign = [report for report in reports if report.foreign]
+        reports = [report for report in reports if not report.foreign]
+        if foreign and not reports:
+            raise ValueError(f"{foreign[-1].path} is {foreign[-1].foreign}")
         if not reports:
             raise ValueError(f"{options.checkpoint} was removed while it was read")
         newest = reports[-1]
@@ -209,10 +242,10 @@ def main(argv: Sequence[str]) -> int:
     is_run = paths != [options.checkpoint]
     if options.json:
         listed = [as_json(report, pattern if report is newest else None) for report in reports]
-        print(json.dumps({"run": str(options.checkpoint), "checkpoints": listed, "unfinished": [str(path) for path in unfinished]}
-                         if is_run else listed[0], indent=1))
+        beside = {"foreign": [str(report.path) for report in foreign], "unfinished": [str(path) for path in unfinished]}
+        print(json.dumps({"run": str(options.checkpoint), "checkpoints": listed, **beside} if is_run else listed[0], indent=1))
     else:
-        parts = [table(options.checkpoint, reports, unfinished)] if is_run else []
+        parts = [table(options.checkpoint, reports, foreign, unfinished)] if is_run else []
         print("\n\n".join([*parts, text(newest, pattern)]))
     damages = [damage for report in reports for damage in report.damage]
     if damages:

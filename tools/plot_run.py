@@ -41,13 +41,17 @@ def series(rows: list[Row], key: str) -> np.ndarray:
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
 
 
+def width(values: np.ndarray) -> int:
+    """Steps that a smoothed curve averages: a fortieth of the run."""
+    return max(len(values) // 40, 1)
+
+
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Average over a fortieth of the run around each step, over less near the ends, so that no curve lags; nan counts as no observation."""
-    half, last = len(values) // 80, len(values) - 1
+    """Mean of each step and those before it, `width(values)` in all, at the start of as many as there are; nan counts as no observation."""
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
     seen = np.concatenate([[0], np.cumsum(~np.isnan(values))])
-    reach = np.array([min(half, i, last - i) for i in range(len(values))])
-    start, stop = np.arange(len(values)) - reach, np.arange(len(values)) + reach + 1
+    stop = np.arange(len(values)) + 1
+    start = np.maximum(stop - width(values), 0)
     count = seen[stop] - seen[start]
     return np.where(count > 0, (sums[stop] - sums[start]) / np.maximum(count, 1), np.nan)
 
@@ -55,7 +59,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def plot_loss(ax: Axes, train: list[Row], evaluation: list[Row]) -> None:
     steps, loss = series(train, "step"), series(train, "loss")
     ax.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=0.8)
-    ax.plot(steps, smoothed(loss), color=BLUE, linewidth=1.8, label="training, smoothed")
+    past = f", mean of the last {width(loss)} steps" if width(loss) > 1 else ""
+    ax.plot(steps, smoothed(loss), color=BLUE, linewidth=1.8, label=f"training{past}")
     if evaluation:
         held_out = series(evaluation, "eval_loss")
         marker_size = 5 if len(evaluation) <= 50 else 2
@@ -170,18 +175,17 @@ def headline(run: Path, train: list[Row], evaluation: list[Row]) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="tools.plot_run", description="Draw a run's loss, schedule, router and throughput as one PNG.")
     parser.add_argument("run", type=Path, help="the run's directory, which holds metrics.jsonl")
-    parser.add_argument("--out", type=Path, help="the picture (default: RUN/plots/run.png)")
+    parser.add_argument("--out", type=Path, help="the picture, in a directory that exists (default: RUN/plots/run.png, plots/ is made)")
     options = parser.parse_args(argv)
     out = options.out or options.run / "plots/run.png"
     try:
-        if not out.name or out.is_dir():
-            raise ValueError(f"--out = {str(out)!r} is a directory; name a file")
+        parser.check_output("--out", options.out)
         if not options.run.is_dir():
             raise ValueError(f"{options.run} is not a directory; name a run's, e.g. runs/quickstart")
         train, evaluation = read_rows(options.run / "metrics.jsonl")
         check_rows(options.run / "metrics.jsonl", train)
         figure = draw(headline(options.run, train, evaluation), train, evaluation)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(exist_ok=True)
         unfinished = out.with_name(out.name + ".tmp")
         figure.savefig(unfinished, format="png", dpi=130)
         os.replace(unfinished, out)

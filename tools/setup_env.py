@@ -210,6 +210,9 @@ def main(argv: Sequence[str]) -> int:
     except SetupError as error:
         print(f"tools.setup_env: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tools.setup_env: interrupted; make setup goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

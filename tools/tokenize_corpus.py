@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="tools.tokenize_corpus", description="Tokenise text into a corpus in Megatron's format (PREFIX.bin, PREFIX.idx).")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
-                        help="text file (one document), .jsonl, .jsonl.gz, .jsonl.zst (.json likewise) or .parquet, or a directory of them")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+                        help="text file (one document), .jsonl or .json (both are read as JSON lines; also .gz, .zst), .parquet, or a "
+                             "directory of them")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx, in a directory that exists")
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="a Hugging Face tokenizer.json")
     parser.add_argument("--train-bpe", type=int, metavar="VOCAB_SIZE",
                         help="first train a byte-level BPE of exactly this many entries on the inputs and write it to --tokenizer")
@@ -59,11 +60,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--workers = {args.workers} must be at least 1 and at most {MAX_WORKERS}")
     if args.output.rpartition("/")[2] in ("", ".", ".."):
         raise ValueError(f"--output = {args.output!r} names a directory; add the corpus' name, {os.path.join(args.output, 'NAME')}")
+    parser.check_output("--output", Path(f"{args.output}.bin"))
+    if args.train_bpe is not None:
+        parser.check_output("--tokenizer", args.tokenizer)
     return args
 
 
 def _run(args: argparse.Namespace) -> Written:
     files = list_files(args.inputs)
+    _check_once(files)
     outputs = [Path(f"{args.output}.bin"), Path(f"{args.output}.idx")]
     if args.train_bpe is None:
         tokenizer = load_tokenizer(args.tokenizer)
@@ -79,6 +84,15 @@ def _run(args: argparse.Namespace) -> Written:
         with _bar("tokenizing", files) as bar:
             return write_corpus(temporary[-2], temporary[-1], read_documents(files, args.text_key, bar.update), tokenizer, end_id,
                                 workers=args.workers, plain_text=args.plain_text)
+
+
+def _check_once(files: list[Path]) -> None:
+    """ValueError: two of them are one file, whose documents would be stored twice. A hard link is a file of its own."""
+    names: dict[Path, Path] = {}
+    for path in files:
+        if (first := names.setdefault(path.resolve(), path)) is not path:
+            also = "" if str(first) == str(path) else f" ({first} is the same file)"
+            raise ValueError(f"input {path} is named twice{also}; its documents would be stored twice: name it once")
 
 
 def _bar(task: str, files: list[Path]) -> tqdm:

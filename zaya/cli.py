@@ -1,26 +1,47 @@
-"""How the tools read their command lines and write their files: a wrong call is one line on stderr, exit code 2. Standard library only."""
+"""How the tools read their command lines, write their files and end: a wrong call is one line on stderr, exit code 2, Ctrl-C one with 130.
+Standard library only."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing import util
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells count it."""
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, without the usage lines before an error. Under `python -m PROG`, a reader of the output that goes away (`| head -1`) ends
-    the tool silently, by SIGPIPE, as it ends other commands."""
+    the tool silently, by SIGPIPE, as it ends other commands, and Ctrl-C ends it with one line and exit code 130."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog=prog, **options)
         running = sys.modules["__main__"].__spec__
         if running is not None and running.name == prog:  # not where a test calls main
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            sys.excepthook = self._ended_by
+
+    def _ended_by(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """What main has not caught; its `with` blocks and `finally` have had their turn."""
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+            return
+        sys.stdout.flush()
+        line_end = "\n" if sys.stderr.isatty() else ""  # of a progress bar, or of the ^C that a terminal shows
+        print(f"{line_end}{self.prog}: interrupted", file=sys.stderr, flush=True)
+        util._run_finalizers(0)  # type: ignore[attr-defined]  # of multiprocessing: the names of its semaphores go
+        for process in multiprocessing.active_children():
+            process.kill()
+        os._exit(INTERRUPTED)  # an exit by sys.exit would wait until pools have done the work that is left
 
     def check_output(self, option: str, path: Path | None) -> None:
         """Before the work, that its result can be written."""
@@ -79,6 +100,15 @@ def layout_sizes(text: str) -> dict[str, int]:
     if dict(pairs).get("ranks", 1) < 1:
         raise ValueError(f"layout {text!r} has {dict(pairs)['ranks']} ranks, expected at least 1")
     return dict(pairs)
+
+
+def size(num_bytes: float) -> str:
+    """ "1.5 GB" of 1,500,000,000: four digits and the unit that needs no zeros."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"
 
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -286,5 +286,17 @@ def _read(path: Path) -> str:
         return ""
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print("usage: python -m zaya.runtime\n\nPrint what a training process would set on this machine, and what it leaves out. "
+              f"{NUMA_SWITCH}=off and\n{COLLECT_SWITCH}=STEPS (0: as Python likes) are its switches; docs/several_nodes.md explains them.")
+        return 0
+    if argv:
+        print(f"zaya.runtime: unrecognized arguments: {' '.join(argv)}; see --help", file=sys.stderr)
+        return 2
     print("\n".join(describe(start("zaya.runtime"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

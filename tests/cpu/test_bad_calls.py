@@ -55,6 +55,7 @@ CALLS: dict[str, list[list[str]]] = {
     "tools.setup_env": [["--venv", "empty"], ["--venv"]],
     "tools.tokenize_corpus": [["{bad}", "--output", "{new}", "--tokenizer", "{bad}"], ["text", "--output", "{new}", "--tokenizer", "{bad}"],
                               ["{bad}", "--output", "{new}", "--tokenizer", "new.json", "--train-bpe", "300"], []],
+    "zaya.runtime": [["{bad}"]],
     "zaya.config": [["{bad}"], ["{bad}", "--train.steps=1"], []],
     "zaya.train": [["{bad}"], ["{bad}", "--train.steps=1"], []],
 }

@@ -28,7 +28,7 @@ from tests.cpu.test_checkpoint_damage import EVIL, body_of, changed, places, sea
 from tools import inspect_checkpoint, reshape_checkpoint
 from zaya import train
 from zaya.checkpoint import manifest as manifest_module
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
+from zaya.checkpoint.manifest import MANIFEST, CheckpointError, ForeignError, Manifest
 from zaya.checkpoint.read import Checkpoint
 
 TENSORS = {"model.a": torch.arange(24.0).reshape(4, 6), "model.b": random_tensor(torch.bfloat16, (5,), 1), "scalar": torch.tensor(3.0),
@@ -202,7 +202,7 @@ def test_fuzzed_manifests(checkpoint: Path, capsys: pytest.CaptureFixture[str], 
     originals = {tensor.numpy(force=True).tobytes() if tensor.dtype != torch.bfloat16 else tensor.view(torch.int16).numpy().tobytes()
                  for tensor in TENSORS.values()}
     body = body_of(checkpoint)
-    mutations, outcomes = Mutations(body, count + soak_seed), {0: 0, 7: 0}
+    mutations, outcomes = Mutations(body, count + soak_seed), {0: 0, 2: 0, 7: 0}
     texts = [seal_body(mutations.renamed(old, new)) for old in file_names(body) for new in PATHS]
     for number in range(count):
         text = texts.pop() if texts else mutations.next()
@@ -211,13 +211,25 @@ def test_fuzzed_manifests(checkpoint: Path, capsys: pytest.CaptureFixture[str], 
             sound = is_sound(checkpoint, originals)
             code = inspect_checkpoint.main([str(checkpoint), "--verify", "--workers", "1", *["--json"] * (number % 2)])
         err = capsys.readouterr().err
-        assert code == (0 if sound else 7), text[:2000]
+        assert code == (0 if sound else 2 if is_foreign(text) else 7), text[:2000]
         assert err == "" if sound else err.startswith("tools.inspect_checkpoint: ") and err.count("\n") == 1, (err, text[:2000])
         assert peak[0] < 40 * len(text) + (4 << 20), (peak, len(text))
         outside = {path for path in seen if not Path(path).is_relative_to(checkpoint) and not path.endswith("messages.mo")}  # argparse
         assert not outside, (outside, text[:2000])
         outcomes[code] += 1
-    assert outcomes[7] > count // 2 and outcomes[0] > count // 500, outcomes  # about 1 to 3 % are harmless: of 300 as few as 3
+    # Most have a right hash; about 1 to 3 % are harmless: of 300 as few as 3.
+    assert outcomes[2] > count // 2 and min(outcomes[0], outcomes[7]) > count // 500, outcomes
+
+
+def is_foreign(text: str) -> bool:
+    """Sealed, and not understood: as another program's would be."""
+    try:
+        Manifest.from_json(text)
+    except ForeignError:
+        return True
+    except CheckpointError:
+        return False
+    return False
 
 
 def is_sound(path: Path, originals: set[bytes]) -> bool:

@@ -119,6 +119,8 @@ def test_command_prints_the_prompt_and_more(run: Path, capsys: pytest.CaptureFix
     (["--prompt", "x", "--temperature", "0"], "--temperature = 0.0 must be above 0 and finite; for the likeliest token use --greedy"),
     *((["--prompt", "x", f"--temperature={value}"], f"--temperature = {float(value)} must") for value in ("nan", "inf", "-1", "-inf")),
     (["--prompt", "x", "--temperature", "hot"], "invalid float value: 'hot'"),
+    (["--prompt", "x", "--greedy", "--temperature", "0.8"], "--greedy takes the likeliest token each time and draws none"),
+    (["--prompt", "x", "--greedy", "--top-k", "1"], "--greedy takes the likeliest token each time and draws none"),
     (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens = 0 must be at least 1"),
     (["--prompt", "x", "--max-new-tokens", "1.5"], "invalid int value: '1.5'"),
     (["--prompt", "x", "--top-k", "-1"], "--top-k = -1 must be at least 0"),

@@ -20,7 +20,7 @@ import torch
 from tests.cpu.test_checkpoint import save_alone, save_threads, state
 from tools.inspect_checkpoint import kind_of, main
 from zaya.checkpoint import read
-from zaya.checkpoint.manifest import MANIFEST
+from zaya.checkpoint.manifest import MANIFEST, hash_bytes
 from zaya.checkpoint.read import Checkpoint
 
 STATE = {"model.blocks.0.moe.router.down.weight": torch.ones(4, 6), "model.blocks.0.moe.router.balance_bias": torch.ones(5),
@@ -156,6 +156,60 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
         out, err = capsys.readouterr()
         assert not out and err.startswith("tools.inspect_checkpoint: ") and err.count("\n") == 1 and str(wrong) in err
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(("files", "says"), [
+    (["config.json", "model.safetensors"], "with config.json it looks like a model of transformers; tools.import_hf reads those"),
+    (["step_3/zero/optimizer_state.pt", "latest_universal"], "tools.import_deepspeed reads those"),
+    (["zero/optimizer_state.pt", "mp_rank_00_model_states.pt"], "a universal checkpoint of DeepSpeed; tools.import_deepspeed reads"),
+    (["latest", "global_step3/mp_rank_00_model_states.pt"], "with latest it looks like a checkpoint of DeepSpeed; its ds_to_universal"),
+    ([".metadata", "common.pt", "metadata.json"], "a torch_dist checkpoint of Megatron-core; tools.import_megatron reads those"),
+    (["latest_checkpointed_iteration.txt", "iter_0000003/.metadata"], "a run of Megatron-LM; tools.import_megatron reads those"),
+    ([".metadata", "__0_0.distcp"], "with .metadata it looks like a checkpoint of torch.distributed; no tool here reads those"),
+])
+def test_another_programs_checkpoint_is_not_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], files: list[str], says: str) -> None:
+    """Whether it has a manifest.json or not."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    not_ours = f"{tmp_path} is not a zaya checkpoint: its {MANIFEST} is another program's"
+    for manifest, first in ((None, f"{tmp_path} is neither a checkpoint (no {MANIFEST}) nor a run"), ('["file"]', not_ours),
+                            ('{"name": "model", "files": []}', not_ours)):
+        if manifest is not None:
+            (tmp_path / MANIFEST).write_text(manifest)
+        assert main([str(tmp_path), "--verify"]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and first in err and says in err, err
+
+
+def reseal(path: Path, before: str, after: str) -> None:
+    body = path.read_text().partition("\n")[2].replace(before, after)
+    path.write_text(f'{{"xxh3": "{hash_bytes(body.encode())}",\n{body}')
+
+
+def test_a_newer_programs_checkpoint_is_not_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = (save_alone(tmp_path / "checkpoints", STATE, step=step) for step in (1, 2))
+    reseal(new / MANIFEST, '"format_version": 1', '"format_version": 99')
+    assert main([str(new), "--verify"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and f"{new} is not a zaya checkpoint of this version: " in err and "format_version 99" in err
+    assert main([str(tmp_path)]) == 0, "beside it is one that is whole"
+    out = capsys.readouterr().out
+    assert "step-00000002  not a zaya checkpoint of this version" in out and "CORRUPT" not in out and f"\n\n{old}\n" in out
+    assert main([str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["step"] for one in found["checkpoints"]] == [1] and found["foreign"] == [str(new)]
+    reseal(old / MANIFEST, '"format_version": 1', '"format_version": 99')
+    assert main([str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("manifest", ["", "{", '{"name": "model"}', "[]", "\0" * 1000])
+def test_a_manifest_that_is_gone_from_beside_our_files_is_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], manifest: str) -> None:
+    path = save_alone(tmp_path, STATE)
+    (path / "config.json").write_text("{}")
+    (path / MANIFEST).write_text(manifest)
+    assert main([str(path)]) == 7
+    assert "CORRUPT: 1 damage" in capsys.readouterr().out
 
 
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ def test_bf16_sums_halve_the_gradients_traffic_and_ep_cuts_the_memory(capsys: py
     key = "reduce_scatter over all holders"
     assert narrow["sent_bytes_per_step"][key] * 2 == whole["sent_bytes_per_step"][key]
     assert ep["memory_bytes"]["parameters"] < 0.25 * whole["memory_bytes"]["parameters"]
+
+
+def test_a_tiny_model_has_sizes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(ROOT / "recipes/quickstart.toml"), "--ranks", "2", "--model.hidden_size=32", "--model.vocab_size=512",
+                 "--model.num_layers=2", "--model.moe_intermediate_size=32", "--model.router_hidden_size=16"]) == 0
+    out = capsys.readouterr().out
+    sizes = dict(re.findall(r"^  (.+?)  +([0-9.]+ [kMG]?B)", out, flags=re.MULTILINE))
+    assert sizes.keys() >= {"parameters", "gradients", "activations", "all_gather over all holders", "in all"}
+    assert sizes["parameters"].endswith(" kB") and not [what for what, words in sizes.items() if float(words.split()[0]) == 0
+                                                         and what != "master weights"], out
 
 
 def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:

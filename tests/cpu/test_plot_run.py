@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib import image
+from matplotlib import image, pyplot
 
 from tools import plot_run
-from zaya.metrics import MetricsWriter, routing_metrics
+from zaya.metrics import MetricsWriter, read_rows, routing_metrics
 
 
 def make_run(run: Path, steps: int, blocks: int, experts: int, *, evaluate: bool = True, loss: float | None = 3.0) -> Path:
@@ -54,11 +54,14 @@ def test_the_load_picture_shows_shares_of_even_block_by_block(tmp_path: Path) ->
     assert picture[:, 0].tolist() == [2.0, 0.0, 1.0, 1.0]
 
 
-def test_smoothing_neither_lags_nor_spreads_holes() -> None:
-    line = np.arange(400, dtype=float)
-    assert np.allclose(plot_run.smoothed(line), line)
-    line[100] = np.nan
-    assert abs(plot_run.smoothed(line)[100] - 100) < 1e-9
+def test_a_smoothed_curve_is_the_mean_of_the_steps_before() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    ours = plot_run.smoothed(values)
+    assert np.allclose(ours, [values[max(i - 9, 0): i + 1].mean() for i in range(400)]), "ten steps, also at the end of the run"
+    values[391:399] = np.nan
+    assert np.isclose(plot_run.smoothed(values)[399], (values[390] + values[399]) / 2)
+    values[:] = np.nan
+    assert np.isnan(plot_run.smoothed(values)).all()
     assert plot_run.smoothed(np.array([1.0, np.nan]))[0] == 1 and np.isnan(plot_run.smoothed(np.array([1.0, np.nan]))[1])
 
 
@@ -114,18 +117,34 @@ def test_odd_values_are_one_line_and_exit_2(tmp_path: Path, capsys: pytest.Captu
     assert re.search(message, error), error
 
 
-def test_a_directory_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("steps", "label"), [(30, "training"), (79, "training"), (130, "training, mean of the last 3 steps")])
+def test_the_legend_says_what_is_averaged(tmp_path: Path, steps: int, label: str) -> None:
+    train, _ = read_rows(make_run(tmp_path / "run", steps, 1, 2) / "metrics.jsonl")
+    ax = pyplot.figure().add_subplot()
+    plot_run.plot_loss(ax, train, [])
+    assert ax.get_legend_handles_labels()[1] == [label]
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize(("out", "says"), [("", "--out . is a directory; name a file"), (".", "--out . is a directory; name a file"),
+                                           ("{dir}", "--out {dir} is a directory; name a file"),
+                                           ("{dir}/new/x.png", "there is no directory {dir}/new"),
+                                           ("{dir}/run/metrics.jsonl/x.png", "there is no directory {dir}/run/metrics.jsonl")])
+def test_a_picture_needs_a_directory_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, says: str) -> None:
     run = make_run(tmp_path / "run", 2, 1, 2)
-    for out in ("", ".", str(tmp_path)):
-        assert plot_run.main([str(run), f"--out={out}"]) == 2
-        assert "is a directory; name a file" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(SystemExit) as ended:
+        plot_run.main([str(run), f"--out={out.format(dir=tmp_path)}"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and says.format(dir=tmp_path) in error
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "metrics.jsonl"]
 
 
 def test_bad_places_are_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plot_run.main([str(tmp_path / "absent")]) == 2
     assert "is not a directory" in capsys.readouterr().err
     run = make_run(tmp_path / "run", 2, 1, 2)
-    (tmp_path / "file").write_text("")
-    assert plot_run.main([str(run), "--out", str(tmp_path / "file/x.png")]) == 2
+    assert plot_run.main([str(run), "--out", str(tmp_path / f"{'n' * 300}.png")]) == 2
+    assert capsys.readouterr().err.startswith("tools.plot_run: cannot write")
+    (run / "plots").write_text("")
+    assert plot_run.main([str(run)]) == 2
     assert capsys.readouterr().err.startswith("tools.plot_run: cannot write")

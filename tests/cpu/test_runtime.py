@@ -332,7 +332,16 @@ def test_a_signal_reaches_the_workers_and_preemption_queues_again(tmp_path: Path
     assert (tmp_path / f"runs/slurm-123456/attempt-{restarts}").is_dir()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["recipe.toml"]])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_script_explains_itself(tmp_path: Path, slurm: dict[str, str], flag: str) -> None:
+    environ = {key: value for key, value in slurm.items() if key != "SLURM_JOB_ID"}
+    done = subprocess.run([SCRIPT, flag], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: sbatch ")
+    assert "#" not in done.stdout and all(name in done.stdout for name in re.findall(r"ZAYA_[A-Z_]+", SCRIPT.read_text()))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--nonsense"], ["recipe.toml"]])
 def test_a_wrong_call_of_the_script_is_one_line(tmp_path: Path, slurm: dict[str, str], arguments: list[str]) -> None:
     environ = {key: value for key, value in slurm.items() if key != "SLURM_JOB_ID" or not arguments}
     code, err, calls = launch(tmp_path, environ, *arguments)

@@ -151,6 +151,16 @@ def test_a_changed_torch_and_a_failed_pip_stop_the_setup(rocm_python: str, tmp_p
         verify(tmp_path / ".venv", before)
 
 
+def test_ctrl_c_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_env, "install", interrupted)
+    monkeypatch.setattr(setup_env, "make_venv", lambda *_: None)
+    assert setup_env.main(["--venv", str(tmp_path / "venv")]) == 130
+    assert capsys.readouterr().err == "tools.setup_env: interrupted; make setup goes on from here\n"
+
+
 def test_a_torch_that_does_not_import_is_not_taken_for_none(tmp_path: Path) -> None:
     make_venv(sys.executable, tmp_path / "image", None, with_pip=False)
     (site,) = (tmp_path / "image/lib").glob("python3.*/site-packages")

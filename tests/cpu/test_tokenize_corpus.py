@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +21,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from tests.cpu.test_kernel_report import processes_of
 from tools import tokenize_corpus
 from zaya.config import DataConfig
 from zaya.data import corpus_writer, stdlib_corpus
@@ -86,6 +93,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 def test_formats_and_what_is_stored(tmp_path: Path, tokenizer: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each document is the ids of its text and then the end token; empty ones are left out."""
     source = FORMATS[kind](tmp_path)
+    (tmp_path / "out").mkdir()
     assert run(source, "--output", tmp_path / "out" / "c", "--tokenizer", tokenizer, "--workers", 1) == 0
     library = Tokenizer.from_file(str(tokenizer))
     expected = [library.encode(text).ids + [0] for text in TEXTS if text]
@@ -93,6 +101,16 @@ def test_formats_and_what_is_stored(tmp_path: Path, tokenizer: Path, kind: str, 
     assert [library.decode(ids[:-1], skip_special_tokens=False) for ids in expected] == [text for text in TEXTS if text]
     assert f"5 documents, {sum(map(len, expected))} tokens (1 empty ones left out)" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"c.bin", "c.idx"}
+
+
+def test_a_link_is_its_file_and_a_hard_link_a_file_of_its_own(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (tmp_path / "d", "--output", tmp_path / "c", "--tokenizer", tokenizer, "--workers", 1)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/hard.txt").hardlink_to(write_file(tmp_path / "d/a.txt", b"a"))
+    assert run(*command) == 0 and len(documents_of(tmp_path / "c")) == 2
+    (tmp_path / "d/soft.txt").symlink_to("a.txt")
+    assert run(*command, "--overwrite") == 2
+    assert f"input {tmp_path}/d/soft.txt is named twice ({tmp_path}/d/a.txt is the same file)" in capsys.readouterr().err
 
 
 def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +127,7 @@ def test_an_error_behind_running_processes_leaves_nothing(tmp_path: Path, tokeni
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_writer, "_PORTION_CHARS", 100)
     source = write_file(tmp_path / "d.jsonl", jsonl(TEXTS * 20) + b"{\n")
-    assert run(source, "--output", tmp_path / "new" / "c", "--tokenizer", tokenizer, "--workers", 2) == 2
+    assert run(source, "--output", tmp_path / "c", "--tokenizer", tokenizer, "--workers", 2) == 2
     assert "line 121: not valid JSON" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
 
@@ -215,12 +233,18 @@ BAD: dict[str, tuple[str, bytes | None, list[str], str]] = {  # input's name, it
     "tokenizer not json": ("d.txt", b"a", ["--tokenizer", "{in}"], "is not JSON"),
     "tokenizer_config": ("d.jsonl", b'{"text": "a"}', ["--tokenizer", "{in}"], "it is not a tokenizer.json"),
     "tokenizer broken": ("d.jsonl", b'{"text": "a", "model": {"type": "X"}}', ["--tokenizer", "{in}"], "is not a valid tokenizer.json"),
-    "unwritable": ("d.txt", b"a", ["--output", "/proc/none/c"], "cannot write /proc/none/c.bin"),
+    "unwritable": ("d.txt", b"a", ["--output", "/proc/c"], "cannot write /proc/c.bin"),
+    "no directory": ("d.txt", b"a", ["--output", "{dir}/new/c"], "--output {dir}/new/c.bin: there is no directory {dir}/new"),
+    "no directory for a tokenizer": ("d.txt", b"a", ["--tokenizer", "{dir}/new/t.json", "--train-bpe", "300"],
+                                     "--tokenizer {dir}/new/t.json: there is no directory {dir}/new"),
+    "named twice": ("d.txt", b"a", ["{in}"], "input {in} is named twice; its documents would be stored twice: name it once"),
+    "spelt otherwise": ("d.txt", b"a", ["./d.txt"], "input d.txt is named twice ({in} is the same file)"),
+    "in a directory named too": ("d.txt", b"a", ["{dir}"], "input {in} is named twice"),
     "no name": ("d.txt", b"a", ["--output", "{dir}/new/"], "names a directory"),
     "empty name": ("d.txt", b"a", ["--output", ""], "names a directory"),
     "this directory": ("d.txt", b"a", ["--output", "."], "names a directory"),
     "the directory above": ("d.txt", b"a", ["--output", "{dir}/.."], "names a directory"),
-    "in a file": ("d.txt", b"a", ["--output", "{in}/c"], "cannot write {in}/c.bin: Not a directory"),
+    "in a file": ("d.txt", b"a", ["--output", "{in}/c"], "there is no directory {in}"),
     "name too long": ("d.txt", b"a", ["--output", "{dir}/" + "c" * 300], "File name too long"),
     "tokenizer to a directory": ("d.txt", b"ab",
                                  ["--tokenizer", "{dir}", "--train-bpe", "300", "--overwrite"], "is a directory; name a file"),
@@ -246,9 +270,10 @@ def test_bad_input_is_one_line_and_no_file(tmp_path: Path, tokenizer: Path, monk
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     further = [a.format(dir=tmp_path, **{"in": path}) for a in arguments]
-    assert run(path, "--output", tmp_path / "new" / "c", "--tokenizer", tokenizer, "--workers", 1, *further) == 2
+    assert run("--output", tmp_path / "c", "--tokenizer", tokenizer, "--workers", 1, path, *further) == 2
     error = capsys.readouterr().err
-    assert error.startswith("tools.tokenize_corpus: ") and error.count("\n") == 1 and message.format(**{"in": path}) in error, error
+    message = message.format(dir=tmp_path, **{"in": path})
+    assert error.startswith("tools.tokenize_corpus: ") and error.count("\n") == 1 and message in error, error
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -265,6 +290,26 @@ def test_an_interrupted_overwrite_keeps_the_old_corpus(tmp_path: Path, tokenizer
     with pytest.raises(KeyboardInterrupt):
         run(*command, "--overwrite")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_process_and_no_file(tmp_path: Path, tokenizer: Path) -> None:
+    """A terminal sends it to all processes; those that tokenise have just begun to import."""
+    source = write_file(tmp_path / "d.jsonl", jsonl(TEXTS * 1500))
+    options = [f"--output={tmp_path / 'c'}", f"--tokenizer={tokenizer}", "--workers=2"]
+    command = [sys.executable, "-m", "tools.tokenize_corpus", str(source), *options]
+    tool = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 100
+    while len(processes_of(tool.pid)) < 4:  # itself, multiprocessing's resource tracker, and the two
+        assert time.monotonic() < deadline and tool.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)  # the second has got its orders
+    os.killpg(tool.pid, signal.SIGINT)
+    _, err = tool.communicate(timeout=60)
+    assert (tool.returncode, err) == (130, "tools.tokenize_corpus: interrupted\n")
+    while left := processes_of(tool.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
+    assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
 
 
 def stdlib_data(folder: Path) -> DataConfig:
@@ -330,6 +375,37 @@ def test_stdlib_corpus_makes_both_or_says_what_is_missing(tmp_path: Path, few_fi
         stdlib_corpus.build(data, 512)
     with pytest.raises(ValueError, match="cannot write /proc/none"):
         stdlib_corpus.build(dataclasses.replace(data, tokenizer="/proc/none/t.json", train=("/proc/none/t",), valid="/proc/none/v"), 512)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_signal_leaves_nothing_and_what_a_kill_leaves_goes_at_the_next_start(tmp_path: Path, few_files: None,
+                                                                               number: signal.Signals) -> None:
+    folder = tmp_path / "new" / "corpora"
+    data = stdlib_data(folder)
+    text = f"""
+import time
+from zaya.config import DataConfig
+from zaya.data import stdlib_corpus
+files = stdlib_corpus.source_files()[::12]
+stdlib_corpus.source_files = lambda: files
+stdlib_corpus.write_corpus = lambda *_, **__: (print("writing", flush=True), time.sleep(60))
+stdlib_corpus.build({data!r}, 512)
+"""
+    process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    left = {path.name for path in folder.iterdir()}
+    assert len(left) == 5 and f".train.bin.{process.pid}.tmp" in left
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == -number, "it ends as by the signal"
+    if number != signal.SIGKILL:
+        assert not list(tmp_path.iterdir())
+        return
+    assert {path.name for path in folder.iterdir()} == left
+    with open(folder / ".train.bin.1.tmp", "wb") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)  # another process is making the same
+        stdlib_corpus.build(data, 512)
+        assert set(contents(folder)) == {"train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.json", ".train.bin.1.tmp"}
 
 
 def test_stdlib_files_are_source_of_the_library_alone() -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +20,8 @@ from tests import tiny
 from tests.dist.pool import Pools
 from tools.bisect_layouts import TOLERANCE, Difference, differences, main
 from zaya.config import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def recorded(rank: int, world_size: int, tables: dict[str, Any], fault: str) -> Any:
@@ -88,9 +98,21 @@ def test_a_planted_fault_is_named(pools: Pools, recipe: Recipe, fault: str, layo
     assert found and found[0].direction == direction and found[0].name.startswith(name), found[:3]
 
 
-def test_bad_layouts_are_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(recipe.to_toml())
+@pytest.fixture
+def path(recipe: Recipe, tmp_path: Path) -> Path:
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    return tmp_path / "recipe.toml"
+
+
+@pytest.fixture
+def sigterm_afterwards() -> Iterator[None]:
+    """The command takes SIGTERM for Ctrl-C; pytest shall not."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_bad_layouts_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for layout, says in (("ranks=4,tp=3", "parallel.tp = 3"), ("two", "not of the form"), ("ranks=3", "multiple of"),
                          ("ranks=2,xp=2", "unknown recipe key")):
         assert main([str(path), "--b", layout]) == 2
@@ -98,9 +120,67 @@ def test_bad_layouts_are_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest
         assert says in message and message.count("\n") == 1
 
 
+@pytest.mark.usefixtures("sigterm_afterwards")
+@pytest.mark.parametrize(("words", "stuck", "says"), [
+    ("[Gloo] Rank 0 is connected\n", "tp=2", "--b ranks=2,tp=2 took longer than --timeout 3; it was stopped before its first step"),
+    ("step 1\n[Gloo] Rank 0 is connected\n", "", "--a ranks=1 took longer than --timeout 3; it was stopped in step 1 of 2"),
+    ("step 1\nstep 2\n", "tp=2", "--b ranks=2,tp=2 took longer than --timeout 3; it was stopped in step 2 of 2"),
+])
+def test_a_layout_that_takes_too_long_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str,
+                                               stuck: str, says: str) -> None:
+    """torchrun is played by a script: one of the layouts gets stuck, the other is done at once, with an empty record."""
+    torchrun = path.with_name("torchrun")
+    torchrun.write_text(f"""#!{sys.executable}
+import pathlib, pickle, sys, time
+if {stuck!r} in sys.argv[-1]:
+    sys.stdout.write({words!r})
+    sys.stdout.flush()
+    time.sleep(600)
+(pathlib.Path(sys.argv[sys.argv.index("--worker") + 1]) / "rank-0").write_bytes(pickle.dumps({{}}))
+""")
+    torchrun.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(torchrun))
+    assert main([str(path), "--b", "ranks=2,tp=2", "--timeout", "3"]) == 2
+    assert capsys.readouterr().err == f"tools.bisect_layouts: {says}\n"
+
+
+def processes_of(recipe: Path) -> list[str]:
+    """torchrun and its workers, by their command lines."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = file.read_bytes().decode(errors="replace").split("\0")
+            found += [" ".join(words)] if "--worker" in words and str(recipe) in words else []
+    return found
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, sent: signal.Signals) -> None:
+    """Ctrl-C of a terminal reaches all of the foreground's processes."""
+    command = [sys.executable, "-m", "tools.bisect_layouts", str(path), "--a", "ranks=2", "--train.global_batch_size=100000"]
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(processes_of(path)) < 3:  # torchrun and its two
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.1)
+    os.killpg(job.pid, sent)
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, out, err) == (130, "", "tools.bisect_layouts: interrupted\n")
+    assert not processes_of(path)
+
+
+def test_the_first_rank_says_which_step_it_is_at(path: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run([sys.executable, "-m", "tools.bisect_layouts", "--worker", str(tmp_path), str(path)], cwd=ROOT, env=environ,
+                          capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "step 1\nstep 2\n"), done.stderr
+    assert (tmp_path / "rank-0").is_file()
+
+
 @pytest.mark.slow
-def test_the_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(recipe.to_toml())
+def test_the_command(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(path), "--b", "ranks=2,tp=2"]) == 0
     assert "agree" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -230,8 +231,23 @@ def figures(build: Build) -> dict[str, Any]:
 
 def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
     """`figures` of each, in order, in as many processes as there are CPUs."""
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(builds), 1)), multiprocessing.get_context("spawn")) as pool:
+    with processes(len(builds)) as pool:
         yield from pool.map(figures, builds)
+
+
+@contextlib.contextmanager
+def processes(most: int) -> Iterator[ProcessPoolExecutor]:
+    """One per CPU, at most so many; an exception does not wait for them. Ctrl-C, which a terminal sends them too, is for their parent."""
+    count = max(min(os.cpu_count() or 1, most), 1)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+    for _ in range(count):
+        pool.submit(int)  # starts one, as none is idle yet
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,7 @@ the GPU has is never launched. Knows no op.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -90,7 +87,7 @@ def misfits(candidates: Candidates, calls: list[Callable[[], Any]]) -> dict[tupl
                     builds[entry, number, build.key] = build
                     owners.append((entry, number))
     shared = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(builds), 1)), multiprocessing.get_context("spawn")) as pool:
+    with machine_code.processes(len(builds)) as pool:
         every = pool.map(misfit, builds.values(), [gpu] * len(builds), [shared] * len(builds))
         found = list(tqdm(every, total=len(builds), unit="kernel", disable=None, leave=False))
     return refused | {owner: why for owner, why in zip(owners, found) if why}
