@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import tomllib
 import types
@@ -22,6 +23,8 @@ from pathlib import Path
 
 DTYPES = ("fp32", "bf16", "fp64")
 ATTENTION_KINDS = ("full", "sliding")
+BLOCK_ROWS = 4096
+"""Rows in which every corpus gets exactly its share: one global batch of ZAYA1 (4,096 sequences)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ class ModelConfig:
         for name in ("init_std", "router_init_std"):
             if getattr(self, name) > 10:  # an fp32 of 1e38 would train on infinities; nobody means more than 1
                 raise ValueError(f"model.{name} = {getattr(self, name)} is no standard deviation of weights; use 0.02 or so")
+        if abs(self.temperature_init) > 1e30:
+            raise ValueError(f"model.temperature_init = {self.temperature_init} is beyond fp32; keep it below 1e30")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +126,43 @@ class DataConfig:
             raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} corpora in data.train; give one each")
         for weight in self.weights:
             _positive("data.weights", weight)
+            if weight > 1e30:  # their sum would be infinite
+                raise ValueError(f"data.weights = {weight} is beyond any share; only their ratios count: use smaller ones")
+        twice = next((name for name in self.train if self.train.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.train names corpus {twice} {self.train.count(twice)} times; name it once and give it a larger "
+                             "share in data.weights")
+        if self.weights:
+            rows_of_block(self.train, self.weights)
+        for key, paths in (("train", self.train), ("valid", (self.valid,)), ("tokenizer", (self.tokenizer,))):
+            for path in paths:
+                _printable(f"data.{key}", path)
         _one_of("data.source", self.source, ("", "stdlib"))
         if self.source and (len(self.train) != 1 or not self.valid or not self.tokenizer):
             raise ValueError(f"data.source = {self.source!r} builds one train corpus, one valid corpus and a tokenizer, "
                              f"but data.train has {len(self.train)} entries, data.valid = {self.valid!r}, "
                              f"data.tokenizer = {self.tokenizer!r}; name one of each")
+        if self.source:
+            corpora = [f"{name}.{end}" for name in (self.train[0], self.valid) for end in ("bin", "idx")]
+            files = [os.path.abspath(name) for name in (*corpora, self.tokenizer)]
+            if len(set(files)) < len(files):
+                raise ValueError(f"data.source = {self.source!r} builds two corpora and a tokenizer, but data.train = {self.train[0]!r}, "
+                                 f"data.valid = {self.valid!r} and data.tokenizer = {self.tokenizer!r} name a file twice; use other names")
+
+
+def rows_of_block(names: typing.Sequence[str], weights: typing.Sequence[float]) -> list[int]:
+    """Of BLOCK_ROWS rows, how many each corpus gives: its share of the weights, by largest remainder. ValueError: one would give none."""
+    total = sum(weights)
+    exact = [weight / total * BLOCK_ROWS for weight in weights]
+    rows = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: rows[i] - exact[i])
+    for i in by_remainder[:BLOCK_ROWS - sum(rows)]:
+        rows[i] += 1
+    for name, weight, count in zip(names, weights, rows, strict=True):
+        if count == 0:
+            raise ValueError(f"corpus {name} has weight {weight:g} of {total:g}, less than one row in {BLOCK_ROWS}; "
+                             f"give it at least {total / BLOCK_ROWS:g} in data.weights, merge it into another corpus or leave it out")
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +247,11 @@ class OptimConfig:
         _positive("optim.eps", self.eps)
         for name in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip", "balance_lr"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
-        for name in ("beta1", "beta2", "momentum"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"optim.{name} = {value} is outside [0, 1)")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} = {getattr(self, name)} is outside (0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum = {self.momentum} is outside [0, 1)")
         for name, hint in _hints(OptimConfig).items():
             if hint is float and getattr(self, name) > 1e30:
                 raise ValueError(f"optim.{name} = {getattr(self, name)} is beyond fp32; keep it below 1e30")
@@ -343,9 +381,10 @@ class CheckpointConfig:
         _one_of("checkpoint.verify", self.verify, ("read", "all"))
         if not self.resume:
             raise ValueError('checkpoint.resume is empty; use "auto", "never" or the path of a checkpoint')
-        for key, path in (("resume", self.resume), ("local_dir", self.local_dir)):
-            if "\0" in path or not path.isprintable():
-                raise ValueError(f"checkpoint.{key} = {path!r} holds characters that a path cannot have; use printable ones")
+        _printable("checkpoint.resume", self.resume)
+        _printable("checkpoint.local_dir", self.local_dir)
+        for pattern in self.allow_missing:
+            _printable("checkpoint.allow_missing", pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,8 +397,7 @@ class RunConfig:
     def validate(self) -> None:
         if not self.dir:
             raise ValueError("run.dir is empty; name the directory of the run")
-        if "\0" in self.dir or not self.dir.isprintable():
-            raise ValueError(f"run.dir = {self.dir!r} holds characters that a path cannot have; use printable ones")
+        _printable("run.dir", self.dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +406,9 @@ class InitConfig:
 
     checkpoint: str = ""
     """A checkpoint whose weights (not optimizer state) a fresh run starts from; empty = random."""
+
+    def validate(self) -> None:
+        _printable("init.checkpoint", self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +435,7 @@ class Recipe:
             self._validate_deepspeed()
         self.checkpoint.validate()
         self.run.validate()
+        self.init.validate()
         rows, dp = self.train.global_batch_size, world_size // (self.parallel.tp * self.parallel.cp)
         if rows % dp:
             share = -(-rows // dp)  # and then a share that is one micro-batch, or several
@@ -582,6 +624,11 @@ def _positive(key: str, value: float) -> None:
 def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{key} = {value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def _printable(key: str, value: str) -> None:
+    if not value.isprintable():
+        raise ValueError(f"{key} = {value!r} holds characters that a path cannot have; use printable ones")
 
 
 def main(argv: list[str]) -> int:

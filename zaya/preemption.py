@@ -1,12 +1,15 @@
 """Notice that the job must go: SIGTERM (Slurm, Kubernetes, torchrun) or SIGUSR1. Standard library only.
 
-The handler only notes it; the training loop looks after every step, so that a step is never cut in two.
+In the training loop the handler only notes it: the loop looks after every step, so that a step is never cut in two. What is made before it
+(a corpus) is left at once, and cleaned up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 GRACE_S = 25.0
@@ -39,3 +42,28 @@ class Preemption:
         # Once it is known that the job must go, whoever says so again (torchrun does) must not end it before it has left in order.
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.signal else handler)  # type: ignore[arg-type]  # what signal.signal gave
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """A signal that would end the process at once leaves the `with` block as a KeyboardInterrupt first: what the block cleans up is cleaned
+    up. For Python code: a handler waits until a call of a library in C++ or Rust returns."""
+    came: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for other in mine:  # torchrun sends it again: the cleaning up goes on
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    mine = [number for number in SIGNALS if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
+    try:
+        for number in mine:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])

@@ -2,7 +2,8 @@
 
 Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
 2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved, 7 no checkpoint to start from can be
-read (one clear line for all but a bug, nothing half-written). A signal outside of the training loop ends it as any process.
+read (one clear line for all but a bug, nothing half-written). A signal outside of the training loop ends it as any process; of a corpus
+that is being made nothing is left.
 """
 # ruff: noqa: E402  # settings first, then torch
 

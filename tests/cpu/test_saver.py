@@ -202,6 +202,43 @@ def test_a_failed_save_is_said_and_tried_again(tmp_path: Path, monkeypatch: pyte
     assert_holds(step_path(tmp_path, 9), state(9))
 
 
+def foreign(path: Path) -> Path:
+    """A checkpoint of another program; its manifest."""
+    path.mkdir(parents=True)
+    text = '"manifest": {"format_version": 3}}\n'
+    (path / MANIFEST).write_text(f'{{"xxh3": "{hash_bytes(text.encode())}",\n{text}')
+    return path / MANIFEST
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_refused_save_is_said_once_and_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, world_size: int) -> None:
+    theirs = foreign(step_path(tmp_path, 1))
+    before = theirs.read_text()
+    ranks, pauses = Ranks(world_size), list[float]()
+    savers = [Saver(tmp_path, gather=ranks.gather("saver", rank), rank=rank, world_size=world_size) for rank in range(world_size)]
+
+    def save_all(step: int, widths: tuple[int, ...]) -> None:
+        for rank, saver in enumerate(savers):
+            saver.start(shares({"x": torch.ones(4, widths[rank])}, rank, world_size), step=step, **COUNTERS)
+        for saver in savers:
+            saver.wait()
+
+    for saver in savers:
+        saver._hurry.wait = pauses.append  # type: ignore[assignment, method-assign]
+    with caplog.at_level(logging.INFO, "zaya"):
+        save_all(1, (8, 8))
+        for saver in savers:
+            assert saver.failed and not saver.wants_retry and saver.failures == 1 and "move it away" in saver.problem
+        assert theirs.read_text() == before and os.listdir(theirs.parent) == [MANIFEST]
+        assert caplog.text.count("SAVE FAILED") == 1 and caplog.text.count("no other attempt until a save is due") == 1
+        if world_size > 1:  # a state that is none
+            save_all(2, (8, 9))
+            assert not any(saver.wants_retry for saver in savers) and "other names, dtypes or shapes" in savers[1].problem
+        assert not any(pauses)
+        save_all(3, (8, 8))
+    assert not any(saver.failed for saver in savers) and complete_steps(tmp_path) == [1, 3]
+
+
 def test_what_reads_back_otherwise_never_becomes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = File.finish
 
@@ -337,14 +374,14 @@ def test_a_mirror_that_cannot_gives_up_and_leaves_nothing_that_looks_whole(tmp_p
     assert newest(tmp_path / "shared") is None and complete_steps(tmp_path / "node") == [1]
 
 
-def test_the_mirror_does_not_replace_another_programs_checkpoint(tmp_path: Path) -> None:
-    theirs = step_path(tmp_path / "shared", 1) / MANIFEST
-    theirs.parent.mkdir(parents=True)
-    text = '"manifest": {"format_version": 3}}\n'
-    theirs.write_text(f'{{"xxh3": "{hash_bytes(text.encode())}",\n{text}')
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_the_mirror_does_not_replace_another_programs_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                                 ranks_per_node: int) -> None:
+    theirs = foreign(step_path(tmp_path / "shared", 1))
     before = theirs.read_text()
-    with pytest.raises(CheckpointError, match="the checkpoint of step 1 is on the local tier only"):
-        run_nodes([tmp_path / "node"], tmp_path / "shared", [1], state, 1)
+    with caplog.at_level(logging.INFO, "zaya"), pytest.raises(CheckpointError, match="the checkpoint of step 1 is on the local tier only"):
+        run_nodes([tmp_path / "node"], tmp_path / "shared", [1], state, ranks_per_node)
+    assert caplog.text.count("MIRROR FAILED") == 1 and "move it away" in caplog.text, "a refusal is not tried again"
     assert theirs.read_text() == before and os.listdir(theirs.parent) == [MANIFEST]
 
 

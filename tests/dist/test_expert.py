@@ -134,6 +134,26 @@ def test_equals_the_local_dispatcher(pools: Pools, world_size: int, ep: int, E: 
         assert not wrong, wrong
 
 
+def second_backward(rank: int, world_size: int, setting: str) -> list[str]:
+    group, p = ep_group(world_size, 2), problem(rank, 4, 1, "any")
+    weights = SimpleNamespace(gate_up=p["gate_up"][2 * rank : 2 * rank + 2], down=p["down"][2 * rank : 2 * rank + 2], gradient_sums=None)
+    messages = []
+    for retain_graph in (True, False):
+        y = ExpertParallel(group, **SETTINGS[setting]).compute(weights, p["x"].requires_grad_(), p["choice"], p["gate"], 5)
+        y.backward(p["dy"], retain_graph=retain_graph)
+        try:
+            y.backward(p["dy"])
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("setting", ["default", "recomputed"])
+def test_a_second_backward_over_a_graph_is_an_error_in_torchs_words(pools: Pools, setting: str) -> None:
+    for messages in pools[2].run(second_backward, setting):
+        assert [message.startswith("Trying to backward through the graph a second time") for message in messages] == [True, True]
+
+
 def test_alone_equals_the_op_and_waits_for_nothing() -> None:
     from zaya.kernels import reference
 

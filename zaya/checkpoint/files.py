@@ -27,6 +27,7 @@ from zaya.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
+    RefusedError,
     check_name,
     hash_bytes,
     hash_range,
@@ -137,7 +138,7 @@ def whole(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Piece:
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:
     if dtype not in _DTYPE_NAMES:
-        raise CheckpointError(f"tensor {name!r} is {dtype}; a checkpoint holds {', '.join(DTYPES)}")
+        raise RefusedError(f"tensor {name!r} is {dtype}; a checkpoint holds {', '.join(DTYPES)}")
     return _DTYPE_NAMES[dtype]
 
 

@@ -64,7 +64,11 @@ class CheckpointError(ValueError):
     """Every rank has raised it: one of them should say it."""
 
 
-class ForeignError(CheckpointError):
+class RefusedError(CheckpointError):
+    """It is what was asked, not the disk: another attempt would end the same."""
+
+
+class ForeignError(RefusedError):
     """The manifest's own hash is right, and this program cannot read what it says: another program's checkpoint (a newer one's, most
     likely), not the remains of a save."""
 
@@ -254,7 +258,7 @@ def num_bytes(dtype: str, sizes: Sequence[int]) -> int:
 
 def check_name(name: object) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "__metadata__":
-        raise CheckpointError(f"tensor name {reprlib.repr(name)} is not 1 to 400 letters, digits, '_', '.' or '-'")
+        raise RefusedError(f"tensor name {reprlib.repr(name)} is not 1 to 400 letters, digits, '_', '.' or '-'")
     return name
 
 

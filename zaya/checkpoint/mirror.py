@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 from zaya.checkpoint.directory import complete_steps, identity, prune, remove, step_path, sync_directory
 from zaya.checkpoint.files import write_manifest
-from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, disk_errors, load, load_replaceable, raise_on_all
+from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, RefusedError, disk_errors, load, load_replaceable, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 
 RETRIES = 3
@@ -85,7 +85,7 @@ class Mirror:
         if self.is_behind:
             where = step_path(self.source, self._newest)
             raise CheckpointError(f"the checkpoint of step {self._newest} is on the local tier only, {where}: mirroring it failed, as the "
-                                  "log says; once the shared storage is well, start the run again on the same nodes")
+                                  "log says; once that is mended, start the run again on the same nodes")
         return True
 
     def check(self) -> None:
@@ -141,14 +141,14 @@ class Mirror:
         self._done = step
 
     def _tried(self, action: Callable[[], T], what: str) -> T | None:
-        """What it returns, if need be at a later attempt; None if all have failed (on every rank alike: its CheckpointErrors are those of
-        all)."""
+        """What it returns, if need be at a later attempt; None if it was refused, or all have failed (on every rank alike: its
+        CheckpointErrors are those of all)."""
         for attempt in itertools.count(1):
             try:
                 return action()
             except CheckpointError as error:
                 self.failures += 1
-                if attempt > RETRIES:
+                if attempt > RETRIES or isinstance(error, RefusedError):
                     self._say(logging.ERROR, f"{what} | MIRROR FAILED: {error} | it stays on the local tier; the next one is tried")
                     return None
                 pause_s = 2 ** (attempt - 1)
@@ -169,17 +169,18 @@ class Mirror:
         return True
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """What it returns on every rank."""
-        result, error = None, ""
+        """What it returns on every rank. On every rank the CheckpointError (or RefusedError) of the first rank that had one."""
+        result, error, is_refusal = None, "", False
         try:
             result = action()
         except CheckpointError as problem:
-            error = str(problem)
+            error, is_refusal = str(problem), isinstance(problem, RefusedError)
         except OSError as problem:
             error = f"cannot mirror {problem.filename or f'to {self.target}'}: {problem.strerror or problem}"
-        everyone = cast(list[tuple[Any, str]], self._gather((result, error)))
-        raise_on_all([problem for _, problem in everyone])
-        return [value for value, _ in everyone]
+        everyone = cast(list[tuple[Any, str, bool]], self._gather((result, error, is_refusal)))
+        refused = next((refused for _, problem, refused in everyone if problem), False)
+        raise_on_all([problem for _, problem, _ in everyone], RefusedError if refused else CheckpointError)
+        return [value for value, _, _ in everyone]
 
     def _copy(self, source: Path, target: Path) -> None:
         """This rank's share of the files that its source has, each compared with the manifest's hashes once it is there."""

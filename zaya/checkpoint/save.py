@@ -32,6 +32,7 @@ from zaya.checkpoint.manifest import (
     FileEntry,
     ForeignError,
     Manifest,
+    RefusedError,
     check_name,
     disk_errors,
     hash_bytes,
@@ -56,6 +57,7 @@ class _Report:
     """What a rank tells the others after each phase of a save."""
 
     error: str = ""
+    refused: bool = False  # the error is a RefusedError
     taken: frozenset[str] = frozenset()  # names that a leader's directory has already
     table: str = ""  # hash of names, dtypes and shapes
     plan: bytes = b""  # see planning.pack
@@ -89,10 +91,10 @@ def save(root: str | Path, shares: Mapping[str, Share], *, step: int, tokens: in
        temporary name, fsync it, rename it (this instant makes the checkpoint, or replaces the older one) and remove the files of the
        older one. Gather: now the checkpoint exists for every rank.
 
-    An OSError, a wrong share or a checkpoint that must not be replaced becomes, on any rank, one CheckpointError on every rank at the next
-    gather, without further collectives; the leaders have then removed what this save wrote, and an older checkpoint of the same step in
-    their directory is untouched. (If the disk fails after the rename, the new one stays: it is sound, and only said to have failed. Of
-    several leaders' directories some may then have the new one, others the older.) Anything else raises on its rank alone.
+    An OSError becomes, on any rank, one CheckpointError on every rank at the next gather, without further collectives; a wrong share or a
+    checkpoint that must not be replaced, a RefusedError. The leaders have then removed what this save wrote, and an older checkpoint of
+    the same step in their directory is untouched. (If the disk fails after the rename, the new one stays: it is sound, and only said to
+    have failed. Of several leaders' directories some may then have the new one, others the older.) Anything else raises on its rank alone.
     """
     blank = checked(Manifest(step, tokens, tokens_by_corpus, position, recipe, {**layout, "world_size": world_size},
                              hf_config=hf_config or {}))
@@ -127,19 +129,20 @@ class _Save:
         self.phase(lambda: self.finish(reports) if self.leads else _Report())
 
     def phase(self, action: Callable[[], _Report]) -> list[_Report]:
-        """Every rank's report; CheckpointError on every rank if it failed on any."""
+        """Every rank's report; on every rank the CheckpointError (or RefusedError) of the first rank that had one."""
         try:
             with disk_errors("write checkpoint", self.directory):
                 report = action()
         except CheckpointError as error:
-            report = _Report(error=str(error))
+            report = _Report(error=str(error), refused=isinstance(error, RefusedError))
         reports = cast(list[_Report], self.gather(report))
         assert len(reports) == self.world_size, "gather must return every rank's object on every rank"
         if self.leads and any(report.error for report in reports):
             # OSError: what is left has no manifest, or lies beside the older one's files. ForeignError: nothing was written there.
             with contextlib.suppress(OSError, ForeignError):
                 _sweep(self.directory)
-        raise_on_all([report.error for report in reports])
+        refused = next((report.refused for report in reports if report.error), False)
+        raise_on_all([report.error for report in reports], RefusedError if refused else CheckpointError)
         return reports
 
     def announce(self) -> _Report:
@@ -152,13 +155,13 @@ class _Save:
         return _Report(taken=taken, table=_table(self.table), plan=packed, num_files=len(self.files), blank=blank)
 
     def check_plans(self) -> None:
-        """CheckpointError, on all ranks alike: what they announced is not one state, each element once."""
+        """RefusedError, on all ranks alike: what they announced is not one state, each element once."""
         others = [f"rank {rank}" for rank, report in enumerate(self.plans) if report.table != self.plans[0].table]
-        raise_on_all([f"{others[0]} has tensors of other names, dtypes or shapes than rank 0" if others else ""])
+        raise_on_all([f"{others[0]} has tensors of other names, dtypes or shapes than rank 0" if others else ""], RefusedError)
         try:
             self.plan.check()
         except CheckpointError as error:
-            raise_on_all([str(error)])
+            raise_on_all([str(error)], RefusedError)
 
     def free_suffix(self) -> str:
         """Of file names that no leader's directory has; the same on all ranks."""
@@ -241,7 +244,7 @@ def _parts(name: str, share: Share, rank: int) -> Iterator[tuple[Piece, torch.Te
         inside = len(offsets) == len(sizes) == len(shape) and all(
             o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True))
         if not inside or tensor.dtype != share.dtype or tensor.numel() != math.prod(sizes):
-            raise CheckpointError(f"tensor {name!r}: {tensor.dtype} of shape {tuple(tensor.shape)} is not the box at {offsets} of {sizes} "
+            raise RefusedError(f"tensor {name!r}: {tensor.dtype} of shape {tuple(tensor.shape)} is not the box at {offsets} of {sizes} "
                                   f"of a tensor of {share.dtype} and shape {shape}")
         if 0 not in sizes:
             yield Piece(name, dtype, offsets, sizes, whole=sizes == shape), tensor

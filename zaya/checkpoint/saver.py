@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from zaya.checkpoint.directory import prune
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.manifest import CheckpointError, RefusedError
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.save import Share, in_file_order, save, with_tensors
 
@@ -154,7 +154,7 @@ class Saver:
 
     @property
     def wants_retry(self) -> bool:
-        """As this rank sees it now; all ranks come to see it. False once all retries have failed too."""
+        """As this rank sees it now; all ranks come to see it. False after a refusal, and once all retries have failed too."""
         self.check()
         return self.failed and self._attempts <= RETRIES
 
@@ -173,6 +173,8 @@ class Saver:
 
     def _fail(self, step: int, error: CheckpointError) -> None:
         self.failures, self.problem = self.failures + 1, str(error)
+        if isinstance(error, RefusedError):
+            self._attempts = RETRIES + 1  # more would end the same
         last = self._attempts > RETRIES
         pause_s = 0 if last else PAUSE_S * 2 ** (self._attempts - 1)
         if self._speaks:

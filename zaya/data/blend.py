@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_ROWS = 4096  # rows in which every corpus gets exactly its share: one global batch of ZAYA1 (4,096 sequences)
+from zaya.config import BLOCK_ROWS, rows_of_block
+
 _ROUNDS = 6  # 4 rounds already make a Feistel network pseudo-random (Luby and Rackoff); two more for tiny domains
 
 
@@ -72,7 +73,7 @@ class Blend:
     """Mixes corpora by weight: every block of BLOCK_ROWS rows holds each corpus' share exactly, in a keyed order of its own."""
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], seed: int) -> None:
-        self.shares = _shares(names, weights)
+        self.shares = np.array(rows_of_block(names, weights), np.int64)
         self._seed = seed
         self._latest: tuple[int, NDArray[np.int64], NDArray[np.int64]] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
@@ -105,17 +106,3 @@ class Blend:
             ranks[by_corpus] = np.arange(BLOCK_ROWS) - np.repeat(ends - self.shares, self.shares)
             self._latest = (block, corpora, ranks)
         return self._latest[1:]
-
-
-def _shares(names: Sequence[str], weights: Sequence[float]) -> NDArray[np.int64]:
-    """Rows of a block per corpus, by largest remainder. ValueError where a corpus would get none."""
-    total = sum(weights)
-    exact = [weight / total * BLOCK_ROWS for weight in weights]
-    shares = np.array([int(share) for share in exact], np.int64)
-    by_remainder = sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])
-    shares[by_remainder[:BLOCK_ROWS - int(shares.sum())]] += 1
-    for name, weight, share in zip(names, weights, shares, strict=True):
-        if share == 0:
-            raise ValueError(f"corpus {name} has weight {weight:g} of {total:g}, less than one row in {BLOCK_ROWS}; "
-                             f"give it at least {total / BLOCK_ROWS:g} in data.weights, merge it into another corpus or leave it out")
-    return shares

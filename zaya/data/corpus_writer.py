@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
+import glob
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +24,7 @@ from tokenizers import Tokenizer
 
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.tokenizer import vocabulary_size
+from zaya.preemption import unwinding
 
 _PORTION_CHARS = 1 << 18  # characters sent to a process at once: about 0.1 s of work
 _WAITING_PORTIONS = 4  # per process, read ahead but not yet written: bounds memory on inputs of any size
@@ -38,7 +43,8 @@ class Written:
 
 @contextlib.contextmanager
 def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]]:
-    """Temporary paths beside `paths`, renamed to them if the block succeeds, removed if it does not, with any directory made for them.
+    """Temporary paths beside `paths`, renamed to them if the block succeeds, removed if it does not (or a signal ends it), with any
+    directory made for them. Those of a process that was killed go as well.
 
     The last path is the one without which the others mean nothing: it appears last. ValueError if a path exists (and may not be
     overwritten) or cannot be written.
@@ -51,27 +57,45 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
         raise ValueError(f"output {existing[0]} exists; remove it, name another one or pass --overwrite")
     made: list[Path] = []
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
-    try:
-        for path, temp in zip(paths, temporary, strict=True):
-            try:
-                for parent in reversed([p for p in path.parents if not p.exists()]):
-                    parent.mkdir()
-                    made.append(parent)
-                temp.touch()
-            except OSError as error:
-                raise ValueError(f"cannot write {path}: {error.strerror}; name an output in a directory that can be written") from None
-        yield temporary
-        paths[-1].unlink(missing_ok=True)  # never a new .bin under an old .idx
-        for temp, path in zip(temporary, paths, strict=True):
-            os.replace(temp, path)
-        made = []
-    finally:
-        for temp in temporary:
-            with contextlib.suppress(OSError):  # the directory may be gone or read-only, which is reported above
-                temp.unlink(missing_ok=True)
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):  # not empty: someone else uses it by now
-                parent.rmdir()
+    with unwinding(), contextlib.ExitStack() as locks:
+        try:
+            for path, temp in zip(paths, temporary, strict=True):
+                try:
+                    for parent in reversed([p for p in path.parents if not p.exists()]):
+                        parent.mkdir()
+                        made.append(parent)
+                    _remove_stale(path)
+                    locks.enter_context(_locked(temp))
+                except OSError as error:
+                    raise ValueError(f"cannot write {path}: {error.strerror}; name an output in a directory that can be written") from None
+            yield temporary
+            paths[-1].unlink(missing_ok=True)  # never a new .bin under an old .idx
+            for temp, path in zip(temporary, paths, strict=True):
+                os.replace(temp, path)
+            made = []
+        finally:
+            for temp in temporary:
+                with contextlib.suppress(OSError):  # the directory may be gone or read-only, which is reported above
+                    temp.unlink(missing_ok=True)
+            for parent in reversed(made):
+                with contextlib.suppress(OSError):  # not empty: someone else uses it by now
+                    parent.rmdir()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A new file that is seen to be written as long as it is open, where the file system has locks."""
+    file = open(path, "wb")
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _remove_stale(path: Path) -> None:
+    """Temporary files of `path` that nobody writes."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(stale, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: another process has it, or there are no locks
+            stale.unlink()
 
 
 def write_corpus(bin_path: Path, idx_path: Path, documents: Iterable[str], tokenizer: Tokenizer, end_id: int, *, workers: int = 1,
@@ -144,13 +168,22 @@ def _in_order(portions: Iterator[list[str]], encoder: _Encoder, workers: int) ->
         waiting: collections.deque[Future[list[NDArray]]] = collections.deque()
         try:
             for portion in portions:
-                waiting.append(pool.submit(_encode_in_worker, portion))
+                waiting.append(_submitted(pool, portion))
                 if len(waiting) >= _WAITING_PORTIONS * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, portion: list[str]) -> Future[list[NDArray]]:
+    """A process that this starts inherits the mask: Ctrl-C, which a terminal sends it too, is for its parent."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode_in_worker, portion)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 _worker_encoder: _Encoder

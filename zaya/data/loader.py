@@ -39,10 +39,6 @@ class Loader:
     """
 
     def __init__(self, data: DataConfig, *, seq_len: int, vocab_size: int, seed: int) -> None:
-        if len(set(data.train)) < len(data.train):
-            twice = next(name for name in data.train if data.train.count(name) > 1)
-            raise ValueError(f"data.train names corpus {twice} {data.train.count(twice)} times; name it once and give it a larger "
-                             "share in data.weights")
         self.seq_len = seq_len
         self.corpora = [Corpus(prefix, vocab_size) for prefix in data.train]
         self._valid = Corpus(data.valid, vocab_size) if data.valid else None

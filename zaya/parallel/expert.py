@@ -183,6 +183,9 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_TD):
+        if ctx.graphs is None:
+            raise RuntimeError("Trying to backward through the graph a second time: what the experts keep is freed by the first, whatever "
+                               "retain_graph says; run the forward again")
         x_TD, gate_Tk, gate_up, down, sent_A, parts_nSE, *saved = ctx.saved_tensors
         group, plan, graphs = ctx.group, ctx.plan, ctx.graphs
         ctx.graphs = None
