@@ -9,17 +9,16 @@ Knows the standard library only: no torch, no files but the recipe itself.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
 import os
 import sys
 import tomllib
-import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from zaya.tables import apply_override, check_known, hints, section, to_toml
 
 DTYPES = ("fp32", "bf16", "fp64")
 ATTENTION_KINDS = ("full", "sliding")
@@ -252,7 +251,7 @@ class OptimConfig:
                 raise ValueError(f"optim.{name} = {getattr(self, name)} is outside (0, 1)")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum = {self.momentum} is outside [0, 1)")
-        for name, hint in _hints(OptimConfig).items():
+        for name, hint in hints(OptimConfig).items():
             if hint is float and getattr(self, name) > 1e30:
                 raise ValueError(f"optim.{name} = {getattr(self, name)} is beyond fp32; keep it below 1e30")
         if self.warmup_steps > steps:
@@ -484,12 +483,7 @@ class Recipe:
             "train.seed": self.train.seed, "train.seq_len": self.train.seq_len}
 
     def to_toml(self) -> str:
-        lines = []
-        for section in fields(self):
-            lines.append(f"[{section.name}]")
-            lines += [f"{f.name} = {_toml(getattr(getattr(self, section.name), f.name))}" for f in fields(getattr(self, section.name))]
-            lines.append("")
-        return "\n".join(lines)
+        return to_toml(self)
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -502,103 +496,23 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
     for override in overrides:
-        _apply_override(tables, override)
+        apply_override(tables, override, hints(Recipe))
     return recipe_from_tables(tables)
 
 
 def recipe_from_tables(tables: dict[str, typing.Any]) -> Recipe:
     """A Recipe from nested dicts, as read from TOML or a manifest. ValueError for unknown, missing or mistyped keys."""
-    sections = _hints(Recipe)
+    sections = hints(Recipe)
     for name in tables:
-        _known(name, sections, "section")
-    built = {}
-    for name, cls in sections.items():
-        table = tables.get(name, {})
-        if not isinstance(table, dict):
-            raise ValueError(f"{name} = {table!r} is not a section; write [{name}]")
-        built[name] = _build(cls, name, table)
-    return Recipe(**built)
+        check_known(name, sections, "section")
+    return Recipe(**{name: section(cls, name, tables.get(name, {})) for name, cls in sections.items()})
 
 
 def model_from_tables(tables: dict[str, typing.Any]) -> ModelConfig:
     """The model of a recipe that may lack everything else, as a checkpoint's manifest keeps it. ValueError if it does not describe one."""
-    model = _build(ModelConfig, "model", tables.get("model", {}))
+    model = section(ModelConfig, "model", tables.get("model", {}))
     model.validate()
     return model
-
-
-def _build(cls: type, section: str, table: dict[str, typing.Any]) -> typing.Any:
-    hints = _hints(cls)
-    for key in table:
-        _known(f"{section}.{key}", [f"{section}.{k}" for k in hints], "recipe key")
-    missing = [f.name for f in fields(cls) if f.name not in table and f.default is dataclasses.MISSING
-               and f.default_factory is dataclasses.MISSING]
-    if missing:
-        raise ValueError(f"recipe lacks {', '.join(f'{section}.{name}' for name in missing)}")
-    return cls(**{key: _typed(f"{section}.{key}", value, hints[key]) for key, value in table.items()})
-
-
-def _typed(key: str, value: typing.Any, hint: typing.Any) -> typing.Any:
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{key} = {value!r} must be a list of {item.__name__}")
-        return tuple(_typed(key, v, item) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1 << 1023 else math.inf  # which is refused below
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{key} = {value!r} must be {_a(hint.__name__)}, not {_a(type(value).__name__)}")
-    if hint is float and not math.isfinite(value):
-        raise ValueError(f"{key} = {value} is not finite")
-    return value
-
-
-def _apply_override(tables: dict[str, typing.Any], override: str) -> None:
-    name, equals, text = override.removeprefix("--").partition("=")
-    section, dot, key = name.partition(".")
-    if not (override.startswith("--") and equals and dot and key):
-        raise ValueError(f"argument {override!r} is not of the form --section.key=value")
-    sections = _hints(Recipe)
-    _known(section, sections, "section")
-    hints = _hints(sections[section])
-    _known(name, [f"{section}.{k}" for k in hints], "recipe key")
-    if hints[key] is str:
-        value: typing.Any = text.strip("\"'") if text[:1] in "\"'" else text
-    else:
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = [part.strip().strip("\"'") for part in text.split(",")] if typing.get_origin(hints[key]) is tuple else text
-    tables.setdefault(section, {})
-    if isinstance(tables[section], dict):
-        tables[section][key] = value
-
-
-def _known(name: str, known: typing.Iterable[str], what: str) -> None:
-    known = list(known)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise ValueError(f"unknown {what} {name!r}; did you mean {near[0]!r}?" if near else f"unknown {what} {name!r}")
-
-
-def _hints(cls: type) -> dict[str, typing.Any]:
-    hints = typing.get_type_hints(cls)
-    assert not any(isinstance(h, types.UnionType) for h in hints.values()), "recipe fields have one type each"
-    return {f.name: hints[f.name] for f in fields(cls)}
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for one character
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return repr(value)
-
-
-def _a(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _next_multiple(value: int, of: int) -> int:
@@ -631,6 +545,18 @@ def _printable(key: str, value: str) -> None:
         raise ValueError(f"{key} = {value!r} holds characters that a path cannot have; use printable ones")
 
 
+def _check(recipe: Recipe) -> None:
+    """ValueError: no number of ranks can run it."""
+    parallel = recipe.parallel
+    fewest = math.lcm(parallel.tp * parallel.cp, parallel.ep)
+    try:
+        recipe.validate(fewest)
+    except ValueError:
+        if parallel.zero_size < 2:
+            raise
+        recipe.validate(fewest * parallel.zero_size)  # whole sets of shards, whatever holds a tensor
+
+
 def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         usage = "usage: python -m zaya.config RECIPE.toml [--section.key=value ...]\n\nValidate a recipe and print it resolved."
@@ -638,7 +564,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         recipe = load_recipe(argv[0], argv[1:])
-        recipe.validate(math.lcm(recipe.parallel.tp * recipe.parallel.cp, recipe.parallel.ep))  # the fewest ranks that can run it
+        _check(recipe)
     except ValueError as error:
         print(f"zaya.config: {error}", file=sys.stderr)
         return 2

@@ -274,6 +274,15 @@ def test_main_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.Captu
     assert config.main([]) == 2
 
 
+@pytest.mark.parametrize(("flags", "exit_code"), [
+    (["--parallel.cp=3", "--parallel.zero_size=2"], 0),  # 6 ranks, not the 3 that cp alone would take
+    (["--parallel.ep=2", "--parallel.zero_size=4"], 0), (["--parallel.cp=3", "--parallel.zero_size=2", "--parallel.ep=5"], 2)])
+def test_main_looks_for_ranks_that_can_run_it(recipe_file: Path, capsys: pytest.CaptureFixture[str], flags: list[str],
+                                              exit_code: int) -> None:
+    recipe = [str(recipe_file), "--train.global_batch_size=8", "--train.micro_batch_size=1", "--train.seq_len=96"]
+    assert config.main([*recipe, *flags]) == exit_code, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["absent.toml"], ["recipe.toml", "--train.step=1"], ["recipe.toml", "--parallel.pp=2"]])
 def test_the_command_exits_2_with_one_line(recipe_file: Path, arguments: list[str]) -> None:
     result = subprocess.run([sys.executable, "-m", "zaya.config", *arguments], cwd=recipe_file.parent, capture_output=True, text=True,

@@ -1,0 +1,105 @@
+"""Frozen dataclasses from nested tables (TOML, a manifest, overrides of a command line), and back to TOML: types and names are checked.
+
+Below zaya/config.py, whose keys these are. Knows no recipe, and the standard library only. Every ValueError is one line that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+
+def section(cls: type, name: str, table: Any) -> Any:
+    """The dataclass of one section. ValueError for unknown, missing or mistyped keys."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} = {table!r} is not a section; write [{name}]")
+    wanted = hints(cls)
+    for key in table:
+        check_known(f"{name}.{key}", [f"{name}.{k}" for k in wanted], "recipe key")
+    missing = [f.name for f in fields(cls) if f.name not in table and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"recipe lacks {', '.join(f'{name}.{key}' for key in missing)}")
+    return cls(**{key: _typed(f"{name}.{key}", value, wanted[key]) for key, value in table.items()})
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key} = {value!r} must be a list of {item.__name__}")
+        return tuple(_typed(key, v, item) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 1 << 1023 else math.inf  # which is refused below
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{key} = {value!r} must be {_a(hint.__name__)}, not {_a(type(value).__name__)}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{key} = {value} is not finite")
+    return value
+
+
+def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str, type]) -> None:
+    """Set what `--section.key=value` says; a value is TOML, but strings need no quotes and lists no brackets."""
+    name, equals, text = override.removeprefix("--").partition("=")
+    table, dot, key = name.partition(".")
+    if not (override.startswith("--") and equals and dot and key):
+        raise ValueError(f"argument {override!r} is not of the form --section.key=value")
+    check_known(table, sections, "section")
+    wanted = hints(sections[table])
+    check_known(name, [f"{table}.{k}" for k in wanted], "recipe key")
+    if wanted[key] is str:
+        value: Any = text.strip("\"'") if text[:1] in "\"'" else text
+    else:
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = [part.strip().strip("\"'") for part in text.split(",")] if typing.get_origin(wanted[key]) is tuple else text
+    tables.setdefault(table, {})
+    if isinstance(tables[table], dict):
+        tables[table][key] = value
+
+
+def check_known(name: str, known: Iterable[str], what: str) -> None:
+    """ValueError: `name` is none of them; with the nearest one that is."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise ValueError(f"unknown {what} {name!r}; did you mean {near[0]!r}?" if near else f"unknown {what} {name!r}")
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """Field -> type, in order."""
+    found = typing.get_type_hints(cls)
+    assert not any(isinstance(hint, types.UnionType) for hint in found.values()), "recipe fields have one type each"
+    return {f.name: found[f.name] for f in fields(cls)}
+
+
+def to_toml(tables: Any) -> str:
+    """A dataclass of dataclasses, a section each."""
+    lines = []
+    for field in fields(tables):
+        table = getattr(tables, field.name)
+        lines += [f"[{field.name}]", *(f"{f.name} = {_toml(getattr(table, f.name))}" for f in fields(table)), ""]
+    return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for one character
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
