@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from zaya import runtime
-from zaya.cli import Parser, replace_text
+from zaya.cli import INTERRUPTED, Parser, replace_text
 from zaya.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -339,8 +339,8 @@ def main() -> int:
     try:
         passed = accept(steps, out, options.rehearse, settings, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print(f"interrupted: what was done is in {out}", flush=True)
-        return 130
+        print(f"tools.accept_mi300x: interrupted; what was done is in {out}", file=sys.stderr)
+        return INTERRUPTED
     print(f"{'passed' if passed else 'FAILED'}: {out / 'report.md'}", flush=True)
     return 0 if passed else 1
 

@@ -49,7 +49,7 @@ from zaya.checkpoint.manifest import DTYPES, FileEntry, Manifest, num_bytes
 from zaya.checkpoint.planning import SavePlan, Table, pack
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.saver import available_bytes
-from zaya.cli import Parser
+from zaya.cli import Parser, replace_text
 from zaya.config import ModelConfig, load_recipe
 from zaya.parallel.partition import saved_by_rank
 from zaya.plan import plan
@@ -295,9 +295,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--ranks {arguments.ranks} is not an even number from 2 to 64")
     if not 1 <= arguments.pairs <= 1000:
         parser.error(f"--pairs {arguments.pairs} is outside 1 to 1000")
+    parser.check_output("--json", arguments.json)
     try:
-        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            raise ValueError(f"{arguments.json.absolute().parent} is not a directory; choose another --json")
         report = measure(arguments.bytes, arguments.ranks, arguments.pairs, arguments.dir, arguments.only)
     except WrongBytesError as error:
         print(f"tools.bench_checkpoint: {error}; no speed is reported", file=sys.stderr)
@@ -306,9 +305,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"tools.bench_checkpoint: {error}", file=sys.stderr)
         return 2
     if arguments.json is not None:
-        hidden = arguments.json.with_name(f".{arguments.json.name}.tmp")
-        hidden.write_text(json.dumps(report, indent=2) + "\n", encoding="ascii")
-        hidden.replace(arguments.json)
+        replace_text(arguments.json, json.dumps(report, indent=2) + "\n")
     print("\n".join(lines(report)))
     return 0
 

@@ -174,8 +174,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--pairs {options.pairs} is outside 1 to {MAX_PAIRS}")
     if not options.dir.is_dir():
         parser.error(f"--dir {options.dir} is not a directory; name one")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"{options.json.absolute().parent} is not a directory; choose another --json")
+    parser.check_output("--json", options.json)
     free = shutil.disk_usage(options.dir).free
     if free < 3.1 * options.bytes:
         parser.error(f"--dir {options.dir} has {free / 1e9:.1f} GB free, the run needs {3.1 * options.bytes / 1e9:.1f}; lower --bytes")

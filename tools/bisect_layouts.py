@@ -222,8 +222,8 @@ def _layout(text: str) -> tuple[int, list[str]]:
 
 
 def _run(side: str, recipe: str, ranks: int, overrides: list[str], timeout_s: float) -> list[Record]:
-    """What each rank noted. ValueError, with the option `side` that named the layout, where it fails or takes too long; whatever ends this,
-    its processes are gone."""
+    """What each rank noted. ValueError, with the option `side` that named the layout, where it fails or takes too long; an exception takes
+    its processes with it."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                    "-m", "tools.bisect_layouts", "--worker", folder, recipe, *overrides]
@@ -249,7 +249,12 @@ def _run(side: str, recipe: str, ranks: int, overrides: list[str], timeout_s: fl
 def _worker(folder: str, recipe: Recipe) -> int:
     """A rank. The first says on stdout which step it is at."""
     mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, int(os.environ["WORLD_SIZE"])))
-    notes = record(Trainer(recipe, mesh, open_data(recipe, mesh)), lambda step: mesh.rank or print(f"step {step}", flush=True))
+
+    def say(step: int) -> None:
+        if mesh.rank == 0:
+            print(f"step {step}", flush=True)
+
+    notes = record(Trainer(recipe, mesh, open_data(recipe, mesh)), say)
     plain = {key: [(part.values, part.places) for part in parts] for key, parts in notes.items()}
     (Path(folder) / f"rank-{mesh.rank}").write_bytes(pickle.dumps(plain))
     close_mesh(mesh)
@@ -278,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
         layouts = {side: _layout(text) for side, text in ((f"--a {options.a}", options.a), (f"--b {options.b}", options.b))}
         for ranks, flags in layouts.values():
             load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing else would end the processes
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: nothing else would end the processes
+            signal.signal(number, signal.default_int_handler)
         a, b = (_run(side, options.recipe, ranks, [*overrides, *flags], options.timeout) for side, (ranks, flags) in layouts.items())
     except ValueError as error:
         print(f"tools.bisect_layouts: {error}", file=sys.stderr)

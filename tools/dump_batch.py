@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--step = {args.step} must be at least 1: steps are counted from 1")
         if args.step >= 2**31:
             raise ValueError(f"--step = {args.step} is beyond any run; keep it below 2^31")
-        if args.out.is_dir():
-            raise ValueError(f"--out {str(args.out)!r} is a directory; name a file")
+        parser.check_output("--out", args.out)
         recipe = load_recipe(args.recipe, overrides)
         if args.step > recipe.train.steps:
             raise ValueError(f"--step = {args.step} is beyond the run's last, train.steps = {recipe.train.steps}; raise that to see it")
@@ -62,8 +61,9 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the arrays for its own keyword
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}; name a file in a directory that can be written") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from zaya.cli import Parser, replace_text
 from zaya.kernels import cases
 from zaya.kernels.emulator import EmulatorMissing, emulating
 from zaya.kernels.launch import Target, launching_through
-from zaya.kernels.machine_code import processes
+from zaya.kernels.machine_code import process_pool
 
 # Few compute units, because work-groups run one after the other, but as many dies as the chip has: what maps work to dies runs as there.
 TARGET = Target("gfx942", num_cus=8, num_xcds=8)
@@ -80,7 +80,7 @@ def main() -> int:
         emulating(arguments.emulator)
     except EmulatorMissing as missing:
         parser.error(str(missing))
-    with processes(len(names)) as pool:
+    with process_pool(len(names)) as pool:
         results = tqdm(pool.map(emulate, names, [arguments.emulator] * len(names)), total=len(names), unit="case", disable=None)
         print(HEADER)
         rows = []

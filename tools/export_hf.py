@@ -27,7 +27,7 @@ from zaya.checkpoint import stream
 from zaya.checkpoint.directory import NewDirectory
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
-from zaya.cli import Parser, size_of, worker_count
+from zaya.cli import Parser, parse_bytes, worker_count
 from zaya.config import ModelConfig, model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
 from zaya.model import hf
@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
     parser.add_argument("hf_dir", type=Path, help="directory to make; must not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")
-    parser.add_argument("--max-shard-size", type=size_of, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument("--max-shard-size", type=parse_bytes, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an older export at HF_DIR")
     parser.add_argument("--workers", type=worker_count, default=stream.WORKERS, metavar="N", help="threads (one per core, at most 32)")
     options = parser.parse_args(argv)

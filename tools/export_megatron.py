@@ -21,7 +21,7 @@ from tqdm import tqdm
 from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.torch_dist import METADATA, TorchDistReader, TorchDistWriter
-from zaya.cli import Parser, size_of
+from zaya.cli import Parser, parse_bytes
 from zaya.config import ModelConfig, model_from_tables
 from zaya.model import megatron
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run (its newest checkpoint)")
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory to make; must not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")
-    parser.add_argument("--max-file-size", type=size_of, default="4GB", metavar="SIZE", help="largest .distcp file (default: 4GB)")
+    parser.add_argument("--max-file-size", type=parse_bytes, default="4GB", metavar="SIZE", help="largest .distcp file (default: 4GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an older export at DIR")
     options = parser.parse_args(argv)
     try:

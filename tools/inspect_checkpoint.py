@@ -26,13 +26,12 @@ from typing import Any
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import step_directories
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError, ForeignError, Manifest, load, num_bytes
+from zaya.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, CheckpointError, ForeignError, Manifest, load, num_bytes
 from zaya.checkpoint.read import Checkpoint
-from zaya.cli import Parser, size, worker_count
+from zaya.cli import Parser, format_bytes, worker_count
 
 GOOD, NO_CHECKPOINT, CORRUPT = 0, 2, 7
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_FOREIGN_BYTES = 1 << 20  # of a manifest.json that is looked at for being another program's
 OTHERS = {  # a file of a directory -> whose checkpoint that is, and what reads it
     "latest_universal": "a universal checkpoint of DeepSpeed; tools.import_deepspeed reads those",
     "zero/optimizer_state.pt": "a universal checkpoint of DeepSpeed; tools.import_deepspeed reads those",
@@ -48,7 +47,7 @@ OTHERS = {  # a file of a directory -> whose checkpoint that is, and what reads 
 @dataclass(frozen=True)
 class Report:
     """One checkpoint. `manifest` is None where that is what is damaged; `seconds` is what the hashes took, None if they were not asked;
-    `foreign`: another program's, which is no damage, and how that shows."""
+    `foreign`: why it is another program's or version's, which is no damage; empty: ours."""
 
     path: Path
     manifest: Manifest | None
@@ -74,7 +73,7 @@ def inspect(path: Path, verify: bool, workers: int) -> Report:
     except ForeignError as error:
         return Report(path, None, [], foreign=f"not a zaya checkpoint of this version: {error}")
     except CheckpointError as error:
-        if is_others(path):
+        if is_another_programs(path):
             return Report(path, None, [], foreign=f"not a zaya checkpoint: its {MANIFEST} is another program's{likeness(path)}")
         return Report(path, None, [str(error)])
     except OSError as error:
@@ -88,13 +87,13 @@ def inspect(path: Path, verify: bool, workers: int) -> Report:
     return Report(path, manifest, damage, time.perf_counter() - started)
 
 
-def is_others(path: Path) -> bool:
+def is_another_programs(path: Path) -> bool:
     """Whether the manifest is whole JSON with nothing of ours in it, beside no file of ours. Damage leaves some of it, or no JSON."""
     if any(path.glob("shard-*.safetensors")):
         return False
     try:
         with open(path / MANIFEST, "rb") as file:
-            found = json.loads(file.read(MAX_FOREIGN_BYTES))
+            found = json.loads(file.read(MAX_MANIFEST_BYTES))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, list) or (isinstance(found, dict) and not {"xxh3", "manifest"} & found.keys())
@@ -153,7 +152,7 @@ def verdict(report: Report) -> str:
         return "whole by the manifest's hash and the files' sizes; --verify checks every byte"
     assert report.manifest is not None  # it is the first thing to be damaged
     held = box_bytes(report.manifest)
-    return f"good: every hash is right ({size(held)} in {report.seconds:.2f} s, {held / max(report.seconds, 1e-9) / 1e9:.2f} GB/s)"
+    return f"good: every hash is right ({format_bytes(held)} in {report.seconds:.2f} s, {held / max(report.seconds, 1e-9) / 1e9:.2f} GB/s)"
 
 
 def text(report: Report, pattern: str | None) -> str:
@@ -165,12 +164,14 @@ def text(report: Report, pattern: str | None) -> str:
             lines += [f"  {tokens:,} tokens of {corpus!a}" for corpus, tokens in manifest.tokens_by_corpus.items()]
         lines += ["  written by " + ", ".join(f"{ascii(axis)[1:-1]} {ranks}" for axis, ranks in manifest.layout.items()), ""]
         lines += [f"  {'kind':16} {'tensors':>8} {'elements':>16} {'size':>10}  dtypes"]
-        lines += [f"  {kind:16.40} {row['tensors']:8} {row['elements']:16,} {size(row['bytes']):>10}  {', '.join(row['dtypes'])}"
+        lines += [f"  {kind:16.40} {row['tensors']:8} {row['elements']:16,} {format_bytes(row['bytes']):>10}  {', '.join(row['dtypes'])}"
                   for kind, row in numbers["kinds"].items()]
         elements = sum(row["elements"] for row in numbers["kinds"].values())
-        lines += [f"  {'in all':16} {numbers['tensors']:8} {elements:16,} {size(box_bytes(manifest)):>10}", "",
-                  f"  {count(numbers['files'], 'file')} of {size(numbers['bytes'])} with {count(numbers['boxes'], 'box')}"]
-        lines += [f"    {row['name']:60} {row['dtype']:4} {row['shape']!s:20} {size(row['bytes']):>10} in {count(row['boxes'], 'box')}"
+        lines += [f"  {'in all':16} {numbers['tensors']:8} {elements:16,} {format_bytes(box_bytes(manifest)):>10}", "",
+                  f"  {count(numbers['files'], 'file')} of {format_bytes(numbers['bytes'])} with "
+                  f"{count(numbers['boxes'], 'box')}"]
+        lines += [f"    {row['name']:60} {row['dtype']:4} {row['shape']!s:20} {format_bytes(row['bytes']):>10} "
+                  f"in {count(row['boxes'], 'box')}"
                   for row in numbers.get("matching", [])]
     return "\n".join([*lines, f"  {verdict(report)}", *(f"    {damage}" for damage in report.damage)])
 
@@ -179,7 +180,7 @@ def table(run: Path, reports: list[Report], foreign: list[Report], unfinished: l
     """The checkpoints of a run, a line each, and what lies beside them."""
     lines = [f"{run}: {count(len(reports), 'checkpoint')}"]
     for report in reports:
-        held = "" if report.manifest is None else f"{report.manifest.tokens:,} tokens, {size(as_json(report, None)['bytes'])}, "
+        held = "" if report.manifest is None else f"{report.manifest.tokens:,} tokens, {format_bytes(as_json(report, None)['bytes'])}, "
         lines += [f"  {report.path.name}  {held}{verdict(report)}", *(f"    {damage}" for damage in report.damage)]
     lines += [f"  {report.path.name}  {report.foreign}" for report in foreign]
     return "\n".join([*lines, *(f"  {path.name}  no {MANIFEST}: a save that did not end; it counts for nothing" for path in unfinished)])
@@ -242,7 +243,8 @@ def main(argv: Sequence[str]) -> int:
     is_run = paths != [options.checkpoint]
     if options.json:
         listed = [as_json(report, pattern if report is newest else None) for report in reports]
-        beside = {"foreign": [str(report.path) for report in foreign], "unfinished": [str(path) for path in unfinished]}
+        beside = {"foreign": [{"path": str(report.path), "why": report.foreign} for report in foreign],
+                  "unfinished": [str(path) for path in unfinished]}
         print(json.dumps({"run": str(options.checkpoint), "checkpoints": listed, **beside} if is_run else listed[0], indent=1))
     else:
         parts = [table(options.checkpoint, reports, foreign, unfinished)] if is_run else []

@@ -26,16 +26,17 @@
 
 set -euo pipefail
 
+usage='sbatch --nodes=N tools/launch_slurm.sh RECIPE.toml [--section.key=value ...]'
 say() { printf 'launch_slurm: %s\n' "$*" >&2; }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    echo "usage: sbatch --nodes=N tools/launch_slurm.sh RECIPE.toml [--section.key=value ...]"
+    echo "usage: $usage"
     echo
     sed -n '2,/^#SBATCH/ { /^#SBATCH/d; s/^# \{0,1\}//p }' "$0" # the comment above
     exit 0
 fi
 if [[ $# -eq 0 || $1 == -* || -z ${SLURM_JOB_ID:-} || -z ${SLURM_JOB_NODELIST:-} ]]; then
-    say "submit with sbatch and name a recipe: sbatch --nodes=16 tools/launch_slurm.sh RECIPE.toml [--section.key=value ...]"
+    say "submit with sbatch and name a recipe: $usage"
     exit 2
 fi
 

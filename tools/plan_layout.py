@@ -14,7 +14,7 @@ import json
 import sys
 from typing import Any
 
-from zaya.cli import Parser, positive, size
+from zaya.cli import Parser, format_bytes, positive
 from zaya.config import Recipe, load_recipe
 from zaya.parallel.account import BYTES, activation_bytes, held_bytes, model_traffic, zero1_traffic
 from zaya.parallel.partition import make_buckets, muon_rounds
@@ -50,11 +50,11 @@ def text(numbers: dict[str, Any], gpu_bytes: float) -> str:
     total = sum(memory.values())
     lines = [f"{numbers['ranks']} ranks: " + ", ".join(f"{axis} {ranks}" for axis, ranks in numbers["layout"].items())
              + f"; {numbers['micro_batches']} micro-batches of {numbers['rows']} rows a rank", "", "memory of a rank"]
-    lines += [f"  {what:20} {size(n):>10}" for what, n in memory.items()]
-    lines += [f"  {'in all':20} {size(total):>10}   {'fits' if total < gpu_bytes else 'does NOT fit'} {gpu_bytes / 1e9:g} GB", "",
+    lines += [f"  {what:20} {format_bytes(n):>10}" for what, n in memory.items()]
+    lines += [f"  {'in all':20} {format_bytes(total):>10}   {'fits' if total < gpu_bytes else 'does NOT fit'} {gpu_bytes / 1e9:g} GB", "",
               "sent by a rank per step"]
-    lines += [f"  {what:36} {size(n):>10}" for what, n in sent.items()]
-    lines.append(f"  {'in all':36} {size(sum(sent.values())):>10}")
+    lines += [f"  {what:36} {format_bytes(n):>10}" for what, n in sent.items()]
+    lines.append(f"  {'in all':36} {format_bytes(sum(sent.values())):>10}")
     return "\n".join(lines)
 
 

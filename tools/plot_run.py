@@ -41,17 +41,18 @@ def series(rows: list[Row], key: str) -> np.ndarray:
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
 
 
-def width(values: np.ndarray) -> int:
+def smoothing_steps(values: np.ndarray) -> int:
     """Steps that a smoothed curve averages: a fortieth of the run."""
     return max(len(values) // 40, 1)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean of each step and those before it, `width(values)` in all, at the start of as many as there are; nan counts as no observation."""
+    """Mean of each step and those before it, so that a curve does not change as the run goes on: of `smoothing_steps(values)`, at the
+    start of as many as there are; nan counts as no observation."""
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
     seen = np.concatenate([[0], np.cumsum(~np.isnan(values))])
     stop = np.arange(len(values)) + 1
-    start = np.maximum(stop - width(values), 0)
+    start = np.maximum(stop - smoothing_steps(values), 0)
     count = seen[stop] - seen[start]
     return np.where(count > 0, (sums[stop] - sums[start]) / np.maximum(count, 1), np.nan)
 
@@ -59,7 +60,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def plot_loss(ax: Axes, train: list[Row], evaluation: list[Row]) -> None:
     steps, loss = series(train, "step"), series(train, "loss")
     ax.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=0.8)
-    past = f", mean of the last {width(loss)} steps" if width(loss) > 1 else ""
+    past = f", mean of the last {smoothing_steps(loss)} steps" if smoothing_steps(loss) > 1 else ""
     ax.plot(steps, smoothed(loss), color=BLUE, linewidth=1.8, label=f"training{past}")
     if evaluation:
         held_out = series(evaluation, "eval_loss")

@@ -23,7 +23,7 @@ from typing import Any
 from zaya.checkpoint.manifest import DTYPES, Manifest, TensorEntry
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.rewrite import Job, Target, cut_into_files, rewrite
-from zaya.cli import Parser, layout_sizes, size_of
+from zaya.cli import INTERRUPTED, Parser, layout_sizes, parse_bytes
 from zaya.config import ModelConfig, ParallelConfig, model_from_tables
 from zaya.parallel.partition import saved_by_rank
 from zaya.plan import ParameterPlan, plan
@@ -180,9 +180,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, or a run (its newest checkpoint); only read")
     parser.add_argument("target", type=Path, metavar="DST", help="directory to make; must not exist, or be empty")
     parser.add_argument("--layout", type=layout_of, required=True, help="ranks=8,tp=2,ep=4[,cp=..][,zero_size=..]")
-    parser.add_argument("--max-memory", type=size_of, default="2GB", metavar="SIZE", help="of tensors in flight, over all workers (2GB)")
+    parser.add_argument("--max-memory", type=parse_bytes, default="2GB", metavar="SIZE", help="of tensors in flight, in all (2GB)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (one per core)")
-    parser.add_argument("--max-file-size", type=size_of, default="4GB", metavar="SIZE", help="a rank begins a new file after it (4GB)")
+    parser.add_argument("--max-file-size", type=parse_bytes, default="4GB", metavar="SIZE", help="a rank begins a new file after it (4GB)")
     parser.add_argument("--drop-optimizer", action="store_true", help="keep model.* only")
     parser.add_argument("--dtype", choices=STORED, help="convert model.*; the state keeps its dtypes")
     parser.add_argument("--average", type=Path, nargs="+", default=[], metavar="CHECKPOINT",
@@ -211,7 +211,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("tools.reshape_checkpoint: interrupted; the same call goes on from the files that were finished", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     seconds = time.perf_counter() - started
     axes = ", ".join(f"{axis} {size}" for axis, size in options.layout.as_dict().items())
     print(f"{target}: {len(job.files)} files for {options.layout.world_size} ranks ({axes}), {total / 1e9:.3f} GB in {seconds:.1f} s "

@@ -102,10 +102,10 @@ def layout_sizes(text: str) -> dict[str, int]:
     return dict(pairs)
 
 
-def size(num_bytes: float) -> str:
-    """ "1.5 GB" of 1,500,000,000: four digits and the unit that needs no zeros."""
+def format_bytes(num_bytes: float) -> str:
+    """1,500,000,000 as "1.5 GB": four digits."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.95:
             return f"{num_bytes:.4g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.4g} TB"
@@ -114,7 +114,7 @@ def size(num_bytes: float) -> str:
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def size_of(text: str) -> int:
+def parse_bytes(text: str) -> int:
     number, unit = text[:-2], text[-2:].upper()
     if unit not in UNITS or not (number.isascii() and number.isdigit()) or not 0 < int(number[:12]) * UNITS[unit] < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB or 500MB")

@@ -1,7 +1,7 @@
 """Recipes: every knob of a run as frozen dataclasses, read from one flat TOML file and checked in one place.
 
 First stage of a batch's path: everything downstream receives these objects and nothing else (no environment, no globals).
-Knows the standard library only: no torch, no files but the recipe itself.
+Knows the standard library and tables.py only: no torch, no files but the recipe itself.
 
     python -m zaya.config recipes/quickstart.toml --train.steps=20     # validate and print the resolved recipe
 """
@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zaya.tables import apply_override, check_known, hints, section, to_toml
+from zaya.tables import apply_override, build_section, check_known, hints, to_toml
 
 DTYPES = ("fp32", "bf16", "fp64")
 ATTENTION_KINDS = ("full", "sliding")
-BLOCK_ROWS = 4096
+BLEND_ROWS = 4096
 """Rows in which every corpus gets exactly its share: one global batch of ZAYA1 (4,096 sequences)."""
 
 
@@ -127,12 +127,13 @@ class DataConfig:
             _positive("data.weights", weight)
             if weight > 1e30:  # their sum would be infinite
                 raise ValueError(f"data.weights = {weight} is beyond any share; only their ratios count: use smaller ones")
-        twice = next((name for name in self.train if self.train.count(name) > 1), None)
+        files = [os.path.abspath(name) for name in self.train]
+        twice = next((name for name, file in zip(self.train, files) if files.count(file) > 1), None)
         if twice is not None:
-            raise ValueError(f"data.train names corpus {twice} {self.train.count(twice)} times; name it once and give it a larger "
-                             "share in data.weights")
+            raise ValueError(f"data.train names corpus {twice} {files.count(os.path.abspath(twice))} times; name it once and give it a "
+                             "larger share in data.weights")
         if self.weights:
-            rows_of_block(self.train, self.weights)
+            blend_rows(self.train, self.weights)
         for key, paths in (("train", self.train), ("valid", (self.valid,)), ("tokenizer", (self.tokenizer,))):
             for path in paths:
                 _printable(f"data.{key}", path)
@@ -149,18 +150,18 @@ class DataConfig:
                                  f"data.valid = {self.valid!r} and data.tokenizer = {self.tokenizer!r} name a file twice; use other names")
 
 
-def rows_of_block(names: typing.Sequence[str], weights: typing.Sequence[float]) -> list[int]:
-    """Of BLOCK_ROWS rows, how many each corpus gives: its share of the weights, by largest remainder. ValueError: one would give none."""
+def blend_rows(names: typing.Sequence[str], weights: typing.Sequence[float]) -> list[int]:
+    """Of BLEND_ROWS rows, how many each corpus gives: its share of the weights, by largest remainder. ValueError: one would give none."""
     total = sum(weights)
-    exact = [weight / total * BLOCK_ROWS for weight in weights]
+    exact = [weight / total * BLEND_ROWS for weight in weights]
     rows = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: rows[i] - exact[i])
-    for i in by_remainder[:BLOCK_ROWS - sum(rows)]:
+    for i in by_remainder[:BLEND_ROWS - sum(rows)]:
         rows[i] += 1
     for name, weight, count in zip(names, weights, rows, strict=True):
         if count == 0:
-            raise ValueError(f"corpus {name} has weight {weight:g} of {total:g}, less than one row in {BLOCK_ROWS}; "
-                             f"give it at least {total / BLOCK_ROWS:g} in data.weights, merge it into another corpus or leave it out")
+            raise ValueError(f"corpus {name} has weight {weight:g} of {total:g}, less than one row in {BLEND_ROWS}; "
+                             f"give it at least {total / BLEND_ROWS:g} in data.weights, merge it into another corpus or leave it out")
     return rows
 
 
@@ -246,11 +247,10 @@ class OptimConfig:
         _positive("optim.eps", self.eps)
         for name in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip", "balance_lr"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} = {getattr(self, name)} is outside (0, 1)")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optim.momentum = {self.momentum} is outside [0, 1)")
+        for name in ("beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"optim.{name} = {value} is outside [0, 1)")
         for name, hint in hints(OptimConfig).items():
             if hint is float and getattr(self, name) > 1e30:
                 raise ValueError(f"optim.{name} = {getattr(self, name)} is beyond fp32; keep it below 1e30")
@@ -505,12 +505,12 @@ def recipe_from_tables(tables: dict[str, typing.Any]) -> Recipe:
     sections = hints(Recipe)
     for name in tables:
         check_known(name, sections, "section")
-    return Recipe(**{name: section(cls, name, tables.get(name, {})) for name, cls in sections.items()})
+    return Recipe(**{name: build_section(cls, name, tables.get(name, {})) for name, cls in sections.items()})
 
 
 def model_from_tables(tables: dict[str, typing.Any]) -> ModelConfig:
     """The model of a recipe that may lack everything else, as a checkpoint's manifest keeps it. ValueError if it does not describe one."""
-    model = section(ModelConfig, "model", tables.get("model", {}))
+    model = build_section(ModelConfig, "model", tables.get("model", {}))
     model.validate()
     return model
 
@@ -542,19 +542,20 @@ def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
 
 def _printable(key: str, value: str) -> None:
     if not value.isprintable():
-        raise ValueError(f"{key} = {value!r} holds characters that a path cannot have; use printable ones")
+        raise ValueError(f"{key} = {value!r} holds characters that cannot be printed; use others")
 
 
 def _check(recipe: Recipe) -> None:
-    """ValueError: no number of ranks can run it."""
-    parallel = recipe.parallel
-    fewest = math.lcm(parallel.tp * parallel.cp, parallel.ep)
-    try:
-        recipe.validate(fewest)
-    except ValueError:
-        if parallel.zero_size < 2:
-            raise
-        recipe.validate(fewest * parallel.zero_size)  # whole sets of shards, whatever holds a tensor
+    """ValueError: neither the fewest ranks that the axes need can run it, nor a multiple of them up to zero_size (at most 1,024) times."""
+    fewest = math.lcm(recipe.parallel.tp * recipe.parallel.cp, recipe.parallel.ep)
+    first: ValueError | None = None
+    for multiple in range(1, min(max(recipe.parallel.zero_size, 1), 1024) + 1):  # a tensor's holders must be whole sets of shards
+        try:
+            return recipe.validate(fewest * multiple)
+        except ValueError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Notice that the job must go: SIGTERM (Slurm, Kubernetes, torchrun) or SIGUSR1. Standard library only.
+"""What a process does when the job must go (SIGTERM: Slurm, Kubernetes, torchrun; or SIGUSR1). Standard library only.
 
 In the training loop the handler only notes it: the loop looks after every step, so that a step is never cut in two. What is made before it
 (a corpus) is left at once, and cleaned up.
@@ -42,6 +42,16 @@ class Preemption:
         # Once it is known that the job must go, whoever says so again (torchrun does) must not end it before it has left in order.
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.signal else handler)  # type: ignore[arg-type]  # what signal.signal gave
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """A process that starts inside leaves Ctrl-C, which a terminal sends it too, to its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ class TrainState:
         """
         wanted = self._match(checkpoint, weights_only, allow_missing)
         self.optimizer.wait()
-        small, error = {}, ""
+        small, error = {}, None
         try:
             for name in self.table:
                 for kind in self.optimizer.kinds(name):
@@ -66,7 +66,7 @@ class TrainState:
             if self.mesh.rank == 0:  # whose file has them: on a tier of its own another node could not see it
                 small = {name: checkpoint.read(wanted[name]) for name in self.replicated if name in wanted}
         except CheckpointError as damage:
-            error = str(damage)
+            error = damage
         told = gather_objects((error, small), self.mesh.world)
         raise_on_all([error for error, _ in told])
         for name, tensor in told[0][1].items():

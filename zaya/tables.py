@@ -1,6 +1,7 @@
 """Frozen dataclasses from nested tables (TOML, a manifest, overrides of a command line), and back to TOML: types and names are checked.
 
-Below zaya/config.py, whose keys these are. Knows no recipe, and the standard library only. Every ValueError is one line that names the key.
+Below zaya/config.py, whose keys these are. Knows no key of a recipe, and the standard library only. Every ValueError is one line that names
+the key.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 
-def section(cls: type, name: str, table: Any) -> Any:
+def build_section(cls: type, name: str, table: Any) -> Any:
     """The dataclass of one section. ValueError for unknown, missing or mistyped keys."""
     if not isinstance(table, dict):
         raise ValueError(f"{name} = {table!r} is not a section; write [{name}]")
@@ -49,12 +50,12 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str, type]) -> None:
     """Set what `--section.key=value` says; a value is TOML, but strings need no quotes and lists no brackets."""
     name, equals, text = override.removeprefix("--").partition("=")
-    table, dot, key = name.partition(".")
+    section, dot, key = name.partition(".")
     if not (override.startswith("--") and equals and dot and key):
         raise ValueError(f"argument {override!r} is not of the form --section.key=value")
-    check_known(table, sections, "section")
-    wanted = hints(sections[table])
-    check_known(name, [f"{table}.{k}" for k in wanted], "recipe key")
+    check_known(section, sections, "section")
+    wanted = hints(sections[section])
+    check_known(name, [f"{section}.{k}" for k in wanted], "recipe key")
     if wanted[key] is str:
         value: Any = text.strip("\"'") if text[:1] in "\"'" else text
     else:
@@ -62,9 +63,9 @@ def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str,
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = [part.strip().strip("\"'") for part in text.split(",")] if typing.get_origin(wanted[key]) is tuple else text
-    tables.setdefault(table, {})
-    if isinstance(tables[table], dict):
-        tables[table][key] = value
+    tables.setdefault(section, {})
+    if isinstance(tables[section], dict):
+        tables[section][key] = value
 
 
 def check_known(name: str, known: Iterable[str], what: str) -> None:
@@ -82,12 +83,12 @@ def hints(cls: type) -> dict[str, Any]:
     return {f.name: found[f.name] for f in fields(cls)}
 
 
-def to_toml(tables: Any) -> str:
+def to_toml(sections: Any) -> str:
     """A dataclass of dataclasses, a section each."""
     lines = []
-    for field in fields(tables):
-        table = getattr(tables, field.name)
-        lines += [f"[{field.name}]", *(f"{f.name} = {_toml(getattr(table, f.name))}" for f in fields(table)), ""]
+    for field in fields(sections):
+        section = getattr(sections, field.name)
+        lines += [f"[{field.name}]", *(f"{f.name} = {_toml(getattr(section, f.name))}" for f in fields(section)), ""]
     return "\n".join(lines)
 
 

@@ -67,13 +67,13 @@ def newest_recipe(tiers: Tiers) -> dict[str, Any] | None:
 
 def agreed(action: Callable[[], T], mesh: Mesh) -> T:
     """What it returns; on every rank the ValueError (or CheckpointError) that it raised on any."""
-    result, error = None, None
+    result: T | None = None
+    error: ValueError | None = None
     try:
         result = action()
     except ValueError as problem:
         error = problem
-    raise_on_all(objects("" if error is None else str(error), mesh),
-                 CheckpointError if error is None or isinstance(error, CheckpointError) else ValueError)
+    raise_on_all(objects(error, mesh))
     return cast(T, result)
 
 

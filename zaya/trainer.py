@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import step_path
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.manifest import CheckpointError, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import save
 from zaya.checkpoint.saver import Saver
@@ -70,13 +70,13 @@ def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
 def choose_kernels(recipe: Recipe, mesh: Mesh) -> backend.Choice:
     """Who computes the ops, the same on every rank (collective). ValueError: the recipe asks for what cannot run, or nodes differ."""
     model = recipe.model
-    choice = backend.choose(recipe.train.kernels, mesh.device, DTYPES[recipe.train.dtype], model.head_dim, model.hidden_size,
-                            model.num_router_classes)
-    choices = gather_objects(choice, mesh.world)
-    for rank, other in enumerate(choices):
-        if other.kernels != choices[0].kernels:
-            raise ValueError(f"kernels would be {choices[0]} on rank 0 and {other} on rank {rank}; make their nodes alike, or set "
-                             'train.kernels = "reference"')
+    choice = agreed(lambda: backend.choose(recipe.train.kernels, mesh.device, DTYPES[recipe.train.dtype], model.head_dim, model.hidden_size,
+                                           model.num_router_classes), mesh)
+    choices = objects(choice, mesh)
+    apart = next((rank for rank, other in enumerate(choices) if other.name != choices[0].name), None)
+    if apart is not None:
+        raise_on_all([ValueError(f"kernels would be {choices[0]} on rank 0 and {choices[apart]} on rank {apart}; make their nodes alike, "
+                                 'or set train.kernels = "reference"')])
     return choice
 
 
@@ -324,7 +324,7 @@ class Trainer:
 
     def _evaluate_again(self, metrics: MetricsWriter | None) -> None:
         """The evaluation of the step that the run stands at, where a preemption left no time for it."""
-        missing = gather_objects(metrics is not None and metrics.step == self.step != metrics.eval_step, self.mesh.world)[0]
+        missing = objects(metrics is not None and metrics.step == self.step != metrics.eval_step, self.mesh)[0]
         if missing and self.step:
             self._evaluate_when_due(metrics)
 

@@ -187,7 +187,7 @@ def test_an_interruption_takes_the_step_with_it(tmp_path: Path, sent: signal.Sig
     time.sleep(0.3)  # the tool has it in its hands
     process.send_signal(sent)
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and rest.startswith("interrupted: ") and rest.count("\n") == 1, rest
+    assert process.returncode == 130 and rest.startswith("tools.accept_mi300x: interrupted; ") and rest.count("\n") == 1, rest
     assert not Path(f"/proc/{step[0]}").exists()
 
 

@@ -36,7 +36,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, kernels: str, device: torch
                     chosen: str) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     choice = backend.choose(kernels, device, dtype, head_dim)
-    assert choice.kernels == chosen and bool(choice.obstacle) == (kernels == "auto" and chosen == "reference")
+    assert choice.name == chosen and bool(choice.obstacle) == (kernels == "auto" and chosen == "reference")
     assert (backend.ops() is backend.REFERENCE) == (chosen == "reference")
 
 
@@ -58,8 +58,8 @@ def test_c_where_it_cannot_run_is_an_error(device: torch.device, dtype: torch.dt
 
 def test_the_environment_decides_before_auto_and_not_before_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.ENVIRONMENT, "reference")
-    assert backend.choose("auto", GPU, torch.bfloat16, 128).kernels == "reference"
-    assert backend.choose("triton", GPU, torch.bfloat16, 128).kernels == "triton"
+    assert backend.choose("auto", GPU, torch.bfloat16, 128).name == "reference"
+    assert backend.choose("triton", GPU, torch.bfloat16, 128).name == "triton"
     monkeypatch.setenv(backend.ENVIRONMENT, "cpu")
     with pytest.raises(ValueError, match='ZAYA_KERNELS = "cpu" cannot run on cuda'):
         backend.choose("auto", GPU, torch.bfloat16, 128)
@@ -87,7 +87,7 @@ def test_all_implementations_train_alike(tmp_path: Path, optimizer: str, steps: 
                        train__device="auto", train__kernels=kernels, optim__name=optimizer)
         mesh = open_mesh("auto", Layout(1))
         trainer = Trainer(parts, mesh, open_data(parts, mesh))
-        assert trainer.kernels.kernels == kernels
+        assert trainer.kernels.name == kernels
         results = [trainer.train_step() for _ in range(steps)]
         curves[kernels] = torch.stack([torch.stack([r.loss.double(), r.grad_norm.double()]) for r in results])
         shares[kernels] = torch.stack([r.shares_LE for r in results])
@@ -122,4 +122,4 @@ def test_what_kernels_get_in_training_is_aligned(tmp_path: Path, optimizer: str)
 def test_sizes_that_no_kernel_takes_are_the_references(width: int, classes: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         backend.choose("triton", GPU, torch.bfloat16, 128, width, classes)
-    assert backend.choose("auto", GPU, torch.bfloat16, 128, width, classes).kernels == "reference"
+    assert backend.choose("auto", GPU, torch.bfloat16, 128, width, classes).name == "reference"

@@ -142,7 +142,7 @@ def test_the_manifest_of_a_thousand_ranks() -> None:
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--ranks", "3"], "not an even number"), (["--ranks", "0"], "not an even number"), (["--bytes", "10"], "outside 1e5"),
     (["--bytes", "nan"], "outside 1e5"), (["--pairs", "0"], "outside 1 to 1000"), (["--only", "sve"], "invalid choice"),
-    (["--dir", "/nowhere/at/all"], "choose another --dir"), (["--json", "/nowhere/at/all.json"], "choose another --json")])
+    (["--dir", "/nowhere/at/all"], "choose another --dir"), (["--json", "/nowhere/at/all.json"], "there is no directory /nowhere/at")])
 def test_bad_calls(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = bench.main(arguments)

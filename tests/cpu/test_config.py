@@ -101,7 +101,7 @@ INVALID: list[tuple[dict[str, Any], int, str]] = [
     *[({f"optim__{key}": -1.0}, 1, f"optim.{key} = -1.0 must be at least 0")
       for key in ("min_lr", "weight_decay", "clip", "balance_lr")],
     ({"optim__eps": 0.0}, 1, "optim.eps = 0.0 must be above 0"),
-    *[({f"optim__{key}": value}, 1, f"optim.{key} = {value} is outside (0, 1)") for key in ("beta1", "beta2") for value in (0.0, 1.0)],
+    *[({f"optim__{key}": value}, 1, f"optim.{key} = {value} is outside [0, 1)") for key in ("beta1", "beta2") for value in (-0.1, 1.0)],
     ({"optim__momentum": 1.0}, 1, "optim.momentum = 1.0 is outside [0, 1)"),
     *[({f"model__{key}": 0.0}, 1, f"model.{key} = 0.0 must be above 0")
       for key in ("rope_theta", "rope_theta_sliding", "init_std", "router_init_std")],
@@ -120,7 +120,7 @@ INVALID: list[tuple[dict[str, Any], int, str]] = [
     ({"data__weights": [1e308]}, 1, "data.weights = 1e+308 is beyond any share; only their ratios count: use smaller ones"),
     ({"data__train": ["a", "b"], "data__weights": [1.0, 1e-5]}, 1, "corpus b has weight 1e-05 of 1.00001, less than one row in 4096"),
     ({"data__train": ["a", "b", "a"]}, 1, "data.train names corpus a 2 times; name it once and give it a larger share in data.weights"),
-    *[({f"{section}__{key}": value}, 1, f"{section}.{key} = {text} holds characters that a path cannot have; use printable ones")
+    *[({f"{section}__{key}": value}, 1, f"{section}.{key} = {text} holds characters that cannot be printed; use others")
       for section, key, value, text in (("data", "train", ["a\0"], "'a\\x00'"), ("data", "valid", "a\n", "'a\\n'"),
                                         ("data", "tokenizer", "\udcff", "'\\udcff'"), ("checkpoint", "resume", "a\0", "'a\\x00'"),
                                         ("checkpoint", "local_dir", "a\0", "'a\\x00'"), ("run", "dir", "a\0", "'a\\x00'"),
@@ -276,6 +276,7 @@ def test_main_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(("flags", "exit_code"), [
     (["--parallel.cp=3", "--parallel.zero_size=2"], 0),  # 6 ranks, not the 3 that cp alone would take
+    (["--train.global_batch_size=24", "--parallel.cp=3", "--parallel.ep=4", "--parallel.zero_size=8"], 0),  # 24, neither 12 nor 96
     (["--parallel.ep=2", "--parallel.zero_size=4"], 0), (["--parallel.cp=3", "--parallel.zero_size=2", "--parallel.ep=5"], 2)])
 def test_main_looks_for_ranks_that_can_run_it(recipe_file: Path, capsys: pytest.CaptureFixture[str], flags: list[str],
                                               exit_code: int) -> None:

@@ -174,7 +174,7 @@ def test_another_programs_checkpoint_is_not_damage(tmp_path: Path, capsys: pytes
         (tmp_path / name).write_bytes(b"")
     not_ours = f"{tmp_path} is not a zaya checkpoint: its {MANIFEST} is another program's"
     for manifest, first in ((None, f"{tmp_path} is neither a checkpoint (no {MANIFEST}) nor a run"), ('["file"]', not_ours),
-                            ('{"name": "model", "files": []}', not_ours)):
+                            ('{"name": "model", "files": []}', not_ours), (json.dumps(["file"] * (1 << 18)), not_ours)):
         if manifest is not None:
             (tmp_path / MANIFEST).write_text(manifest)
         assert main([str(tmp_path), "--verify"]) == 2
@@ -198,7 +198,8 @@ def test_a_newer_programs_checkpoint_is_not_damage(tmp_path: Path, capsys: pytes
     assert "step-00000002  not a zaya checkpoint of this version" in out and "CORRUPT" not in out and f"\n\n{old}\n" in out
     assert main([str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["step"] for one in found["checkpoints"]] == [1] and found["foreign"] == [str(new)]
+    assert [one["step"] for one in found["checkpoints"]] == [1] and [one["path"] for one in found["foreign"]] == [str(new)]
+    assert "format_version 99" in found["foreign"][0]["why"]
     reseal(old / MANIFEST, '"format_version": 1', '"format_version": 99')
     assert main([str(tmp_path)]) == 2
 

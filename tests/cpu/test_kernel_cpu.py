@@ -409,7 +409,7 @@ def test_without_a_library_the_reference_computes_and_who_asks_is_told(
         monkeypatch: pytest.MonkeyPatch, fresh_library: Path, tmp_path: Path, break_it: Callable[[pytest.MonkeyPatch, Path], str]) -> None:
     says = break_it(monkeypatch, tmp_path)
     choice = backend.choose("auto", CPU, torch.float32, 32)
-    assert choice.kernels == "reference" and says in choice.obstacle
+    assert choice.name == "reference" and says in choice.obstacle
     with pytest.raises(ValueError, match='train.kernels = "cpu"') as caught:
         backend.choose("cpu", CPU, torch.float32, 32)
     assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools import dump_batch
-from zaya.config import BLOCK_ROWS, DataConfig
+from zaya.config import BLEND_ROWS, DataConfig
 from zaya.data.blend import Blend, Epochs, key, permute
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.loader import IGNORE, Batch, Loader
@@ -138,7 +138,7 @@ def test_labels_by_hand(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(first=st.integers(0, 3 * BLOCK_ROWS), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=8))
+@given(first=st.integers(0, 3 * BLEND_ROWS), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_batches_do_not_depend_on_how_ranks_slice_them(corpora: Path, first: int, cuts: list[int]) -> None:
     whole = loader(corpora, "a", "b").batch(first, sum(cuts))
     ranks = loader(corpora, "a", "b")  # another process' loader, which has read other rows before
@@ -181,8 +181,8 @@ def test_seed_and_place_in_the_recipe_decide_the_order(corpora: Path) -> None:
 def test_blend_is_consistent(weights: list[int], first: int, count: int) -> None:
     """Each corpus' rows come as 0, 1, 2, ...; the closed-form totals count them; every block has the shares."""
     blend = Blend([str(w) for w in weights], weights, seed=3)
-    assert blend.shares.sum() == BLOCK_ROWS
-    assert all(abs(share - w / sum(weights) * BLOCK_ROWS) < 1 for share, w in zip(blend.shares, weights, strict=True))
+    assert blend.shares.sum() == BLEND_ROWS
+    assert all(abs(share - w / sum(weights) * BLEND_ROWS) < 1 for share, w in zip(blend.shares, weights, strict=True))
     corpus, row = blend.rows(first, count)
     before, after = blend.rows_by_corpus(first), blend.rows_by_corpus(first + count)
     assert before.sum() == first
@@ -197,7 +197,7 @@ def test_one_corpus_is_taken_in_order() -> None:
 
 def test_blocks_are_shuffled_and_differ() -> None:
     blend = Blend(["a", "b"], [1, 1], seed=3)
-    blocks = [blend.rows(i * BLOCK_ROWS, BLOCK_ROWS)[0] for i in range(3)]
+    blocks = [blend.rows(i * BLEND_ROWS, BLEND_ROWS)[0] for i in range(3)]
     assert not np.array_equal(blocks[0], blocks[1]) and not np.array_equal(blocks[1], blocks[2])
     for block in blocks:  # both corpora all along: a quarter of a block is 1024 draws, sigma 14
         assert all(abs(part.sum() - 512) < 80 for part in np.split(block, 4))
@@ -205,10 +205,10 @@ def test_blocks_are_shuffled_and_differ() -> None:
 
 def test_weights_and_their_default(corpora: Path) -> None:
     a, b = str(corpora / "a"), str(corpora / "b")
-    block = BLOCK_ROWS * SEQ_LEN
-    assert loader(corpora, "a", "b", weights=(1.0, 3.0)).tokens_by_corpus(BLOCK_ROWS) == {a: block // 4, b: block * 3 // 4}
-    by_tokens = loader(corpora, "a", "b").tokens_by_corpus(BLOCK_ROWS)
-    assert by_tokens == {a: round(BLOCK_ROWS * 102 / 163) * SEQ_LEN, b: round(BLOCK_ROWS * 61 / 163) * SEQ_LEN}
+    block = BLEND_ROWS * SEQ_LEN
+    assert loader(corpora, "a", "b", weights=(1.0, 3.0)).tokens_by_corpus(BLEND_ROWS) == {a: block // 4, b: block * 3 // 4}
+    by_tokens = loader(corpora, "a", "b").tokens_by_corpus(BLEND_ROWS)
+    assert by_tokens == {a: round(BLEND_ROWS * 102 / 163) * SEQ_LEN, b: round(BLEND_ROWS * 61 / 163) * SEQ_LEN}
     mixed = loader(corpora, "a", "b")
     ids = mixed.batch(0, 100).tokens_BT[:, 0]
     assert mixed.tokens_by_corpus(100) == {a: int((ids < 1000).sum()) * SEQ_LEN, b: int((ids >= 1000).sum()) * SEQ_LEN}
@@ -230,7 +230,7 @@ def test_evaluation_is_consecutive_and_ends(corpora: Path) -> None:
 def test_bad_recipes(corpora: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 102 tokens, too few for one row of train\.seq_len = 102 .* seq_len <= 101"):
         loader(corpora, "a", seq_len=102)
-    with pytest.raises(ValueError, match=rf"corpus .*b has weight 1e-05 of 1\.00001, less than one row in {BLOCK_ROWS}"):
+    with pytest.raises(ValueError, match=rf"corpus .*b has weight 1e-05 of 1\.00001, less than one row in {BLEND_ROWS}"):
         loader(corpora, "a", "b", weights=(1.0, 1e-5))
     without = Loader(DataConfig(train=(str(corpora / "a"),)), seq_len=8, vocab_size=3000, seed=0)
     assert without.num_evaluation_rows == 0

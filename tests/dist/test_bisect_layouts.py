@@ -106,10 +106,11 @@ def path(recipe: Recipe, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sigterm_afterwards() -> Iterator[None]:
-    """The command takes SIGTERM for Ctrl-C; pytest shall not."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The command takes SIGTERM and SIGHUP for Ctrl-C; pytest shall not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_bad_layouts_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +155,7 @@ def processes_of(recipe: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, sent: signal.Signals) -> None:
     """Ctrl-C of a terminal reaches all of the foreground's processes."""
     command = [sys.executable, "-m", "tools.bisect_layouts", str(path), "--a", "ranks=2", "--train.global_batch_size=100000"]

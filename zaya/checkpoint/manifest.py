@@ -224,11 +224,15 @@ def disk_errors(verb: str, path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot {verb} {path}: {error.strerror or error}") from error
 
 
-def raise_on_all(errors: Sequence[str], kind: type[ValueError] = CheckpointError) -> None:
-    """On every rank the first error that any had (`errors` by rank; empty: none), with its rank; nothing if there is none."""
-    found = [f"rank {rank}: {error}" if len(errors) > 1 else error for rank, error in enumerate(errors) if error]
+def raise_on_all(errors: Sequence[ValueError | None]) -> None:
+    """On every rank the first error that any had (by rank; None: none), with its rank and of its kind: a CheckpointError's, or ValueError.
+    Nothing if there is none."""
+    found = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     if found:
-        raised = kind(found[0] + (f" (and {len(found) - 1} more ranks)" if found[1:] else ""))
+        rank, first = found[0]
+        kind = type(first) if isinstance(first, CheckpointError) else ValueError
+        who, others = f"rank {rank}: " if len(errors) > 1 else "", f" (and {len(found) - 1} more ranks)" if found[1:] else ""
+        raised = kind(f"{who}{first}{others}")
         raised.on_all_ranks = True  # type: ignore[attr-defined]  # a ValueError that is none of ours learns it here
         raise raised
 

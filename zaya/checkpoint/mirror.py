@@ -169,18 +169,17 @@ class Mirror:
         return True
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """What it returns on every rank. On every rank the CheckpointError (or RefusedError) of the first rank that had one."""
-        result, error, is_refusal = None, "", False
+        """What it returns on every rank. On every rank the CheckpointError of the first rank that had one."""
+        result, error = None, None
         try:
             result = action()
         except CheckpointError as problem:
-            error, is_refusal = str(problem), isinstance(problem, RefusedError)
+            error = problem
         except OSError as problem:
-            error = f"cannot mirror {problem.filename or f'to {self.target}'}: {problem.strerror or problem}"
-        everyone = cast(list[tuple[Any, str, bool]], self._gather((result, error, is_refusal)))
-        refused = next((refused for _, problem, refused in everyone if problem), False)
-        raise_on_all([problem for _, problem, _ in everyone], RefusedError if refused else CheckpointError)
-        return [value for value, _, _ in everyone]
+            error = CheckpointError(f"cannot mirror {problem.filename or f'to {self.target}'}: {problem.strerror or problem}")
+        everyone = cast(list[tuple[Any, CheckpointError | None]], self._gather((result, error)))
+        raise_on_all([problem for _, problem in everyone])
+        return [value for value, _ in everyone]
 
     def _copy(self, source: Path, target: Path) -> None:
         """This rank's share of the files that its source has, each compared with the manifest's hashes once it is there."""

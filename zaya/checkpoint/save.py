@@ -56,8 +56,7 @@ class Share:
 class _Report:
     """What a rank tells the others after each phase of a save."""
 
-    error: str = ""
-    refused: bool = False  # the error is a RefusedError
+    error: CheckpointError | None = None
     taken: frozenset[str] = frozenset()  # names that a leader's directory has already
     table: str = ""  # hash of names, dtypes and shapes
     plan: bytes = b""  # see planning.pack
@@ -129,20 +128,19 @@ class _Save:
         self.phase(lambda: self.finish(reports) if self.leads else _Report())
 
     def phase(self, action: Callable[[], _Report]) -> list[_Report]:
-        """Every rank's report; on every rank the CheckpointError (or RefusedError) of the first rank that had one."""
+        """Every rank's report; on every rank the CheckpointError of the first rank that had one."""
         try:
             with disk_errors("write checkpoint", self.directory):
                 report = action()
         except CheckpointError as error:
-            report = _Report(error=str(error), refused=isinstance(error, RefusedError))
+            report = _Report(error=error)
         reports = cast(list[_Report], self.gather(report))
         assert len(reports) == self.world_size, "gather must return every rank's object on every rank"
         if self.leads and any(report.error for report in reports):
             # OSError: what is left has no manifest, or lies beside the older one's files. ForeignError: nothing was written there.
             with contextlib.suppress(OSError, ForeignError):
                 _sweep(self.directory)
-        refused = next((report.refused for report in reports if report.error), False)
-        raise_on_all([report.error for report in reports], RefusedError if refused else CheckpointError)
+        raise_on_all([report.error for report in reports])
         return reports
 
     def announce(self) -> _Report:
@@ -157,11 +155,11 @@ class _Save:
     def check_plans(self) -> None:
         """RefusedError, on all ranks alike: what they announced is not one state, each element once."""
         others = [f"rank {rank}" for rank, report in enumerate(self.plans) if report.table != self.plans[0].table]
-        raise_on_all([f"{others[0]} has tensors of other names, dtypes or shapes than rank 0" if others else ""], RefusedError)
+        raise_on_all([RefusedError(f"{others[0]} has tensors of other names, dtypes or shapes than rank 0") if others else None])
         try:
             self.plan.check()
         except CheckpointError as error:
-            raise_on_all([str(error)], RefusedError)
+            raise_on_all([RefusedError(str(error))])
 
     def free_suffix(self) -> str:
         """Of file names that no leader's directory has; the same on all ranks."""
@@ -245,7 +243,7 @@ def _parts(name: str, share: Share, rank: int) -> Iterator[tuple[Piece, torch.Te
             o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True))
         if not inside or tensor.dtype != share.dtype or tensor.numel() != math.prod(sizes):
             raise RefusedError(f"tensor {name!r}: {tensor.dtype} of shape {tuple(tensor.shape)} is not the box at {offsets} of {sizes} "
-                                  f"of a tensor of {share.dtype} and shape {shape}")
+                               f"of a tensor of {share.dtype} and shape {shape}")
         if 0 not in sizes:
             yield Piece(name, dtype, offsets, sizes, whole=sizes == shape), tensor
 

@@ -156,7 +156,7 @@ class Saver:
     def wants_retry(self) -> bool:
         """As this rank sees it now; all ranks come to see it. False after a refusal, and once all retries have failed too."""
         self.check()
-        return self.failed and self._attempts <= RETRIES
+        return self.failed and not self._gives_up
 
     def _write(self, shares: Mapping[str, Share], tell: Callable[[int], None], began: float, *, step: int, **counters: Any) -> None:
         try:
@@ -173,13 +173,11 @@ class Saver:
 
     def _fail(self, step: int, error: CheckpointError) -> None:
         self.failures, self.problem = self.failures + 1, str(error)
-        if isinstance(error, RefusedError):
-            self._attempts = RETRIES + 1  # more would end the same
-        last = self._attempts > RETRIES
-        pause_s = 0 if last else PAUSE_S * 2 ** (self._attempts - 1)
+        self._gives_up = isinstance(error, RefusedError) or self._attempts > RETRIES
+        pause_s = 0 if self._gives_up else PAUSE_S * 2 ** (self._attempts - 1)
         if self._speaks:
             again = f"another attempt after {pause_s:g} s ({self._attempts} of {RETRIES})"
-            log.error("step %d | SAVE FAILED: %s | %s", step, error, "no other attempt until a save is due" if last else again)
+            log.error("step %d | SAVE FAILED: %s | %s", step, error, "no other attempt until a save is due" if self._gives_up else again)
         self._released.set()  # the training does not wait for this
         self._hurry.wait(pause_s)
         self.failed = True

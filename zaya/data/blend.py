@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from zaya.config import BLOCK_ROWS, rows_of_block
+from zaya.config import BLEND_ROWS, blend_rows
 
 _ROUNDS = 6  # 4 rounds already make a Feistel network pseudo-random (Luby and Rackoff); two more for tiny domains
 
@@ -70,10 +70,10 @@ class Epochs:
 
 
 class Blend:
-    """Mixes corpora by weight: every block of BLOCK_ROWS rows holds each corpus' share exactly, in a keyed order of its own."""
+    """Mixes corpora by weight: every block of BLEND_ROWS rows holds each corpus' share exactly, in a keyed order of its own."""
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], seed: int) -> None:
-        self.shares = np.array(rows_of_block(names, weights), np.int64)
+        self.shares = np.array(blend_rows(names, weights), np.int64)
         self._seed = seed
         self._latest: tuple[int, NDArray[np.int64], NDArray[np.int64]] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
@@ -82,8 +82,8 @@ class Blend:
         corpora, rows = np.empty(count, np.int64), np.empty(count, np.int64)
         done = 0
         while done < count:
-            block, slot = divmod(first + done, BLOCK_ROWS)
-            taken = min(BLOCK_ROWS - slot, count - done)
+            block, slot = divmod(first + done, BLEND_ROWS)
+            taken = min(BLEND_ROWS - slot, count - done)
             corpus_of_slot, rank_of_slot = self._block(block)
             corpora[done:done + taken] = corpus_of_slot[slot:slot + taken]
             rows[done:done + taken] = block * self.shares[corpora[done:done + taken]] + rank_of_slot[slot:slot + taken]
@@ -92,17 +92,17 @@ class Blend:
 
     def rows_by_corpus(self, count: int) -> NDArray[np.int64]:
         """How many of the rows [0, count) each corpus gives."""
-        block, slot = divmod(count, BLOCK_ROWS)
+        block, slot = divmod(count, BLEND_ROWS)
         return block * self.shares + np.bincount(self._block(block)[0][:slot], minlength=len(self.shares))
 
     def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Per slot of the block: its corpus, and how many earlier slots of the block have that corpus."""
         if self._latest[0] != block:  # consecutive calls fall into the same block; another thread at worst computes it again
-            deck = permute(np.arange(BLOCK_ROWS), BLOCK_ROWS, key(self._seed, "blend", block))
+            deck = permute(np.arange(BLEND_ROWS), BLEND_ROWS, key(self._seed, "blend", block))
             ends = np.cumsum(self.shares)
             corpora = np.searchsorted(ends, deck, side="right")
             by_corpus = np.argsort(corpora, kind="stable")
             ranks = np.empty_like(corpora)
-            ranks[by_corpus] = np.arange(BLOCK_ROWS) - np.repeat(ends - self.shares, self.shares)
+            ranks[by_corpus] = np.arange(BLEND_ROWS) - np.repeat(ends - self.shares, self.shares)
             self._latest = (block, corpora, ranks)
         return self._latest[1:]

@@ -11,7 +11,6 @@ import fcntl
 import glob
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tokenizers import Tokenizer
 
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.tokenizer import vocabulary_size
-from zaya.preemption import unwinding
+from zaya.preemption import shielded, unwinding
 
 _PORTION_CHARS = 1 << 18  # characters sent to a process at once: about 0.1 s of work
 _WAITING_PORTIONS = 4  # per process, read ahead but not yet written: bounds memory on inputs of any size
@@ -83,7 +82,7 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
 
 
 def _locked(path: Path) -> BinaryIO:
-    """A new file that is seen to be written as long as it is open, where the file system has locks."""
+    """A new file that `_remove_stale` of other processes leaves alone while it is open, where the file system's locks reach them."""
     file = open(path, "wb")
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,22 +167,14 @@ def _in_order(portions: Iterator[list[str]], encoder: _Encoder, workers: int) ->
         waiting: collections.deque[Future[list[NDArray]]] = collections.deque()
         try:
             for portion in portions:
-                waiting.append(_submitted(pool, portion))
+                with shielded():  # submitting starts the processes
+                    waiting.append(pool.submit(_encode_in_worker, portion))
                 if len(waiting) >= _WAITING_PORTIONS * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _submitted(pool: ProcessPoolExecutor, portion: list[str]) -> Future[list[NDArray]]:
-    """A process that this starts inherits the mask: Ctrl-C, which a terminal sends it too, is for its parent."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_encode_in_worker, portion)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 _worker_encoder: _Encoder

@@ -25,6 +25,10 @@ GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDED = (torch.bfloat16, torch.float16)
 
 
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
+
+
 @triton.jit
 def _one_minus_power(log_base, exponent):
     """1 - base^exponent for base < 1; near 0 by the series of expm1: subtracting would leave 3 digits of 1 - 0.999."""
@@ -97,13 +101,13 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
     for name, tensor, dtype in (("grad_scale", grad_scale, torch.float32), ("step", step, torch.float32), ("commit", commit, torch.bool)):
         check(name, tensor, shape=(), dtypes=(dtype,), device=device)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 < beta < 1:
-            raise ValueError(f"{name} is {beta}, expected a number between 0 and 1")
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} is {beta}, expected a number from 0 to below 1")
     if param.numel() == 0:
         return
     chosen = config(_adamw_kernel, target(device))
     launch(_adamw_kernel, (triton.cdiv(param.numel(), chosen.blocks["BLOCK"]),), {
         "param_ptr": param, "grad_ptr": grad, "exp_avg_ptr": exp_avg, "exp_avg_sq_ptr": exp_avg_sq, "out_ptr": out,
         "grad_scale_ptr": grad_scale, "step_ptr": step, "commit_ptr": commit, "num_elements": param.numel(), "lr": lr,
-        "decay": lr * weight_decay, "one_minus_beta1": 1 - beta1, "log_beta1": math.log(beta1), "beta2": beta2,
-        "one_minus_beta2": 1 - beta2, "log_beta2": math.log(beta2), "eps": eps}, chosen)
+        "decay": lr * weight_decay, "one_minus_beta1": 1 - beta1, "log_beta1": _log(beta1), "beta2": beta2,
+        "one_minus_beta2": 1 - beta2, "log_beta2": _log(beta2), "eps": eps}, chosen)

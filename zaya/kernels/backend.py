@@ -18,7 +18,7 @@ from zaya.kernels.arguments import HEAD_DIMS
 MAX_WIDTH = 8192  # of the stream: a row lies in the registers of one program
 MAX_CLASSES = 256  # of the router: a block's one-hot table of this width still fits the registers
 CHOICES = ("auto", "triton", "cpu", "reference")
-NAMES = {"triton": "Triton", "cpu": "C"}
+LANGUAGES = {"triton": "Triton", "cpu": "C"}
 ENVIRONMENT = "ZAYA_KERNELS"  # overrides "auto": for tests, and to tell a kernel's fault from another's
 
 
@@ -38,14 +38,14 @@ class Ops(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Who computes, and in words why not who would be faster."""
+    """Which ops compute, and why not faster ones."""
 
-    kernels: str
+    name: str
     """"triton", "cpu" or "reference"."""
     obstacle: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kernels} ({self.obstacle})" if self.obstacle else self.kernels
+        return f"{self.name} ({self.obstacle})" if self.obstacle else self.name
 
 
 REFERENCE = Ops(reference.rms_norm, reference.residual_norm, reference.cca, reference.attention, reference.route, reference.sort_by_expert,
@@ -78,8 +78,8 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int
         obstacle = _cpu_obstacle(device, dtype, head_dim)
     if obstacle and kernels != "auto":
         raise ValueError(f'{asked_by} = "{kernels}" {obstacle}; use "reference"')
-    choice = Choice("reference", f"{NAMES[wanted]} {obstacle}") if obstacle else Choice(wanted)
-    _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[choice.kernels]()
+    choice = Choice("reference", f"{LANGUAGES[wanted]} {obstacle}") if obstacle else Choice(wanted)
+    _chosen = {"triton": _triton, "cpu": _cpu, "reference": lambda: REFERENCE}[choice.name]()
     return choice
 
 

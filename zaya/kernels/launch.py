@@ -39,7 +39,7 @@ class Target:
 
 MI300X = Target("gfx942", num_cus=304, num_xcds=8)
 CUS_PER_XCD = 38  # of an MI300X, and of an MI300A, which has six dies
-SMALL_SHARED = ("sm_86", "sm_89", "sm_120", "sm_121")  # NVIDIA's with 99 KiB of shared memory: the table has them as sm_89
+SMALL_SHARED = ("sm_86", "sm_120", "sm_121")  # NVIDIA's others with sm_89's 99 KiB of shared memory
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,15 @@ def _gpu(index: int) -> Target:
 
 
 def config(kernel: Any, target: Target, **when: str | int) -> Config:
-    """The table's first entry for this kernel and arch whose conditions all hold; an arch without any uses its maker's nearest: gfx942
-    for AMD and the interpreter, sm_90 for NVIDIA, but first sm_89 where there is as little shared memory."""
+    """The table's first entry for this kernel whose conditions all hold, of the arch, else of its kin: sm_89 where there is as little
+    shared memory, then sm_90 for NVIDIA; gfx942 for AMD and the interpreter. sm_89 lists only what sm_90's entries have no room for."""
     return _config(kernel.__name__, target.arch, tuple(when.items()))
 
 
 @functools.cache
 def _config(kernel: str, arch: str, conditions: tuple[tuple[str, str | int], ...]) -> Config:
-    when, nearest = dict(conditions), ["sm_90"] if arch.startswith("sm_") else [MI300X.arch]
-    if arch in SMALL_SHARED:
-        nearest.insert(0, "sm_89")
-    for each in (arch, *nearest):
+    when = dict(conditions)
+    for each in (arch, *["sm_89"] * (arch in SMALL_SHARED), "sm_90" if arch.startswith("sm_") else MI300X.arch):
         for entry in _table()[kernel]:
             if entry["arch"] == each and all(when.get(key) == value for key, value in entry.get("when", {}).items()):
                 return Config(entry["blocks"], entry["num_warps"], entry.get("num_stages", 2), entry.get("hip", {}))

@@ -231,20 +231,23 @@ def figures(build: Build) -> dict[str, Any]:
 
 def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
     """`figures` of each, in order, in as many processes as there are CPUs."""
-    with processes(len(builds)) as pool:
+    with process_pool(len(builds)) as pool:
         yield from pool.map(figures, builds)
 
 
 @contextlib.contextmanager
-def processes(most: int) -> Iterator[ProcessPoolExecutor]:
-    """One per CPU, at most so many; an exception does not wait for them. Ctrl-C, which a terminal sends them too, is for their parent."""
-    count = max(min(os.cpu_count() or 1, most), 1)
+def process_pool(num_tasks: int) -> Iterator[ProcessPoolExecutor]:
+    """A process per CPU, at most one a task; an exception does not wait for them. Ctrl-C, which a terminal sends them too, is for their
+    parent."""
+    count = max(min(os.cpu_count() or 1, num_tasks), 1)
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
-    for _ in range(count):
-        pool.submit(int)  # starts one, as none is idle yet
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+        try:
+            for _ in range(count):
+                pool.submit(int)  # starts one while none is idle
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

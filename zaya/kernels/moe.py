@@ -124,7 +124,8 @@ class _Tiles:
         self.tables: dict[int, Tensor] = {}
 
     def config(self, kernel: Any, dtype: torch.dtype, **when: str | int) -> Config:
-        return config(kernel, self.target, dtype=str(dtype).removeprefix("torch."), aligned=self.aligned, **when)
+        return config(kernel, self.target, dtype=str(dtype).removeprefix("torch."), itemsize=dtype.itemsize,
+                      aligned=self.aligned, **when)
 
     def table(self, block_m: int) -> Tensor:
         """(1 + tiles, 4) int32; every group may end in a partial tile, so rows / height + groups bounds their number."""

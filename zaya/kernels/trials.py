@@ -87,7 +87,7 @@ def misfits(candidates: Candidates, calls: list[Callable[[], Any]]) -> dict[tupl
                     builds[entry, number, build.key] = build
                     owners.append((entry, number))
     shared = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
-    with machine_code.processes(len(builds)) as pool:
+    with machine_code.process_pool(len(builds)) as pool:
         every = pool.map(misfit, builds.values(), [gpu] * len(builds), [shared] * len(builds))
         found = list(tqdm(every, total=len(builds), unit="kernel", disable=None, leave=False))
     return refused | {owner: why for owner, why in zip(owners, found) if why}
