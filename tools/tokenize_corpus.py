@@ -75,6 +75,9 @@ def _run(args: argparse.Namespace) -> Written:
         end_id = end_token_id(tokenizer, args.end_token)
     else:
         outputs.insert(0, args.tokenizer)
+    for path in outputs:
+        if path.resolve() in {file.resolve() for file in files}:
+            raise ValueError(f"output {path} is one of the inputs; name another")
     with staged(outputs, overwrite=args.overwrite) as temporary:
         if args.train_bpe is not None:
             with _bar("training the tokenizer", files) as bar:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import util
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def _ended_by(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """What main has not caught; its `with` blocks and `finally` have had their turn."""
+        if issubclass(kind, BrokenProcessPool):
+            print(f"{self.prog}: one of its processes was killed; is there too little memory?", file=sys.stderr, flush=True)
+            os._exit(1)
         if not issubclass(kind, KeyboardInterrupt):
             sys.__excepthook__(kind, error, trace)
             return

@@ -136,18 +136,12 @@ class DataConfig:
             blend_rows(self.train, self.weights)
         for key, paths in (("train", self.train), ("valid", (self.valid,)), ("tokenizer", (self.tokenizer,))):
             for path in paths:
-                _printable(f"data.{key}", path)
+                _plain(f"data.{key}", path)
         _one_of("data.source", self.source, ("", "stdlib"))
         if self.source and (len(self.train) != 1 or not self.valid or not self.tokenizer):
             raise ValueError(f"data.source = {self.source!r} builds one train corpus, one valid corpus and a tokenizer, "
                              f"but data.train has {len(self.train)} entries, data.valid = {self.valid!r}, "
                              f"data.tokenizer = {self.tokenizer!r}; name one of each")
-        if self.source:
-            corpora = [f"{name}.{end}" for name in (self.train[0], self.valid) for end in ("bin", "idx")]
-            files = [os.path.abspath(name) for name in (*corpora, self.tokenizer)]
-            if len(set(files)) < len(files):
-                raise ValueError(f"data.source = {self.source!r} builds two corpora and a tokenizer, but data.train = {self.train[0]!r}, "
-                                 f"data.valid = {self.valid!r} and data.tokenizer = {self.tokenizer!r} name a file twice; use other names")
 
 
 def blend_rows(names: typing.Sequence[str], weights: typing.Sequence[float]) -> list[int]:
@@ -380,10 +374,10 @@ class CheckpointConfig:
         _one_of("checkpoint.verify", self.verify, ("read", "all"))
         if not self.resume:
             raise ValueError('checkpoint.resume is empty; use "auto", "never" or the path of a checkpoint')
-        _printable("checkpoint.resume", self.resume)
-        _printable("checkpoint.local_dir", self.local_dir)
+        _plain("checkpoint.resume", self.resume)
+        _plain("checkpoint.local_dir", self.local_dir)
         for pattern in self.allow_missing:
-            _printable("checkpoint.allow_missing", pattern)
+            _plain("checkpoint.allow_missing", pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,7 +390,7 @@ class RunConfig:
     def validate(self) -> None:
         if not self.dir:
             raise ValueError("run.dir is empty; name the directory of the run")
-        _printable("run.dir", self.dir)
+        _plain("run.dir", self.dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,7 +401,7 @@ class InitConfig:
     """A checkpoint whose weights (not optimizer state) a fresh run starts from; empty = random."""
 
     def validate(self) -> None:
-        _printable("init.checkpoint", self.checkpoint)
+        _plain("init.checkpoint", self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -540,9 +534,10 @@ def _one_of(key: str, value: str, allowed: typing.Sequence[str]) -> None:
         raise ValueError(f"{key} = {value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
-def _printable(key: str, value: str) -> None:
-    if not value.isprintable():
-        raise ValueError(f"{key} = {value!r} holds characters that cannot be printed; use others")
+def _plain(key: str, value: str) -> None:
+    """No control characters, which break lines and paths, and nothing that is no text."""
+    if any(ord(character) < 32 or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{key} = {value!r} holds control characters, or bytes that are no text; use others")
 
 
 def _check(recipe: Recipe) -> None:

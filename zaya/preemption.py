@@ -55,6 +55,19 @@ def shielded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def broken_pipes_raise() -> Iterator[None]:
+    """While processes are fed: that one has died is an exception here, not the end by SIGPIPE that tools let their readers cause."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+@contextlib.contextmanager
 def unwinding() -> Iterator[None]:
     """A signal that would end the process at once leaves the `with` block as a KeyboardInterrupt first: what the block cleans up is cleaned
     up. For Python code: a handler waits until a call of a library in C++ or Rust returns."""
@@ -67,7 +80,7 @@ def unwinding() -> Iterator[None]:
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    mine = [number for number in SIGNALS if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
+    mine = [number for number in (*SIGNALS, signal.SIGHUP) if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
     try:
         for number in mine:
             signal.signal(number, leave)

@@ -10,7 +10,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from zaya.checkpoint.directory import complete_steps, set_aside, step_path
+from zaya.checkpoint.directory import complete_steps, identity, set_aside, step_path
+from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.saver import Saver
 from zaya.config import Recipe
@@ -33,11 +34,19 @@ def open_saver(recipe: Recipe, mesh: Mesh, step: int, origin: Path | None = None
             set_aside(local, step - 1 if origin == step_path(tiers.shared, step) else step)
         mirror = Mirror(local, tiers.shared, gather=_gather(mesh, "mirror"), rank=mesh.rank, place=place, places=places,
                         bytes_per_s=config.mirror_mb_per_s * 1e6 / mesh.world_size, keep=config.keep, keep_every=config.keep_every)
-        if all(objects(step in complete_steps(local) and step not in complete_steps(tiers.shared), mesh)):
+        if all(objects(step in complete_steps(local) and not _is_at(step_path(tiers.shared, step), step_path(local, step)), mesh)):
             mirror.offer(step_path(local, step))  # the last process did not come to it
     return Saver(tiers.roots[0], gather=_gather(mesh, "saver"), rank=mesh.rank, world_size=mesh.world_size, leads=place == 0,
                  asynchronous=config.asynchronous, staging_bytes=int(config.staging_gib * 2**30), ranks_per_node=ranks_per_node(),
                  keep=config.keep, keep_every=0 if mirror else config.keep_every, mirror=mirror)
+
+
+def _is_at(target: Path, source: Path) -> bool:
+    """Whether that directory holds the checkpoint of this one, not another of its step."""
+    try:
+        return identity(target) == identity(source)
+    except (CheckpointError, OSError):
+        return False
 
 
 def _gather(mesh: Mesh, name: str) -> Callable[[object], list[object]]:

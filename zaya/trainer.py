@@ -296,8 +296,8 @@ class Trainer:
             self._start_save(saver, metrics)
             saver.wait(hurry)
         if saver.failed:
-            raise CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once that is mended, start "
-                                  "the run again: it goes on from the newest checkpoint before it")
+            raise_on_all([CheckpointError(f"the state of step {self.step} could not be saved ({saver.problem}); once that is mended, start "
+                                          "the run again: it goes on from the newest checkpoint before it")])
 
     def _mirrored(self, saver: Saver, preemption: Preemption) -> bool:
         """Wait until every checkpoint is on both tiers (collective). False: a signal to any rank came before; a job that must go has no

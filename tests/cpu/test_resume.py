@@ -19,6 +19,7 @@ import torch
 
 from tests import tiny
 from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.manifest import hash_bytes
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
@@ -213,6 +214,13 @@ def test_a_mirror_cut_short_is_made_up_for(folder: Path) -> None:
     record = (run_dir / "metrics.jsonl").read_bytes()
     assert main([str(recipe)]) == 0  # a finished run, but for this
     assert complete_steps(run_dir / "checkpoints")[-1] == 4 and (run_dir / "metrics.jsonl").read_bytes() == record
+    manifest = step_path(run_dir / "checkpoints", 4) / "manifest.json"
+    whole, body = manifest.read_bytes(), '"manifest": {"format_version": 99}}\n'
+    manifest.write_text(f'{{"xxh3": "{hash_bytes(body.encode())}",\n{body}')
+    for _ in range(2):  # another program's in its place: a failure again and again, until somebody moves it
+        assert main([str(recipe)]) == 1 and "format_version" in manifest.read_text()
+    shutil.rmtree(manifest.parent)
+    assert main([str(recipe)]) == 0 and manifest.read_bytes() == whole
     assert same_state(step_path(run_dir / "checkpoints", 4), step_path(Tiers.of(base).local or Path(), 4))
 
 

@@ -312,6 +312,40 @@ def test_ctrl_c_is_one_line_and_leaves_no_process_and_no_file(tmp_path: Path, to
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_killed_process_ends_the_tool_with_a_line_and_leaves_no_file(tmp_path: Path, tokenizer: Path, sent: signal.Signals) -> None:
+    """For want of memory; or all of them by SIGTERM."""
+    source = write_file(tmp_path / "d.jsonl", jsonl(TEXTS * 20_000))
+    options = [f"--output={tmp_path / 'c'}", f"--tokenizer={tokenizer}", "--workers=2"]
+    tool = subprocess.Popen([sys.executable, "-m", "tools.tokenize_corpus", str(source), *options], stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+    deadline = time.monotonic() + 100
+    while not (file := tmp_path / f".c.bin.{tool.pid}.tmp").exists() or not file.stat().st_size:
+        assert time.monotonic() < deadline and tool.poll() is None
+        time.sleep(0.02)
+    if sent == signal.SIGKILL:
+        os.kill(max(map(int, processes_of(tool.pid))), sent)
+    else:
+        os.killpg(tool.pid, sent)
+    _, err = tool.communicate(timeout=60)
+    if sent == signal.SIGKILL:
+        assert tool.returncode == 1 and "tools.tokenize_corpus: one of its processes was killed" in err, err
+    else:
+        assert tool.returncode == -sent
+    assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+def test_two_outputs_are_two_files_and_none_is_an_input(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_file(tmp_path / "c.bin", b"some text")
+    write_file(tmp_path / "d.txt", b"other text")
+    for arguments, says in (((source, "--output", tmp_path / "c", "--tokenizer", tokenizer), "is one of the inputs"),
+                            ((tmp_path / "d.txt", "--output", tmp_path / "c", "--tokenizer", source, "--train-bpe", 300), "for two files")):
+        assert run(*arguments, "--overwrite") == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"c.bin": b"some text", "d.txt": b"other text"}
+
+
 def stdlib_data(folder: Path) -> DataConfig:
     train, valid, tokenizer = (str(folder / name) for name in ("train", "valid", "tokenizer.json"))
     return DataConfig(train=(train,), valid=valid, tokenizer=tokenizer, source="stdlib")
@@ -406,6 +440,13 @@ stdlib_corpus.build({data!r}, 512)
         fcntl.flock(alive, fcntl.LOCK_EX)  # another process is making the same
         stdlib_corpus.build(data, 512)
         assert set(contents(folder)) == {"train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.json", ".train.bin.1.tmp"}
+
+
+def test_stdlib_corpora_are_files_of_their_own(tmp_path: Path, few_files: None) -> None:
+    data = dataclasses.replace(stdlib_data(tmp_path), valid=f"{tmp_path}/../{tmp_path.name}/train")
+    with pytest.raises(ValueError, match="train.bin is named for two files"):
+        stdlib_corpus.build(data, 512)
+    assert not list(tmp_path.iterdir())
 
 
 def test_stdlib_files_are_source_of_the_library_alone() -> None:

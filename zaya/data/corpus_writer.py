@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.tokenizer import vocabulary_size
-from zaya.preemption import shielded, unwinding
+from zaya.preemption import broken_pipes_raise, shielded, unwinding
 
 _PORTION_CHARS = 1 << 18  # characters sent to a process at once: about 0.1 s of work
 _WAITING_PORTIONS = 4  # per process, read ahead but not yet written: bounds memory on inputs of any size
@@ -54,6 +54,10 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise ValueError(f"output {existing[0]} exists; remove it, name another one or pass --overwrite")
+    resolved = [path.resolve() for path in paths]
+    twice = next((path for path, file in zip(paths, resolved) if resolved.count(file) > 1), None)
+    if twice is not None:
+        raise ValueError(f"output {twice} is named for two files; use other names")
     made: list[Path] = []
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     with unwinding(), contextlib.ExitStack() as locks:
@@ -163,7 +167,7 @@ def _in_order(portions: Iterator[list[str]], encoder: _Encoder, workers: int) ->
         yield from map(encoder, portions)
         return
     # spawn, not fork: the parent has threads (tokenizers', torch's) whose locks a forked child would inherit held.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,)) as pool:
+    with broken_pipes_raise(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,)) as pool:
         waiting: collections.deque[Future[list[NDArray]]] = collections.deque()
         try:
             for portion in portions:

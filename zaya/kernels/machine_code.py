@@ -241,6 +241,7 @@ def process_pool(num_tasks: int) -> Iterator[ProcessPoolExecutor]:
     parent."""
     count = max(min(os.cpu_count() or 1, num_tasks), 1)
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    pipes = signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # that one has died is an exception here, not the end of this process
     try:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
         try:
@@ -251,6 +252,7 @@ def process_pool(num_tasks: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        signal.signal(signal.SIGPIPE, pipes)
 
 
 @contextlib.contextmanager
