@@ -60,6 +60,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--workers = {args.workers} must be at least 1 and at most {MAX_WORKERS}")
     if args.output.rpartition("/")[2] in ("", ".", ".."):
         raise ValueError(f"--output = {args.output!r} names a directory; add the corpus' name, {os.path.join(args.output, 'NAME')}")
+    if args.output.endswith((".bin", ".idx")):
+        raise ValueError(f"--output = {args.output!r}: leave {args.output[-4:]} out, it is added")
+    if os.path.isdir(args.output):
+        raise ValueError(f"--output = {args.output!r} names a directory; add the corpus' name, {os.path.join(args.output, 'NAME')}")
     parser.check_output("--output", Path(f"{args.output}.bin"))
     if args.train_bpe is not None:
         parser.check_output("--tokenizer", args.tokenizer)

@@ -307,5 +307,6 @@ def test_dump_refuses_in_one_line(corpora: Path, tmp_path: Path, capsys: pytest.
 def test_dump_into_a_missing_directory(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE.format(folder=corpora))
-    assert dump_batch.main([str(recipe), "--step", "1", "--out", str(tmp_path / "none" / "b.npz")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        dump_batch.main([str(recipe), "--step", "1", "--out", str(tmp_path / "none" / "b.npz")])
+    assert ended.value.code == 2 and "there is no directory" in capsys.readouterr().err

@@ -241,6 +241,8 @@ BAD: dict[str, tuple[str, bytes | None, list[str], str]] = {  # input's name, it
     "spelt otherwise": ("d.txt", b"a", ["./d.txt"], "input d.txt is named twice ({in} is the same file)"),
     "in a directory named too": ("d.txt", b"a", ["{dir}"], "input {in} is named twice"),
     "no name": ("d.txt", b"a", ["--output", "{dir}/new/"], "names a directory"),
+    "a directory's name": ("d.txt", b"a", ["--output", "{dir}"], "names a directory"),
+    "with its ending": ("d.txt", b"a", ["--output", "{dir}/c.bin"], "leave .bin out, it is added"),
     "empty name": ("d.txt", b"a", ["--output", ""], "names a directory"),
     "this directory": ("d.txt", b"a", ["--output", "."], "names a directory"),
     "the directory above": ("d.txt", b"a", ["--output", "{dir}/.."], "names a directory"),

@@ -77,7 +77,7 @@ def test_all_kernels_of_an_op_are_tried_at_once_and_what_does_not_fit_never() ->
             def __enter__(self): return self
             def __exit__(self, *arguments): pass
             map = staticmethod(map)
-        machine_code.processes = InThisProcess
+        machine_code.process_pool = InThisProcess
 
         case = next(case for case in cases.cases() if case.name == "rms_norm small 4096")
         case = dataclasses.replace(case, make=lambda device, dtype, make=case.make: make(cpu, dtype))
