@@ -284,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
         for ranks, flags in layouts.values():
             load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)
         for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: nothing else would end the processes
-            signal.signal(number, signal.default_int_handler)
+            if signal.getsignal(number) == signal.SIG_DFL:  # not what nohup ignores
+                signal.signal(number, signal.default_int_handler)
         a, b = (_run(side, options.recipe, ranks, [*overrides, *flags], options.timeout) for side, (ranks, flags) in layouts.items())
     except ValueError as error:
         print(f"tools.bisect_layouts: {error}", file=sys.stderr)

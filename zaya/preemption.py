@@ -45,29 +45,6 @@ class Preemption:
 
 
 @contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """A process that starts inside leaves Ctrl-C, which a terminal sends it too, to its parent."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def broken_pipes_raise() -> Iterator[None]:
-    """While processes are fed: that one has died is an exception here, not the end by SIGPIPE that tools let their readers cause."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGPIPE, before)
-
-
-@contextlib.contextmanager
 def unwinding() -> Iterator[None]:
     """A signal that would end the process at once leaves the `with` block as a KeyboardInterrupt first: what the block cleans up is cleaned
     up. For Python code: a handler waits until a call of a library in C++ or Rust returns."""

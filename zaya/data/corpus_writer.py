@@ -11,6 +11,8 @@ import fcntl
 import glob
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from tokenizers import Tokenizer
 
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.tokenizer import vocabulary_size
-from zaya.preemption import broken_pipes_raise, shielded, unwinding
+from zaya.preemption import unwinding
 
 _PORTION_CHARS = 1 << 18  # characters sent to a process at once: about 0.1 s of work
 _WAITING_PORTIONS = 4  # per process, read ahead but not yet written: bounds memory on inputs of any size
@@ -167,11 +169,11 @@ def _in_order(portions: Iterator[list[str]], encoder: _Encoder, workers: int) ->
         yield from map(encoder, portions)
         return
     # spawn, not fork: the parent has threads (tokenizers', torch's) whose locks a forked child would inherit held.
-    with broken_pipes_raise(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,)) as pool:
+    with _broken_pipes_raise(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,)) as pool:
         waiting: collections.deque[Future[list[NDArray]]] = collections.deque()
         try:
             for portion in portions:
-                with shielded():  # submitting starts the processes
+                with _shielded():  # submitting starts the processes
                     waiting.append(pool.submit(_encode_in_worker, portion))
                 if len(waiting) >= _WAITING_PORTIONS * workers:
                     yield waiting.popleft().result()
@@ -179,6 +181,29 @@ def _in_order(portions: Iterator[list[str]], encoder: _Encoder, workers: int) ->
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """A process that starts inside leaves Ctrl-C, which a terminal sends it too, to its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _broken_pipes_raise() -> Iterator[None]:
+    """While processes are fed: that one has died is an exception here, not the end by SIGPIPE that tools let their readers cause."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 _worker_encoder: _Encoder
