@@ -145,15 +145,16 @@ def report(found: list[Launch]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; launches of one kernel whose figures agree share a line."""
-    lines = ["| kernel | tile | warps | VGPRs | LDS | waves | MFMA | share | 16-byte loads | launches |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| kernel | tile | warps | VGPRs | LDS | waves | MFMA | share | waiting | bound | 16-byte loads | launches |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     merged: dict[str, int] = {}
     for row in rows:
         blocks = "x".join(str(value) for key, value in row["config"].items() if key.isupper())
         loads = f"{row['wide_loads']} of {row['wide_loads'] + row['narrow_loads']}"
-        share = f"{row['mfma_share']:.2f}" if row["is_matrix_kernel"] else "-"
+        used = f"{row['mfma_share']:.2f} | {row['waiting']:.0%} | {row['mfma_bound']:.2f}" if row["is_matrix_kernel"] else "- | - | -"
         line = (f"| {row['kernel']} | {blocks} | {row['config']['num_warps']} | {row['vgprs']} | {row['lds_bytes']:,} | "
-                f"{row['waves_per_simd']} | {row['hot_mfma'] or '-'} | {share} | {loads}, {row['wide_share']:.0%} of bytes |")
+                f"{row['waves_per_simd']} | {row['hot_mfma'] or '-'} | {used} | {loads}, "
+                f"{row['wide_share']:.0%} of bytes |")
         merged[line] = merged.get(line, 0) + 1
     return "\n".join([*lines, *(f"{line} {times} |" for line, times in merged.items())])
 

@@ -3,7 +3,8 @@
 Each entry of the table that the op's chip cases use competes with its neighbours: one block or the warps halved or doubled, or one stage
 more or less (or with all combinations of --space). On a GPU the shortest median time of the kernel's launches in forward and backward of
 the cases wins, and the winners together must compute the right thing. Without one, for gfx942, the machine code decides: no failed gate,
-at least two waves a SIMD, then the MFMA share of the hot loop (of matrix kernels), the share of bytes in 16-byte loads, and the waves.
+at least two waves a SIMD, then how much of the time the matrix cores can work (of matrix kernels), the share of bytes in 16-byte loads,
+and the waves.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
     launch.replace_entry(kernel, index, candidates[0])
     figures = tqdm(machine_code.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
     for number, row in zip(owners, figures):
-        share = row["mfma_share"] if row["is_matrix_kernel"] else 0.0
-        score = (float(not row["broken"]), float(min(row["waves_per_simd"], 2)), share, row["wide_share"], float(row["waves_per_simd"]))
+        score = (float(not row["broken"]), float(min(row["waves_per_simd"], 2)), row["mfma_bound"], row["wide_share"],
+                 float(row["waves_per_simd"]))
         words = (f"static: {row['vgprs']} VGPRs, {row['vgpr_spills']} spills, LDS {row['lds_bytes'] / 1024:g} KiB, "
                  f"{row['waves_per_simd']} waves per SIMD, {row['wide_share']:.0%} of bytes in 16-byte loads"
-                 + (f", MFMA share {share:.2f}" if row["is_matrix_kernel"] else ""))
+                 + (f", MFMA share {row['mfma_share']:.2f}, waiting {row['waiting']:.0%}" if row["is_matrix_kernel"] else ""))
         words = "; ".join(row["broken"]) or words
         if scores[number][0] == (-1.0,) or score < scores[number][0]:
             scores[number] = score, words

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ def run(words: list[str], *paths: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
+# Their work-groups fill a CU, so that nothing runs while one waits for its loads: not pipelined, or moved down by the compiler.
+PRODUCTS = {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel"}
+
+
 @pytest.mark.timeout(1800)  # minutes of compiling, until Triton has them in its cache
 def test_every_shipped_configuration_passes_the_gates() -> None:
     result = run(["-m", "tools.kernel_report", "--json"])
@@ -37,6 +42,9 @@ def test_every_shipped_configuration_passes_the_gates() -> None:
             "mfma_share", "wide_loads", "narrow_loads", "cases"} <= rows[0].keys()
     matrix_kernels = [row for row in rows if row["is_matrix_kernel"]]
     assert matrix_kernels and all(row["hot_mfma"] for row in matrix_kernels)
+    assert not {(row["kernel"], row["waiting"]) for row in matrix_kernels if row["kernel"] in PRODUCTS and row["waiting"] > 0.05}
+    wide = [row for row in matrix_kernels if row["cases"][0].startswith(("experts", "attention", "newton"))]  # heads of 128
+    assert wide and not {(row["kernel"], row["mfma_bound"]) for row in wide if row["mfma_bound"] < 0.65}
     makers = {name for row in rows for name in row["cases"]}
     assert {"training zaya1_8b_pretrain1", "training zaya1_74b_pretrain tp=2 ep=8"} <= makers
 
@@ -85,6 +93,32 @@ def test_every_configuration_fits_a_gpu_of_little_shared_memory() -> None:
     assert result.returncode == 0, result.stderr
     too_large = {line for line in result.stdout.splitlines() if int(line.split()[1]) > 99 * 1024}
     assert result.stdout and too_large == set()
+
+
+NEVER_EMULATED = """
+import torch
+from tools.emulate_kernels import TARGET
+from tools.kernel_report import of_cases, of_training
+from zaya.kernels import cases, launch, machine_code
+
+def entries(runs, chip):
+    with machine_code.recording(chip) as noted:
+        for _, run in runs:
+            run()
+    used = {(build.kernel, id(config.blocks)) for build, config in noted}
+    return {(kernel, str(entry)) for kernel, listed in launch._table().items() for entry in listed if (kernel, id(entry["blocks"])) in used}
+
+shipped = entries(of_cases(cases.cases(cases.CHIP)) + of_training(), launch.MI300X)
+emulated = entries(of_cases(case for case in cases.cases(cases.SMALL) if torch.bfloat16 in case.dtypes), TARGET)
+print(len(shipped), sorted(shipped - emulated))
+"""
+
+
+def test_every_shipped_entry_is_one_that_the_emulator_runs() -> None:
+    result = run(["-c", NEVER_EMULATED])
+    assert result.returncode == 0, result.stderr
+    number, _, missing = result.stdout.strip().partition(" ")
+    assert int(number) > 30 and missing == "[]"
 
 
 PLANTED = textwrap.dedent('''
@@ -265,12 +299,32 @@ def test_regions_are_llvms_loops() -> None:
     assert (outer.instructions, outer.mfma, outer.valu, outer.stores, outer.narrow_loads) == (4, 0, 1, 1, 1)
     assert (rest.mfma, rest.stores, rest.wide_share) == (1, 1, 1.0)
     assert machine_code.hot(machine_code.regions(ASSEMBLY)) == inner
+    assert (inner.waiting, outer.waiting, rest.waiting) == (0, 0, 0)  # nothing waits
 
 
-def test_of_two_loops_with_equal_matrix_work_the_leaner_is_hot() -> None:
-    loop = "{0}:  ; =>This Inner Loop Header: Depth=1\n\tv_mfma_f32_16x16x16_f16 v[0:3], v[4:5], v[6:7], v[0:3]\n"
-    masked, plain = loop.format(".LBB0_1") + "\tv_cndmask_b32_e32 v1, v2, v3\n", loop.format(".LBB0_2")
-    assert machine_code.hot(machine_code.regions(masked + plain)).label == "BB0_2"
+def loop(*instructions: str) -> str:
+    return ".LBB0_1:  ; =>This Inner Loop Header: Depth=1\n" + "".join(f"\t{line}\n" for line in instructions)
+
+
+MFMA = "v_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]"
+LOAD, STORE = "buffer_load_dwordx4 v[4:7], v1, s[0:3], 0 offen", "global_store_dword v1, v2, off"
+
+
+# A load takes 512 cycles, MFMA four slots of four cycles.
+@pytest.mark.parametrize(("instructions", "waited", "busy"), [
+    ([LOAD, MFMA, "v_mul_f32_e32 v1, v1, v2", "s_waitcnt vmcnt(0)"], 512 - 20, 20),
+    ([LOAD, "s_waitcnt lgkmcnt(0)", MFMA, "s_waitcnt vmcnt(0) lgkmcnt(0)", MFMA], 512 - 16, 32),  # that of LDS is another counter
+    ([LOAD, *40 * [MFMA], "s_waitcnt vmcnt(0)"], 0, 640),
+    (["s_waitcnt vmcnt(0)", MFMA, LOAD, MFMA, MFMA], 512 - 32, 48),  # around the loop's end
+    (["s_waitcnt vmcnt(1)", MFMA, LOAD, *20 * [MFMA]], 512 - 320 - 336, 336),  # two ends later, since one may still be on its way: < 0
+    ([LOAD, MFMA, LOAD, "s_waitcnt vmcnt(1)", MFMA, "s_waitcnt vmcnt(0)"], 512 - 16, 32),  # the second is done by then
+    ([LOAD, "s_waitcnt vmcnt(0)", LOAD, "s_waitcnt vmcnt(0)", MFMA], 1024, 16),
+    ([LOAD, LOAD, "s_waitcnt vmcnt(1)", MFMA, "s_waitcnt vmcnt(0)"], 512, 16),  # at the same time
+    ([LOAD, MFMA, STORE, "s_waitcnt vmcnt(1)"], 512 - 16, 16),  # stores are counted, but not waited for
+    ([STORE, MFMA, "s_waitcnt vmcnt(0)"], 0, 16), ([LOAD, MFMA], 0, 16), ([LOAD, MFMA, "s_waitcnt vmcnt(63)"], 0, 16)])
+def test_waiting_for_loads(instructions: list[str], waited: int, busy: int) -> None:
+    (region,) = (region for region in machine_code.regions(loop(*instructions)) if region.label)
+    assert region.waiting == pytest.approx(max(waited, 0) / (busy + max(waited, 0)))
 
 
 @pytest.mark.parametrize(("opcode", "slots"), [
@@ -288,6 +342,15 @@ def test_issue_slots_of_matrix_instructions(opcode: str, slots: int) -> None:
 def test_waves_per_simd(vgprs: int, num_warps: int, lds_bytes: int, waves: int) -> None:
     asm = ASSEMBLY.replace(".vgpr_count:     129", f".vgpr_count:     {vgprs}")
     assert machine_code.resources(code(asm, num_warps, lds_bytes))["waves_per_simd"] == waves
+
+
+@pytest.mark.parametrize(("num_warps", "waves", "waiting", "bound"), [
+    (4, 2, 0.5, 0.8), (4, 2, 0.75, 0.4), (4, 3, 0.75, 0.6), (8, 2, 0.25, 0.6), (8, 4, 0.25, 0.8), (1, 8, 0.5, 0.8), (8, 2, 0.0, 0.8)])
+def test_the_most_that_matrix_cores_can_work(num_warps: int, waves: int, waiting: float, bound: float) -> None:
+    (region,) = machine_code.regions(loop(MFMA, "v_mul_f32_e32 v1, v1, v2"))[:1]
+    assert region.mfma_share == 0.8
+    found = machine_code.mfma_bound(code(num_warps=num_warps), {"waves_per_simd": waves}, replace(region, waiting=waiting))
+    assert found == pytest.approx(bound)
 
 
 def test_gates_name_what_is_wrong() -> None:

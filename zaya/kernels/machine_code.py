@@ -2,8 +2,8 @@
 
 `specialise` does what Triton does between a launch and the compiler: types, constexprs, the integers equal to 1, what 16 divides, which
 tensors are small enough (2 GiB) for buffer instructions; `recording` does it for every launch inside, `compiled` compiles one. These serve
-any GPU. `build_code` compiles for gfx942; `resources` reads registers, spills and LDS off its assembly, `regions` its loops, `gates` what
-must not ship; `figures` is all of it. Tensors may lie on "meta". Knows no op.
+any GPU. `build_code` compiles for gfx942; `resources` reads registers, spills and LDS off its assembly, `regions` its loops, `mfma_bound`
+how busy they can keep the matrix cores, `gates` what must not ship; `figures` is all of it. Tensors may lie on "meta". Knows no op.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,13 +35,17 @@ MAX_WAVES_PER_SIMD = 8
 LDS_BYTES = 64 * 1024  # per CU
 WIDE_BYTES = 16  # of a lane's widest load
 
-# FLOP that the matrix core of a SIMD does in the 4 cycles of one issue slot: 1,307 TFLOP/s of 16-bit types / (304 CUs * 4 * 2.1 GHz / 4) is
+LATENCY = 512  # cycles of a load from global memory, supposed: L2 takes some hundreds, HBM more
+SLOT_CYCLES = 4  # of an issue slot: a vector instruction goes through a SIMD of 16 lanes in four
+
+# FLOP that the matrix core of a SIMD does in one issue slot: 1,307 TFLOP/s of 16-bit types / (304 CUs * 4 * 2.1 GHz / 4) is
 # 2,048, so a 16x16x16 product takes 8,192 / 2,048 = 4 slots. By the type of the operands.
 MFMA_FLOP_PER_SLOT = {"f16": 2048, "bf16": 2048, "f32": 256, "f64": 256, "xf32": 1024, "fp8": 4096, "bf8": 4096, "i8": 4096}
 
 _BLOCK = re.compile(r"\.L(BB\d+_\d+):|; %bb\.")
 _LOOP = re.compile(r";\s+(?:=>\s*This (?:Inner )?Loop Header:|in Loop: Header=(BB\d+_\d+)) Depth=(\d+)")
 _INSTRUCTION = re.compile(r"\s+[a-z]\w*(\s|$)")  # no label, directive or comment
+_MEMORY = re.compile(r"(?:global|buffer|flat)_(load|store|atomic)")  # what the counter of s_waitcnt vmcnt counts
 _LOADS = re.compile(r"(?:global|buffer|flat)_load_(?:lds_)?(\w+?)(?:_d16(?:_hi)?)?$")
 _LOAD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
 
@@ -99,6 +104,8 @@ class Region:
     narrow_loads: int
     wide_share: float
     """Of the bytes that a lane loads, the share that comes in 16-byte loads; 1 without any load."""
+    waiting: float
+    """Share of a wave's time that it waits for its loads from global memory, were each to take LATENCY cycles and no other wave to run."""
 
 
 def specialise(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any], gpu: GPUTarget = GFX942) -> Build:
@@ -169,22 +176,42 @@ def regions(asm: str) -> list[Region]:
         if words := _LOOP.search(line):  # LLVM's own word on which loop a block belongs to
             here = int(words.group(2)), words.group(1) or block
         if _INSTRUCTION.match(line):
-            bodies.setdefault(here, []).append(line.split()[0])
+            bodies.setdefault(here, []).append(line.strip())
     found = [_region(label, depth, body) for (depth, label), body in bodies.items()]
     return sorted(found, key=lambda region: (not region.mfma, -region.depth, -region.mfma,
                                              region.instructions if region.mfma else -region.instructions))
 
 
-def _region(label: str, depth: int, opcodes: list[str]) -> Region:
+def _region(label: str, depth: int, body: list[str]) -> Region:
+    opcodes = [line.split()[0] for line in body]
     mfma = [opcode for opcode in opcodes if opcode.startswith(("v_mfma", "v_smfmac"))]
     valu = sum(opcode.startswith("v_") for opcode in opcodes) - len(mfma)
     slots = sum(map(mfma_slots, mfma))
     loads = [_LOAD_BYTES.get(match.group(1), 4) for opcode in opcodes if (match := _LOADS.match(opcode))]
     wide = [size for size in loads if size == WIDE_BYTES]
-    stores = sum(bool(re.match(r"(global|buffer|flat)_(store|atomic)", opcode)) for opcode in opcodes)
+    stores = sum(match.group(1) != "load" for opcode in opcodes if (match := _MEMORY.match(opcode)))
     return Region(label, depth, len(opcodes), len(mfma), slots / (slots + valu) if mfma else 0.0, valu,
                   sum(opcode.startswith("ds_") for opcode in opcodes), stores, len(wide), len(loads) - len(wide),
-                  sum(wide) / sum(loads) if loads else 1.0)
+                  sum(wide) / sum(loads) if loads else 1.0, _waiting(body, passes=4 if label else 1))
+
+
+def _waiting(body: list[str], passes: int) -> float:
+    """`Region.waiting` in the last of so many passes through the instructions."""
+    clock, start, waited = 0, 0, 0
+    flying: deque[int] = deque()  # when each is done, in the order in which they are waited for
+    for _ in range(passes):
+        start, waited = clock, 0
+        for line in body:
+            opcode = line.split()[0]
+            if opcode.startswith("v_"):
+                clock += SLOT_CYCLES * (mfma_slots(opcode) if opcode.startswith(("v_mfma", "v_smfmac")) else 1)
+            elif match := _MEMORY.match(opcode):
+                flying.append(clock + LATENCY if match.group(1) == "load" else clock)
+            elif opcode == "s_waitcnt" and (match := re.search(r"vmcnt\((\d+)\)", line)):
+                while len(flying) > int(match.group(1)):
+                    wait = max(flying.popleft() - clock, 0)
+                    clock, waited = clock + wait, waited + wait
+    return waited / (clock - start) if waited else 0.0
 
 
 def mfma_slots(opcode: str) -> int:
@@ -198,6 +225,13 @@ def mfma_slots(opcode: str) -> int:
 def hot(found: list[Region]) -> Region:
     """Where a kernel spends its time: the first in the order of `regions`."""
     return found[0]
+
+
+def mfma_bound(code: Code, used: Mapping[str, int], loop: Region) -> float:
+    """The most of the time in a loop that matrix cores can work: `Region.mfma_share` while any wave of a SIMD has its loads. The waves of
+    one work-group wait together, at barriers; those of others by themselves."""
+    groups = used["waves_per_simd"] // max(code.num_warps // SIMDS, 1)
+    return loop.mfma_share * min(1.0, groups * (1 - loop.waiting))
 
 
 def gates(code: Code, used: Mapping[str, int], found: list[Region]) -> list[str]:
@@ -226,7 +260,8 @@ def figures(build: Build) -> dict[str, Any]:
     return {**used, "mfma": sum(region.mfma for region in found), "mfma_share": round(loop.mfma_share, 3), "hot_mfma": loop.mfma,
             "hot_valu": loop.valu, "hot_lds": loop.lds, "hot_instructions": loop.instructions, "hot_depth": loop.depth,
             "wide_loads": loop.wide_loads, "narrow_loads": loop.narrow_loads, "wide_share": round(loop.wide_share, 3),
-            "is_matrix_kernel": code.dots > 0, "broken": broken + gates(code, used, found)}
+            "waiting": round(loop.waiting, 3), "mfma_bound": round(mfma_bound(code, used, loop), 3), "is_matrix_kernel": code.dots > 0,
+            "broken": broken + gates(code, used, found)}
 
 
 def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
