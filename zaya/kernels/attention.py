@@ -122,8 +122,12 @@ def _fwd_step(accumulator, largest, total, q, k_base, v_base, first_key_M, index
     """Online softmax over one block of keys. largest is in units of raw scores; scale takes them to powers of two.
 
     BLOCK_V: rows of v per product, all of the block or half of it. Halves use the same addresses in LDS: 30 registers less on gfx942.
+    They are loaded with k, so that only k is waited for: v arrives during the first product.
     """
     k = _rows(k_base, key_start, stride_ks, k_offsets, S, BLOCK_N, MASKED)
+    v = _rows(v_base, key_start, stride_vs, v_offsets, S, BLOCK_V, MASKED)
+    if BLOCK_V < BLOCK_N:
+        lower_v = _rows(v_base, key_start + BLOCK_V, stride_vs, v_offsets, S, BLOCK_V, MASKED)
     scores = _scores(q, k)
     if MASKED:
         scores = _hide(scores, key_start + tl.arange(0, BLOCK_N)[None, :], first_key_M[:, None], index_M[:, None])
@@ -133,14 +137,12 @@ def _fwd_step(accumulator, largest, total, q, k_base, v_base, first_key_M, index
     total = total * shrink + tl.sum(probs, 1)
     accumulator *= shrink[:, None]
     if BLOCK_V == BLOCK_N:
-        v = _rows(v_base, key_start, stride_vs, v_offsets, S, BLOCK_N, MASKED)
         accumulator = tl.dot(_narrow(probs, v.dtype, ROUND_BITS), v, accumulator, input_precision="ieee")
     else:
         tl.static_assert(2 * BLOCK_V == BLOCK_N)
-        halves = probs.reshape(probs.shape[0], 2, BLOCK_V).permute(0, 2, 1).split()
-        for half in tl.static_range(2):
-            v = _rows(v_base, key_start + half * BLOCK_V, stride_vs, v_offsets, S, BLOCK_V, MASKED)
-            accumulator = tl.dot(_narrow(halves[half], v.dtype, ROUND_BITS), v, accumulator, input_precision="ieee")
+        upper, lower = probs.reshape(probs.shape[0], 2, BLOCK_V).permute(0, 2, 1).split()
+        accumulator = tl.dot(_narrow(upper, v.dtype, ROUND_BITS), v, accumulator, input_precision="ieee")
+        accumulator = tl.dot(_narrow(lower, v.dtype, ROUND_BITS), lower_v, accumulator, input_precision="ieee")
     return accumulator, new_largest, total
 
 
@@ -250,17 +252,18 @@ def _bwd_dkv_step(dk, dv, k, v, q_base, dout_base, lse_base, delta_base, first_k
                   stride_qt, stride_dout, chunk, scale, BLOCK_M: tl.constexpr, ROUND_BITS: tl.constexpr, MASKED: tl.constexpr):
     """One block of queries, from `row` of its chunk; row_offset takes rows to indices. Scores stand on their side: (keys, queries)."""
     rows_M = row + tl.arange(0, BLOCK_M)
-    q = _rows(q_base, row, stride_qt, q_offsets, chunk, BLOCK_M, MASKED)
-    dout = _rows(dout_base, row, stride_dout, dout_offsets, chunk, BLOCK_M, MASKED)
-    scores = _scores(k, q)
     if MASKED:
         inside_M = rows_M < chunk
         lse_M = tl.load(lse_base + rows_M, mask=inside_M, other=0.0)
         delta_M = tl.load(delta_base + rows_M, mask=inside_M, other=0.0)
+    else:  # first of all, so that they arrive with q and are not waited for once more
+        lse_M, delta_M = tl.load(lse_base + rows_M), tl.load(delta_base + rows_M)
+    q = _rows(q_base, row, stride_qt, q_offsets, chunk, BLOCK_M, MASKED)
+    dout = _rows(dout_base, row, stride_dout, dout_offsets, chunk, BLOCK_M, MASKED)
+    scores = _scores(k, q)
+    if MASKED:
         first_key_M = tl.load(first_key_base + rows_M, mask=inside_M, other=0).to(tl.int32)
         scores = _hide(scores, key_N[:, None], first_key_M[None, :], (rows_M + row_offset)[None, :])
-    else:
-        lse_M, delta_M = tl.load(lse_base + rows_M), tl.load(delta_base + rows_M)
     probs = tl.exp2(scores * scale - lse_M[None, :])
     dv = tl.dot(_narrow(probs, dout.dtype, ROUND_BITS), dout, dv, input_precision="ieee")
     dscores = probs * (_scores(v, dout) - delta_M[None, :])

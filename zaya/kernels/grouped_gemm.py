@@ -357,17 +357,20 @@ def _weight_grad_kernel(a_rows, b_rows, order, offsets, largest_first, out, E: t
     a_column, b_column, ks = _columns(m * BLOCK_M, M, BLOCK_M), _columns(n * BLOCK_N, N, BLOCK_N), tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     whole = start + (end - start) // BLOCK_K * BLOCK_K
+    GATHER: tl.constexpr = GATHER_A or GATHER_B
+    places = tl.load(order + start + ks, mask=start + ks < end, other=0) if GATHER else ks
     for first in range(start, whole, BLOCK_K):
-        rows = first + ks
-        tokens = tl.load(order + rows) // TOP_K if GATHER_A or GATHER_B else rows
+        rows, tokens = first + ks, places // TOP_K
         a_at, b_at = _row_offsets(tokens if GATHER_A else rows, M, WIDE), _row_offsets(tokens if GATHER_B else rows, N, WIDE)
+        if GATHER:  # a block ahead (of the last one itself): a load that waits for another one's result cannot be issued early
+            places = tl.load(order + tl.minimum(first + BLOCK_K, whole - BLOCK_K) + ks)
         a = tl.load(a_rows + a_at[None, :] + a_column[:, None])
         b = tl.load(b_rows + b_at[:, None] + b_column[None, :])
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if whole < end:  # the last, partial block of rows: the only one with a mask
         rows = whole + ks
         is_row = rows < end
-        tokens = tl.load(order + rows, mask=is_row, other=0) // TOP_K if GATHER_A or GATHER_B else rows
+        tokens = tl.load(order + rows, mask=is_row, other=0) // TOP_K if GATHER else rows
         a_at, b_at = _row_offsets(tokens if GATHER_A else rows, M, WIDE), _row_offsets(tokens if GATHER_B else rows, N, WIDE)
         a = tl.load(a_rows + a_at[None, :] + a_column[:, None], mask=is_row[None, :], other=0.0)
         b = tl.load(b_rows + b_at[:, None] + b_column[None, :], mask=is_row[:, None], other=0.0)

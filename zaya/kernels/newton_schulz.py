@@ -95,10 +95,10 @@ def _newton_schulz_gram_kernel(x_ptr, out_ptr, programs, N, K, b, c, POLYNOMIAL:
     i = row * BLOCK_M + tl.arange(0, BLOCK_M)
     j = column * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    left_ptrs, right_ptrs = x_ptr + i[:, None] * K + k[None, :], x_ptr + j[:, None] * K + k[None, :]
+    left_ptrs, right_ptrs = x_ptr + i[:, None] * K + k[None, :], x_ptr + j[None, :] * K + k[:, None]
     product = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     for _ in range(0, K, BLOCK_K):
-        product = tl.dot(tl.load(left_ptrs), tl.load(right_ptrs).T, product, input_precision="ieee")
+        product = tl.dot(tl.load(left_ptrs), tl.load(right_ptrs), product, input_precision="ieee")
         left_ptrs += BLOCK_K
         right_ptrs += BLOCK_K
     if POLYNOMIAL:
