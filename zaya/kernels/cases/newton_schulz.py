@@ -50,6 +50,9 @@ CASES = [
     _case("small one row", SMALL, 1, 65),
     _case("small a zero matrix", SMALL, 2, 20, 24, zero=True),
     _case("small one step", SMALL, 2, 12, 40, steps=1),
+    # On a chip of eight compute units one medium or large tile for each (`newton_schulz._size`):
+    _case("small medium tiles", SMALL, 8, 120, 128, steps=2),
+    _case("small large tiles", SMALL, 8, 250, 256, steps=2),
     _case("8b queries", CHIP, 40, 1024, 2048),
     _case("8b keys", CHIP, 40, 256, 2048),
     _case("8b value blocks", CHIP, 80, 128, 2048),
