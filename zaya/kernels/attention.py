@@ -125,8 +125,9 @@ def _fwd_step(accumulator, largest, total, q, k_base, v_base, first_key_M, index
     They are loaded with k, so that only k is waited for: v arrives during the first product.
     """
     k = _rows(k_base, key_start, stride_ks, k_offsets, S, BLOCK_N, MASKED)
-    v = _rows(v_base, key_start, stride_vs, v_offsets, S, BLOCK_V, MASKED)
     if BLOCK_V < BLOCK_N:
+        tl.static_assert(2 * BLOCK_V == BLOCK_N)
+        upper_v = _rows(v_base, key_start, stride_vs, v_offsets, S, BLOCK_V, MASKED)
         lower_v = _rows(v_base, key_start + BLOCK_V, stride_vs, v_offsets, S, BLOCK_V, MASKED)
     scores = _scores(q, k)
     if MASKED:
@@ -136,13 +137,13 @@ def _fwd_step(accumulator, largest, total, q, k_base, v_base, first_key_M, index
     probs = tl.exp2(scores * scale - (new_largest * scale)[:, None])
     total = total * shrink + tl.sum(probs, 1)
     accumulator *= shrink[:, None]
-    if BLOCK_V == BLOCK_N:
-        accumulator = tl.dot(_narrow(probs, v.dtype, ROUND_BITS), v, accumulator, input_precision="ieee")
-    else:
-        tl.static_assert(2 * BLOCK_V == BLOCK_N)
+    if BLOCK_V < BLOCK_N:
         upper, lower = probs.reshape(probs.shape[0], 2, BLOCK_V).permute(0, 2, 1).split()
-        accumulator = tl.dot(_narrow(upper, v.dtype, ROUND_BITS), v, accumulator, input_precision="ieee")
-        accumulator = tl.dot(_narrow(lower, v.dtype, ROUND_BITS), lower_v, accumulator, input_precision="ieee")
+        accumulator = tl.dot(_narrow(upper, upper_v.dtype, ROUND_BITS), upper_v, accumulator, input_precision="ieee")
+        accumulator = tl.dot(_narrow(lower, lower_v.dtype, ROUND_BITS), lower_v, accumulator, input_precision="ieee")
+    else:
+        v = _rows(v_base, key_start, stride_vs, v_offsets, S, BLOCK_N, MASKED)
+        accumulator = tl.dot(_narrow(probs, v.dtype, ROUND_BITS), v, accumulator, input_precision="ieee")
     return accumulator, new_largest, total
 
 
