@@ -1,7 +1,7 @@
-"""What a process does when the job must go (SIGTERM: Slurm, Kubernetes, torchrun; or SIGUSR1). Standard library only.
+"""What a process does when the job must go (SIGTERM: Slurm, Kubernetes, torchrun; SIGUSR1; Ctrl-C). Standard library only.
 
-In the training loop the handler only notes it: the loop looks after every step, so that a step is never cut in two. What is made before it
-(a corpus) is left at once, and cleaned up.
+In the training loop the handler only notes it: the loop looks after every step, so that a step is never cut in two; only a second Ctrl-C
+does not wait. What is made before it (a corpus) is left at once, and cleaned up.
 """
 
 from __future__ import annotations
@@ -9,26 +9,31 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 GRACE_S = 25.0
 """From the signal to the exit, at most: torchrun kills its workers 30 s after it has passed SIGTERM on."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN_S = 2.0
+"""A Ctrl-C sooner after the first signal is not another one: torchrun passes on what the terminal has sent its workers already."""
 
 
 class Preemption:
-    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. After one that came,
-    to this process or (`learn`) to another of the job, the signals stay ignored."""
+    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. A Ctrl-C after it is
+    a KeyboardInterrupt. After one that came, to this process or (`learn`) to another of the job, the signals stay ignored."""
 
     def __init__(self, active: bool = True) -> None:
         self.signal = ""
         self._active = active
+        self._noted = 0.0  # when
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Preemption:
         if self._active and threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            interrupt = (signal.SIGINT,) if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else ()  # ignored behind a shell's &
+            self._before = {number: signal.signal(number, self._note) for number in (*SIGNALS, *interrupt)}
         return self
 
     def learn(self) -> None:
@@ -36,7 +41,10 @@ class Preemption:
         self.signal = self.signal or "a signal to another rank"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or signal.Signals(number).name
+        if not self.signal:
+            self.signal, self._noted = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._noted > AGAIN_S:
+            raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
         # Once it is known that the job must go, whoever says so again (torchrun does) must not end it before it has left in order.

@@ -1,9 +1,9 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
 Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
-2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal, the state saved, 7 no checkpoint to start from can be
-read (one clear line for all but a bug, nothing half-written). A signal outside of the training loop ends it as any process; of a corpus
-that is being made nothing is left.
+2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal (Ctrl-C is one), the state saved, 7 no checkpoint to start
+from can be read, 130 Ctrl-C before the training loop, or a second one in it (one clear line for all but a bug, nothing half-written).
+Another signal outside of the training loop ends it as any process; of a corpus that is being made nothing is left.
 """
 # ruff: noqa: E402  # settings first, then torch
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from zaya.checkpoint.directory import complete_steps, set_aside
 from zaya.checkpoint.manifest import CheckpointError
+from zaya.cli import INTERRUPTED
 from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
@@ -207,6 +208,10 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         exit_code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        if rank_from_environment() == 0:
+            print("zaya.train: interrupted", file=sys.stderr)
+        exit_code = INTERRUPTED
     except Exception:  # noqa: BLE001 - printed, and the process ends
         traceback.print_exc()
         exit_code = 1

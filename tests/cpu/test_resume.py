@@ -24,6 +24,7 @@ from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
 from zaya.metrics import MetricsWriter, read_rows
+from zaya.preemption import AGAIN_S
 from zaya.tiers import Tiers
 from zaya.train import main
 from zaya.trainer import StepResult, Trainer
@@ -392,7 +393,7 @@ def test_a_last_state_that_cannot_be_saved_is_exit_code_1(folder: Path, capsys: 
     assert len(losses(folder / "unsaved")) == 6 and not complete_steps(folder / "unsaved/checkpoints")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.Signals) -> None:
     run_dir = folder / number.name
     recipe = written(tiny.recipe(folder, checkpoint__interval=100, run__dir=str(run_dir)), number.name)
@@ -404,6 +405,8 @@ def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.
         time.sleep(0.01)
     began = time.monotonic()
     job.send_signal(number)
+    time.sleep(0.1)
+    job.send_signal(number)  # torchrun passes on what the terminal has sent its workers already
     _, stderr = job.communicate(timeout=60)
     assert job.returncode == 3 and time.monotonic() - began < 10, stderr
     line = next(line for line in stderr.splitlines() if line.startswith("zaya.train"))
@@ -436,3 +439,29 @@ def test_a_run_that_never_saves_ends_by_its_signal(folder: Path) -> None:
     job.terminate()
     job.communicate(timeout=30)
     assert job.returncode == -signal.SIGTERM
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(folder: Path) -> None:
+    """Where the step under way would take a minute."""
+    recipe = written(tiny.recipe(folder, train__steps=1000, checkpoint__interval=100, run__dir=str(folder / "twice")), "twice")
+    script = SLOW_STEPS.replace("time.sleep(0.4)", "time.sleep(60 if self.step else 0)").replace(
+        "sys.exit(train.main(sys.argv[1:]))", "import runpy; runpy.run_module('zaya.train', run_name='__main__')")
+    job = subprocess.Popen([sys.executable, "-c", script, str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    record = folder / "twice/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    time.sleep(AGAIN_S + 0.2)
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    _, stderr = job.communicate(timeout=20)
+    assert job.returncode == 130 and stderr.splitlines()[-1] == "zaya.train: interrupted" and "Traceback" not in stderr
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(folder: Path) -> None:
+    recipe = written(tiny.recipe(folder, run__dir=str(folder / "early")), "early")
+    script = ("import zaya.parallel.mesh as mesh, os, runpy, signal\nmesh.open_mesh = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+              "runpy.run_module('zaya.train', run_name='__main__')")
+    job = subprocess.run([sys.executable, "-c", script, str(recipe)], capture_output=True, text=True, cwd=ROOT)
+    assert (job.returncode, job.stderr.splitlines()[-1]) == (130, "zaya.train: interrupted") and "Traceback" not in job.stderr
