@@ -164,8 +164,10 @@ def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_b
     checkpoint = Checkpoint.find(source)
     config = model_from_tables(checkpoint.manifest.recipe)
     items = plan_items(checkpoint, config, dtype)
-    named = Path(str(checkpoint.manifest.recipe.get("data", {}).get("tokenizer") or ""))
-    tokenizer = named if named.is_file() else None
+    named = checkpoint.manifest.recipe.get("data", {}).get("tokenizer")
+    tokenizer = Path(named) if named and Path(named).is_file() else None
+    if named and tokenizer is None:
+        print(f"tools.export_hf: {named}, the run's tokenizer, is not there: the export has none, only weights and config", file=sys.stderr)
     with NewDirectory(target, overwrite=overwrite, mark="config.json") as new:
         _write_json(new.hidden / "config.json", hf_config(checkpoint, config, items[0].dtype, tokenizer))
         if tokenizer is not None:

@@ -33,6 +33,7 @@ STYLE: dict[str, Any] = {
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#edf2f7", "axes.axisbelow": True,
     "legend.frameon": False, "figure.facecolor": "white",
 }
+PICTURES = (".png", ".svg", ".pdf")
 MAX_COLUMNS = 1000  # of the load picture: about its width in pixels; longer runs are averaged over neighbouring steps
 
 
@@ -174,13 +175,16 @@ def headline(run: Path, train: list[Row], evaluation: list[Row]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="tools.plot_run", description="Draw a run's loss, schedule, router and throughput as one PNG.")
+    parser = Parser(prog="tools.plot_run", description="Draw a run's loss, schedule, router and throughput as one picture.")
     parser.add_argument("run", type=Path, help="the run's directory, which holds metrics.jsonl")
-    parser.add_argument("--out", type=Path, help="the picture, in a directory that exists (default: RUN/plots/run.png, plots/ is made)")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="the picture, .png, .svg or .pdf, in a directory that exists (default: RUN/plots/run.png, plots/ is made)")
     options = parser.parse_args(argv)
     out = options.out or options.run / "plots/run.png"
     try:
         parser.check_output("--out", options.out)
+        if out.suffix not in PICTURES:
+            raise ValueError(f"--out {out}: name a file that ends in {', '.join(PICTURES)}")
         if not options.run.is_dir():
             raise ValueError(f"{options.run} is not a directory; name a run's, e.g. runs/quickstart")
         train, evaluation = read_rows(options.run / "metrics.jsonl")
@@ -188,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
         figure = draw(headline(options.run, train, evaluation), train, evaluation)
         out.parent.mkdir(exist_ok=True)
         unfinished = out.with_name(out.name + ".tmp")
-        figure.savefig(unfinished, format="png", dpi=130)
+        figure.savefig(unfinished, format=out.suffix[1:], dpi=130)
         os.replace(unfinished, out)
     except ValueError as error:
         print(f"tools.plot_run: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ Standard library only."""
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import multiprocessing
 import os
@@ -36,6 +37,9 @@ class Parser(argparse.ArgumentParser):
         if issubclass(kind, BrokenProcessPool):
             print(f"{self.prog}: one of its processes was killed; is there too little memory?", file=sys.stderr, flush=True)
             os._exit(1)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            sys.stderr.write(f"{self.prog}: cannot write its output: {error.strerror}\n")
+            os._exit(1)  # without another try to write what is left
         if not issubclass(kind, KeyboardInterrupt):
             sys.__excepthook__(kind, error, trace)
             return

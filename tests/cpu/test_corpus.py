@@ -71,6 +71,12 @@ def test_mask_marks_what_is_no_target(tmp_path: Path) -> None:
         Corpus(prefix, 10)
 
 
+def test_a_prefix_with_a_suffix_is_told_so(tmp_path: Path) -> None:
+    write(tmp_path / "c", DOCUMENTS)
+    with pytest.raises(ValueError, match=rf"named without the suffix of its files: {tmp_path}/c$"):
+        Corpus(str(tmp_path / "c.bin"), 10)
+
+
 def patch(offset: int, data: bytes) -> Callable[[bytes], bytes]:
     return lambda content: content[:offset] + data + content[offset + len(data):]
 

@@ -255,6 +255,14 @@ def test_export_carries_the_tokenizer(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "again").manifest.recipe["data"]["tokenizer"] == str(tmp_path / "hf/tokenizer.json")
 
 
+def test_export_says_that_the_tokenizer_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "checkpoint", SMALL, {"data": {"tokenizer": str(tmp_path / "gone.json")}})
+    assert export_hf.main([str(tmp_path / "checkpoint"), str(tmp_path / "hf")]) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path}/gone.json, the run's tokenizer, is not there" in error
+    assert not (tmp_path / "hf/tokenizer.json").exists()
+
+
 def test_overwrite_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", SMALL)
     command = [str(tmp_path / "checkpoint"), str(tmp_path / "hf")]

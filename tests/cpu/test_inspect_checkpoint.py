@@ -277,3 +277,11 @@ def test_a_reader_that_goes_ends_a_tool_as_it_ends_others(tmp_path: Path) -> Non
     job.stdout.close()
     assert (job.stderr.read(), job.wait(60)) == (b"", -signal.SIGPIPE)
     assert main([str(path)]) == 0 and signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
+
+
+def test_output_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    path = save_alone(tmp_path, {f"model.t{i}": torch.zeros(1) for i in range(300)})
+    command = [sys.executable, "-m", "tools.inspect_checkpoint", str(path), "--tensors", "*"]
+    with open("/dev/full", "w") as full:
+        job = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2], text=True)
+    assert (job.returncode, job.stderr) == (1, "tools.inspect_checkpoint: cannot write its output: No space left on device\n")

@@ -3,7 +3,6 @@ products; that the report would notice; and that it reads machine code rightly."
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import processes_of
 from zaya.kernels import machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,15 +207,6 @@ def test_an_op_that_waits_for_the_device_is_caught(tmp_path: Path) -> None:
 def test_an_unknown_op_is_one_line() -> None:
     result = run(["-m", "tools.kernel_report", "--op", "nonsense"])
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "nonsense" in result.stderr
-
-
-def processes_of(session: int) -> list[str]:
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, _, _, its_session = file.read_text().rpartition(")")[2].split()[:4]
-            found += [file.parent.name] if int(its_session) == session and state != "Z" else []
-    return found
 
 
 @pytest.mark.parametrize("moment", ["starting", "compiling"])

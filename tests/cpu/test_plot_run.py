@@ -47,6 +47,15 @@ def test_a_big_model_gets_a_taller_picture(tmp_path: Path) -> None:
     assert not (run / "plots").exists()
 
 
+def test_a_picture_is_what_its_suffix_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 5, 2, 2)
+    for suffix, start in ((".svg", b"<?xml"), (".pdf", b"%PDF")):
+        assert plot_run.main([str(run), "--out", str(tmp_path / f"x{suffix}")]) == 0
+        assert (tmp_path / f"x{suffix}").read_bytes().startswith(start)
+    assert plot_run.main([str(run), "--out", str(tmp_path / "x.doc")]) == 2
+    assert "name a file that ends in .png, .svg, .pdf" in capsys.readouterr().err and not (tmp_path / "x.doc").exists()
+
+
 def test_the_load_picture_shows_shares_of_even_block_by_block(tmp_path: Path) -> None:
     rows = [{"expert_load": [[1.0, 0.0], [0.5, 0.5]]}] * 3 * plot_run.MAX_COLUMNS
     picture = plot_run.load_picture(rows)

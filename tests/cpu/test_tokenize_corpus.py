@@ -21,7 +21,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tests.cpu.test_kernel_report import processes_of
+from tests.processes import processes_of
 from tools import tokenize_corpus
 from zaya.config import DataConfig
 from zaya.data import corpus_writer, stdlib_corpus
@@ -424,9 +424,10 @@ from zaya.config import DataConfig
 from zaya.data import stdlib_corpus
 files = stdlib_corpus.source_files()[::12]
 stdlib_corpus.source_files = lambda: files
-stdlib_corpus.write_corpus = lambda *_, **__: (print("writing", flush=True), time.sleep(60))
+stdlib_corpus.write_corpus = lambda *_, **__: (print("writing", flush=True), [time.sleep(0.05) for _ in range(1200)])
 stdlib_corpus.build({data!r}, 512)
 """
+    # (Short sleeps: a signal just before one does not end it, and Python's handler waits for its end.)
     process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None and process.stdout.readline() == b"writing\n"
     left = {path.name for path in folder.iterdir()}

@@ -145,8 +145,8 @@ if {stuck!r} in sys.argv[-1]:
     assert capsys.readouterr().err == f"tools.bisect_layouts: {says}\n"
 
 
-def processes_of(recipe: Path) -> list[str]:
-    """torchrun and its workers, by their command lines."""
+def ranks_of(recipe: Path) -> list[str]:
+    """torchrun and its workers, by their command lines: torchrun gives each a session of its own."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -161,13 +161,13 @@ def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, sen
     command = [sys.executable, "-m", "tools.bisect_layouts", str(path), "--a", "ranks=2", "--train.global_batch_size=100000"]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
-    while len(processes_of(path)) < 3:  # torchrun and its two
+    while len(ranks_of(path)) < 3:  # torchrun and its two
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.1)
     os.killpg(job.pid, sent)
     out, err = job.communicate(timeout=60)
     assert (job.returncode, out, err) == (130, "", "tools.bisect_layouts: interrupted\n")
-    assert not processes_of(path)
+    assert not ranks_of(path)
 
 
 def test_the_first_rank_says_which_step_it_is_at(path: Path, tmp_path: Path) -> None:

@@ -111,8 +111,10 @@ def _size(path: Path) -> int:
         with open(path, "rb") as file:
             return file.seek(0, 2)
     except OSError as error:
-        raise CorpusError(f"cannot read corpus file {path}: {error.strerror}; make the corpus with tools.tokenize_corpus "
-                         "or correct the prefix in the recipe") from None
+        advice = "make the corpus with tools.tokenize_corpus or correct the prefix in the recipe"
+        if path.with_suffix("").suffix in (".bin", ".idx"):
+            advice = f"a corpus is named without the suffix of its files: {path.with_suffix('').with_suffix('')}"
+        raise CorpusError(f"cannot read corpus file {path}: {error.strerror}; {advice}") from None
 
 
 def _check_header(idx: Path, size: int) -> tuple[int, int, int]:
