@@ -127,18 +127,18 @@ def _cca_fwd_kernel(q_ptr, k_ptr, v_ptr, mean_ptr, kernel_ptr, constant_ptr, tem
     here_ptr = x_ptr + row[:, None] * stride + inner[None, :]
     weight_ptr = kernel_ptr + head * 3 * H * H + channel[None, :] * H + inner[:, None]
     for step in range(0, 3 * H, BLOCK_K):
-        tap = step // H
+        tap, column = step // H, tl.multiple_of(step % H, BLOCK_K)
         reads = real & (position >= tap) & (token >= tap)
-        tokens = tl.load(here_ptr + step % H - tap * stride, mask=reads[:, None], other=0.0)
-        weight = tl.load(weight_ptr + tap * (H * H) + step % H)
+        tokens = tl.load(here_ptr + column - tap * stride, mask=reads[:, None], other=0.0)
+        weight = tl.load(weight_ptr + tap * (H * H) + column)
         u = tl.dot(tokens, weight, u, input_precision="ieee")
     if tile % tiles == 0:  # The first two tokens of a chunk read its halo: not in the loop, where a choice of rows narrows the loads.
         before_ptr = halo_ptr + (chunk.to(tl.int64) * 2 + token + 2)[:, None] * width + inner[None, :]
         for step in range(H, 3 * H, BLOCK_K):
-            tap = step // H
+            tap, column = step // H, tl.multiple_of(step % H, BLOCK_K)
             reads = real & (position >= tap) & (token < tap)
-            tokens = tl.load(before_ptr + step % H - tap * width, mask=reads[:, None], other=0.0)
-            weight = tl.load(weight_ptr + tap * (H * H) + step % H)
+            tokens = tl.load(before_ptr + column - tap * width, mask=reads[:, None], other=0.0)
+            weight = tl.load(weight_ptr + tap * (H * H) + column)
             u = tl.dot(tokens, weight, u, input_precision="ieee")
     norm = tl.sqrt(tl.sum(u * u, axis=1))
     inverse = sqrt_h / tl.maximum(norm, eps)
@@ -278,15 +278,18 @@ def _cca_bwd_input_kernel(dz_ptr, dv_out_ptr, transposed_ptr, positions_ptr, dq_
         for member in tl.range(REP, num_stages=1):
             query = tl.load(here_ptr + (own * REP + member * H) + channel[None, :], mask=real[:, None], other=0.0)
             dx += 0.5 * query.to(tl.float32)
+    # Bit `tap`: the token that reads this one through the tap, so much later, is of this chunk and document.
+    readers = ((token >= 0) & (token < length)).to(tl.int32)
+    for later in tl.static_range(1, 3):
+        inside = (token + later >= 0) & (token + later < length)
+        readers += (inside & (tl.load(positions_ptr + row + later, mask=inside, other=0) >= later)).to(tl.int32) << later
     inner = tl.arange(0, BLOCK_K)
     weight_ptr = transposed_ptr + head * 3 * H * H + channel[None, :] * H + inner[:, None]
     for step in range(0, 3 * H, BLOCK_K):
-        tap = step // H
-        reader = token + tap  # the token that reads this one through the tap
-        inside = (reader >= 0) & (reader < length)
-        reads = inside & (tl.load(positions_ptr + row + tap, mask=inside, other=0) >= tap)
-        dz = tl.load(here_ptr + tap * ((N + G) * H) + head * H + step % H + inner[None, :], mask=reads[:, None], other=0.0)
-        weight = tl.load(weight_ptr + tap * (H * H) + step % H)
+        tap, column = step // H, tl.multiple_of(step % H, BLOCK_K)
+        reads = (readers >> tap) & 1 != 0
+        dz = tl.load(here_ptr + tap * ((N + G) * H) + head * H + column + inner[None, :], mask=reads[:, None], other=0.0)
+        weight = tl.load(weight_ptr + tap * (H * H) + column)
         dx = tl.dot(dz, weight, dx, input_precision="ieee")
     dx = dx.to(dq_ptr.dtype.element_ty)
     tl.store(tl.where(is_q, dq_ptr, dk_ptr) + own + row[:, None] * width + channel[None, :], dx, mask=real[:, None])

@@ -285,6 +285,7 @@ def process_pool(num_tasks: int) -> Iterator[ProcessPoolExecutor]:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield pool
+        pool.shutdown()  # waits: Python's own end may otherwise write to a pipe that is closed under it
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         signal.signal(signal.SIGPIPE, pipes)
