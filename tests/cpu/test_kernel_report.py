@@ -30,7 +30,6 @@ def run(words: list[str], *paths: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-# Their work-groups fill a CU, so that nothing runs while one waits for its loads: not pipelined, or moved down by the compiler.
 PRODUCTS = {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel"}
 
 
@@ -43,7 +42,9 @@ def test_every_shipped_configuration_passes_the_gates() -> None:
             "mfma_share", "wide_loads", "narrow_loads", "cases"} <= rows[0].keys()
     matrix_kernels = [row for row in rows if row["is_matrix_kernel"]]
     assert matrix_kernels and all(row["hot_mfma"] for row in matrix_kernels)
-    assert not {(row["kernel"], row["waiting"]) for row in matrix_kernels if row["kernel"] in PRODUCTS and row["waiting"] > 0.05}
+    # Where waiting costs the products something, a load is not pipelined, or the compiler has moved it down.
+    products = [row for row in matrix_kernels if row["kernel"] in PRODUCTS]
+    assert not {(row["kernel"], row["waiting"]) for row in products if row["mfma_bound"] < 0.95 * row["mfma_share"]}
     wide = [row for row in matrix_kernels if row["cases"][0].startswith(("experts", "attention", "newton"))]  # heads of 128
     assert wide and not {(row["kernel"], row["mfma_bound"]) for row in wide if row["mfma_bound"] < 0.65}
     assert not narrow(rows)

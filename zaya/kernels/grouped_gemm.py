@@ -9,8 +9,8 @@ the dies, so program ids are first renumbered to give each die (XCD) neighbourin
 tile, which the hardware hands out as multiprocessors become free, as tiles do not cost the same: the last one of a group is a tail tile,
 computed with TAIL_M rows, where it has no more than that. With a TAIL_M of BLOCK_M there are no tail tiles.
 
-Out-of-range rows and columns are clamped to the last valid one instead of masked: what they compute is not stored, and the inner loop
-stays free of masks. Scalar bases are 64-bit, offsets inside a tile 32-bit; so are those of gathered rows unless their tensor is larger than
+Out-of-range rows and columns read valid ones instead of being masked: what they compute is not stored, and the inner loop stays free of
+masks. Scalar bases are 64-bit, offsets inside a tile 32-bit; so are those of gathered rows unless their tensor is larger than
 that (WIDE).
 
 Letters: R assignments (rows in the order of experts), D hidden, F expert width, E experts.
@@ -89,9 +89,15 @@ def _own_rows(height, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _columns(first, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns of a tile counted from its first; only where N does not divide into tiles the last valid one is repeated."""
+    """Columns of a tile counted from its first, none beyond the last valid one; only where N does not divide into tiles is there a choice.
+    Where N divides by 8 the columns beyond are eight others that lie together, so that loads stay wide; elsewhere the last one again."""
     columns = tl.arange(0, BLOCK_N)
-    return columns if N % BLOCK_N == 0 else tl.minimum(columns, N - 1 - first)
+    if N % BLOCK_N == 0:
+        return columns
+    elif N % 8 == 0:
+        return tl.max_contiguous(tl.multiple_of(tl.where(columns < N - first, columns, columns % 8), 8), 8)
+    else:
+        return tl.minimum(columns, N - 1 - first)
 
 
 @triton.jit

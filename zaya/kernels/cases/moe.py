@@ -108,6 +108,8 @@ CASES: list[Case] = [
     _case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5)),
     _into_sums(_case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5))),
     _into_sums(_case("small ragged", SMALL, 110, 72, 40, (50, 0, 33, 1))),
+    # Widths that neither tiles nor 16-byte loads divide; above, eights divide them.
+    _case("small odd widths", SMALL, 60, 70, 37, (30, 0, 25)),
     # Of the last tiles one is as high as TAIL_M, one a row higher, one lower.
     _case("small ends of groups", SMALL, 150, 64, 32, (64, 65, 17)),
     # 4 rows of 4,096 tokens
@@ -118,6 +120,8 @@ CASES: list[Case] = [
     _into_sums(_case("8b uniform", CHIP, 16384, 2048, 2048, _uniform(16384, 16))),
     _case("74b uniform", CHIP, 16384, 4096, 4096, _uniform(16384, 24)),
     _case("74b skewed", CHIP, 16384, 4096, 4096, _skewed(16384, 24)),
+    # Another model's, which no tile divides.
+    _case("2880 wide uniform", CHIP, 16384, 2880, 1440, _uniform(16384, 16)),
     _product("small", SMALL, 60, 64, (0, 50, 10)),
     _product("8b uniform", CHIP, 16384, 2048, _uniform(16384, 16)),
     _product("8b skewed", CHIP, 16384, 2048, _skewed(16384, 16)),
