@@ -113,8 +113,9 @@ def test_needs_no_values_on_the_host() -> None:
     assert {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel", "_dgate_kernel"} <= set(launched)
 
 
+@pytest.mark.parametrize(("D", "F", "per_cu"), [(256, 512, 1), (72, 520, 2)])  # tiles of 8 warps; of 4, of which two fit a CU
 @pytest.mark.parametrize("chip", [Target("sm_90", num_cus=132), MI300X], ids=lambda chip: chip.arch)
-def test_one_die_has_a_program_per_tile_and_several_share_the_tiles_out(chip: Target) -> None:
+def test_one_die_has_a_program_per_tile_and_several_share_the_tiles_out(chip: Target, D: int, F: int, per_cu: int) -> None:
     """The kernels walk in steps of the grid, so that a wrong one would only be slow."""
     grids: dict[str, tuple[int, ...]] = {}
     blocks: dict[str, Mapping[str, int]] = {}
@@ -123,12 +124,12 @@ def test_one_die_has_a_program_per_tile_and_several_share_the_tiles_out(chip: Ta
         grids.setdefault(kernel.__name__, grid)
         blocks.setdefault(kernel.__name__, config.blocks)
 
-    arguments = routed(300, 256, 512, (200, 0, 5))(torch.device("meta"), torch.bfloat16)
+    arguments = routed(300, D, F, (200, 0, 5))(torch.device("meta"), torch.bfloat16)
     with launching_through(note, chip):
         run(moe.experts, arguments, ("x_TD",))
-    for name, width in {"_gate_up_fwd_kernel": 2 * 512, "_rows_kernel": 256, "_gate_up_bwd_kernel": 512}.items():
+    for name, width in {"_gate_up_fwd_kernel": 2 * F, "_rows_kernel": D, "_gate_up_bwd_kernel": F}.items():
         tiles = (math.ceil(300 / blocks[name]["BLOCK_M"]) + 3) * math.ceil(width / blocks[name]["BLOCK_N"])
-        assert grids[name] == (tiles if chip.num_xcds == 1 else chip.num_cus,)
+        assert grids[name] == (tiles if chip.num_xcds == 1 else per_cu * chip.num_cus,)
 
 
 def arguments_with(**changes: Any) -> dict[str, Any]:

@@ -140,13 +140,14 @@ class _Tiles:
         return self.tables[block_m]
 
     def launch(self, kernel: Any, width: int, arguments: dict[str, Any]) -> None:
-        """Over all tiles of a product `width` columns wide. Several dies: a program per CU, so that neighbours share a die's L2. One die: a
-        program for each row of the table and column of tiles (some have none), as tiles do not cost the same."""
+        """Over all tiles of a product `width` columns wide. Several dies: as many programs as give each CU eight waves, two a SIMD, so that
+        neighbours share a die's L2. One die: a program for each row of the table and column of tiles (some have none), as tiles do not cost
+        the same."""
         when = {"K_IS_INNER": arguments["K_IS_INNER"]} if "K_IS_INNER" in arguments else {}
         chosen = self.config(kernel, arguments["weights"].dtype, **when)
         table = self.table(chosen.blocks["BLOCK_M"])
         num_tiles = (len(table) - 1) * triton.cdiv(width, chosen.blocks["BLOCK_N"])
-        programs = self.target.num_cus if self.target.num_xcds > 1 else num_tiles
+        programs = self.target.num_cus * max(8 // chosen.num_warps, 1) if self.target.num_xcds > 1 else num_tiles
         launch(kernel, (programs,), {**arguments, "tiles": table, "NUM_XCDS": self.target.num_xcds, "WIDE": _is_wide(arguments)}, chosen)
 
     def rows(self, rows_RK: Tensor, weights_ENK: Tensor, order_R: Tensor | None, gates: Tensor | None, out_RN: Tensor) -> None:
