@@ -115,7 +115,7 @@ def test_needs_no_values_on_the_host() -> None:
 
 @pytest.mark.parametrize(("D", "F", "per_cu"), [(256, 512, 1), (72, 520, 2)])  # tiles of 8 warps; of 4, of which two fit a CU
 @pytest.mark.parametrize("chip", [Target("sm_90", num_cus=132), MI300X], ids=lambda chip: chip.arch)
-def test_one_die_has_a_program_per_tile_and_several_share_the_tiles_out(chip: Target, D: int, F: int, per_cu: int) -> None:
+def test_a_program_per_tile_on_one_die_and_a_fill_of_the_cus_on_several(chip: Target, D: int, F: int, per_cu: int) -> None:
     """The kernels walk in steps of the grid, so that a wrong one would only be slow."""
     grids: dict[str, tuple[int, ...]] = {}
     blocks: dict[str, Mapping[str, int]] = {}

@@ -4,10 +4,10 @@ Three kernels over tiles of rows, whose table (`_tiles_kernel`) is made on the d
 gate_up with SwiGLU, its backward, and one plain product that serves down and the gradient of the input. A fourth makes weight gradients.
 Any group may be empty or hold all rows; rows of no expert (skipped tokens) come last, and their results are zero.
 
-A program walks the tiles in steps of the grid. Over several dies the grid is persistent, a CU's fill of programs: work-groups go round-robin over
-the dies, so program ids are first renumbered to give each die (XCD) neighbouring tiles, which share its L2. On one die it has a program per
-tile, which the hardware hands out as multiprocessors become free, as tiles do not cost the same: the last one of a group is a tail tile,
-computed with TAIL_M rows, where it has no more than that. With a TAIL_M of BLOCK_M there are no tail tiles.
+A program walks the tiles in steps of the grid. Over several dies the grid is persistent, as many programs as fill the CUs: work-groups go
+round-robin over the dies, so program ids are first renumbered to give each die (XCD) neighbouring tiles, which share its L2. On one die it
+has a program per tile, which the hardware hands out as multiprocessors become free, as tiles do not cost the same: the last one of a group
+is a tail tile, computed with TAIL_M rows, where it has no more than that. With a TAIL_M of BLOCK_M there are no tail tiles.
 
 Out-of-range rows and columns read valid ones instead of being masked: what they compute is not stored, and the inner loop stays free of
 masks. Scalar bases are 64-bit, offsets inside a tile 32-bit; so are those of gathered rows unless their tensor is larger than
