@@ -132,6 +132,19 @@ def test_a_program_per_tile_on_one_die_and_a_fill_of_the_cus_on_several(chip: Ta
         assert grids[name] == (tiles if chip.num_xcds == 1 else per_cu * chip.num_cus,)
 
 
+@pytest.mark.parametrize(("D", "F", "E", "rows", "widths"), [
+    (2048, 2048, 16, 4096, (128, 256)),  # rounds of wide or of narrow tiles: 2 or 3 of gate_up, 1 or 2 of down
+    (4096, 4096, 24, 4096, (256, 128)),  # 3 or 6, 2 or 3
+    (2048, 2048, 16, 16384, (256, 256)),  # 4 or 8, 2 or 4
+    (4096, 4096, 24, 16384, (256, 256)),  # 8 or 16, 4 or 8
+    (2048, 2048, 16, 1024, (256, 128))])  # 1 or 2, 1 or 1
+def test_tiles_are_as_wide_as_the_rounds_of_the_grid_want(D: int, F: int, E: int, rows: int, widths: tuple[int, int]) -> None:
+    with launching_through(lambda *_: None, MI300X):
+        tiles = moe._Tiles(torch.empty(E, dtype=torch.int32, device="meta"), rows, (D, F))
+        chosen = (tiles.of_product(moe._gate_up_fwd_kernel, torch.bfloat16, 2 * F), tiles.of_product(moe._rows_kernel, torch.bfloat16, D))
+    assert tuple(each.blocks["BLOCK_N"] for each in chosen) == widths
+
+
 def arguments_with(**changes: Any) -> dict[str, Any]:
     return {**routed(6, 32, 16, (3, 2))(DEVICE, torch.float32), **changes}
 

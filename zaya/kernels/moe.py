@@ -14,6 +14,7 @@ Letters: T tokens, k slots (experts per token), R = T k assignments, D hidden, F
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from zaya.kernels.grouped_gemm import (
 )
 from zaya.kernels.launch import Config, config, launch, target
 
-ALIGNED = 256  # the widest tile: other widths need clamped columns, whose registers the largest tiles do not have on gfx942
+ALIGNED = 256  # the widest tile: other widths need a choice of columns, whose registers the largest tiles do not have on gfx942
+RATES = {"wide": 1.0, "narrow": 0.95}  # speed of a CU by tiles, relative to the widest (supposed): a narrow one loads more for a product
 
 
 def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None = None,
@@ -98,7 +100,7 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
     dh_RF, act_RF, dx_RD = torch.empty_like(h_RF), x_TD.new_empty(R, F), x_TD.new_empty(R, D)
     parts = None
     if gate_Tk is not None:
-        parts = gate_Tk.new_empty(triton.cdiv(F, tiles.config(_gate_up_bwd_kernel, x_TD.dtype).blocks["BLOCK_N"]), R)
+        parts = gate_Tk.new_empty(triton.cdiv(F, tiles.of_product(_gate_up_bwd_kernel, x_TD.dtype, F).blocks["BLOCK_N"]), R)
     tiles.launch(_gate_up_bwd_kernel, F, {"dy": dout_TD, "weights": down_EDF, "order": order_R, "gates": gate_Tk, "h": h_RF, "dh": dh_RF,
                                           "act": act_RF, "dgate_parts": parts, "num_rows": R, "D": D, "F": F, "TOP_K": slots})
     tiles.rows(dh_RF, gate_up_EFD.mT, order_R, None, dx_RD)
@@ -127,6 +129,24 @@ class _Tiles:
         return config(kernel, self.target, dtype=str(dtype).removeprefix("torch."), itemsize=dtype.itemsize,
                       aligned=self.aligned, **when)
 
+    def of_product(self, kernel: Any, dtype: torch.dtype, width: int, **when: str | int) -> Config:
+        """For a product `width` columns wide: where the grid is persistent the tiles with which the busiest CU is done first. How many rows
+        each expert has is not known here; half of every expert's last tile is taken to be empty."""
+        if self.target.num_xcds == 1:
+            return self.config(kernel, dtype, **when)
+
+        def time(tiles: str) -> float:
+            chosen = self.config(kernel, dtype, tiles=tiles, **when)
+            height, columns = self.num_rows / chosen.blocks["BLOCK_M"] + self.E / 2, triton.cdiv(width, chosen.blocks["BLOCK_N"])
+            rounds = math.ceil(height * columns / self._programs(chosen))
+            return rounds * _programs_per_cu(chosen) * chosen.blocks["BLOCK_M"] * chosen.blocks["BLOCK_N"] / RATES[tiles]
+
+        return self.config(kernel, dtype, tiles=min(RATES, key=time), **when)
+
+    def _programs(self, chosen: Config) -> int:
+        """Of a persistent grid."""
+        return self.target.num_cus * _programs_per_cu(chosen)
+
     def table(self, block_m: int) -> Tensor:
         """(1 + tiles, 4) int32; every group may end in a partial tile, so rows / height + groups bounds their number."""
         if block_m not in self.tables:
@@ -140,14 +160,13 @@ class _Tiles:
         return self.tables[block_m]
 
     def launch(self, kernel: Any, width: int, arguments: dict[str, Any]) -> None:
-        """Over all tiles of a product `width` columns wide. Several dies: as many programs as give each CU eight waves, two a SIMD, so that
-        neighbours share a die's L2. One die: a program for each row of the table and column of tiles (some have none), as tiles do not cost
-        the same."""
+        """Over all tiles of a product `width` columns wide. Several dies: a persistent grid that fills the CUs, so that neighbours share a
+        die's L2. One die: a program for each row of the table and column of tiles (some have none), as tiles do not cost the same."""
         when = {"K_IS_INNER": arguments["K_IS_INNER"]} if "K_IS_INNER" in arguments else {}
-        chosen = self.config(kernel, arguments["weights"].dtype, **when)
+        chosen = self.of_product(kernel, arguments["weights"].dtype, width, **when)
         table = self.table(chosen.blocks["BLOCK_M"])
         num_tiles = (len(table) - 1) * triton.cdiv(width, chosen.blocks["BLOCK_N"])
-        programs = self.target.num_cus * max(8 // chosen.num_warps, 1) if self.target.num_xcds > 1 else num_tiles
+        programs = self._programs(chosen) if self.target.num_xcds > 1 else num_tiles
         launch(kernel, (programs,), {**arguments, "tiles": table, "NUM_XCDS": self.target.num_xcds, "WIDE": _is_wide(arguments)}, chosen)
 
     def rows(self, rows_RK: Tensor, weights_ENK: Tensor, order_R: Tensor | None, gates: Tensor | None, out_RN: Tensor) -> None:
@@ -172,6 +191,11 @@ class _Tiles:
         if programs:
             launch(_dgate_kernel, (programs,), {"parts": parts, "order": order_R, "offsets": self.offsets, "dgate": dgate_Tk,
                                                 "num_rows": self.num_rows, "E": self.E, "NUM_PARTS": len(parts)}, chosen)
+
+
+def _programs_per_cu(chosen: Config) -> int:
+    """Work-groups of eight waves, two a SIMD, in all."""
+    return max(8 // chosen.num_warps, 1)
 
 
 def _rows(x_TD: Tensor, gate_Tk: Tensor | None) -> tuple[int, int]:

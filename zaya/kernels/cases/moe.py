@@ -105,11 +105,13 @@ CASES: list[Case] = [
     _case("small two slots", SMALL, 50, 64, 32, (60, 0, 21), slots=2),
     _case("small sorted rows", SMALL, 90, 64, 32, (40, 0, 43), is_sorted=True),
     # Widths of whole tiles, as the models have: no column is clamped, no inner loop has a mask.
-    _case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5)),
-    _into_sums(_case("small whole tiles", SMALL, 270, 256, 256, (258, 0, 5))),
+    _case("small whole tiles", SMALL, 270, 512, 256, (258, 0, 5)),
+    _into_sums(_case("small whole tiles", SMALL, 270, 512, 256, (258, 0, 5))),
     _into_sums(_case("small ragged", SMALL, 110, 72, 40, (50, 0, 33, 1))),
     # Widths that neither tiles nor 16-byte loads divide; above, eights divide them.
     _case("small odd widths", SMALL, 60, 70, 37, (30, 0, 25)),
+    # On a chip of eight compute units two rounds of wide tiles, three of narrow ones (`moe._Tiles.of_product`).
+    _case("small narrow tiles", SMALL, 60, 512, 256, (20, 0, 0, 35, 0, 0, 0, 0)),
     # Of the last tiles one is as high as TAIL_M, one a row higher, one lower.
     _case("small ends of groups", SMALL, 150, 64, 32, (64, 65, 17)),
     # 4 rows of 4,096 tokens
