@@ -166,13 +166,14 @@ def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_b
     items = plan_items(checkpoint, config, dtype)
     named = checkpoint.manifest.recipe.get("data", {}).get("tokenizer")
     tokenizer = Path(named) if named and Path(named).is_file() else None
-    if named and tokenizer is None:
-        print(f"tools.export_hf: {named}, the run's tokenizer, is not there: the export has none, only weights and config", file=sys.stderr)
     with NewDirectory(target, overwrite=overwrite, mark="config.json") as new:
         _write_json(new.hidden / "config.json", hf_config(checkpoint, config, items[0].dtype, tokenizer))
         if tokenizer is not None:
             write_tokenizer(new.hidden, tokenizer)
         write_weights(new.hidden, cut_into_shards(items, max_shard_bytes), checkpoint, workers)
+    if named and tokenizer is None:
+        print(f"tools.export_hf: {named}, the run's tokenizer, is not there: the export has weights and config only; put it back and "
+              "export with --overwrite", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> int:

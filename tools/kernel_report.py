@@ -1,8 +1,8 @@
 """Compile every shipped kernel configuration for the MI300X, without one, and print what its machine code uses; exit 1 where a gate fails.
 
 Each chip case runs forward and backward on "meta" tensors, which compute nothing, so an op that waited for the device would fail here; so
-does a training step of every bf16 recipe, whole and with what a rank of a layout holds. Equal launches are compiled once, in as many
-processes as there are CPUs.
+does a training step of every bf16 recipe, whole and with what a rank of a layout holds; and, for entries of the table that none of these
+uses (fp32, odd widths), the small cases that do. Equal launches are compiled once, in as many processes as there are CPUs.
 """
 
 from __future__ import annotations
@@ -49,17 +49,30 @@ class Launch:
     config: dict[str, int]
     cases: list[str] = field(default_factory=list)
 
+    @property
+    def entry(self) -> tuple[str, str]:
+        """Equal for launches by one entry of the table."""
+        return self.build.kernel, str(self.config)
+
 
 Runs = list[tuple[str, Callable[[], object]]]  # by name: what makes launches
 
 
-def of_cases(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16) -> Runs:
-    """Forward and backward of each."""
+def of_cases(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16, note: str = "") -> Runs:
+    """Forward and backward of each; note: added to its name."""
 
     def run(case: cases.Case) -> None:
         cases.run(case.op, case.make(torch.device("meta"), dtype), case.gradients)
 
-    return [(case.name, functools.partial(run, case)) for case in chosen]
+    return [(case.name + note, functools.partial(run, case)) for case in chosen]
+
+
+def of_other_entries(found: list[Launch]) -> list[Launch]:
+    """Launches of the small cases, in bf16 and fp32, with configurations that none of the launches found has."""
+    known, runs = {launch.entry for launch in found}, Runs()
+    for dtype, note in ((torch.bfloat16, ""), (torch.float32, " fp32")):
+        runs += of_cases((case for case in cases.cases(cases.SMALL) if dtype in case.dtypes), dtype, note)
+    return [launch for launch in launches(runs) if launch.entry not in known]
 
 
 def of_training() -> Runs:
@@ -166,14 +179,18 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print every figure as a JSON list instead of a table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel
-    runs = of_cases(cases.cases(cases.CHIP)) + of_training()
-    names = parser.starting_so("--op", arguments.op, [name for name, _ in runs], "nothing")
-    rows = report(launches([(name, run) for name, run in runs if name in names]))
+    found = launches(of_cases(cases.cases(cases.CHIP)) + of_training())
+    found += of_other_entries(found)
+    names = parser.starting_so("--op", arguments.op, [name for launch in found for name in launch.cases], "nothing")
+    chosen = [replace(launch, cases=[name for name in launch.cases if name in names]) for launch in found]
+    rows = report([launch for launch in chosen if launch.cases])
     if arguments.json:
         print(json.dumps(rows, indent=1))
     else:
         training = [row for row in rows if row["cases"][0].startswith("training")]
-        for title, part in (("Cases", [row for row in rows if row not in training]), ("Training steps, beside the cases", training)):
+        other = [row for row in rows if " small" in row["cases"][0]]
+        for title, part in (("Cases", [row for row in rows if row not in training + other]), ("Training steps, beside the cases", training),
+                            ("Small cases, by entries that none of these uses", other)):
             if part:
                 print(f"{title}: {len(part)} launches\n\n{table(part)}\n")
     broken = [f"{row['kernel']} {row['config']} ({row['cases'][0]}): {'; '.join(row['broken'])}" for row in rows if row["broken"]]

@@ -1,6 +1,6 @@
 """One picture of a run: loss, learning rate, balance of the router, load of every expert, throughput.
 
-Reads RUN/metrics.jsonl, also while the run goes on, and writes RUN/plots/run.png. Knows the record only: no model, no torch.
+Reads RUN/metrics.jsonl, also while the run goes on, and writes RUN/plots/run.png or another file. Knows the record alone: no torch.
 
     python -m tools.plot_run runs/quickstart
 """
@@ -33,7 +33,7 @@ STYLE: dict[str, Any] = {
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#edf2f7", "axes.axisbelow": True,
     "legend.frameon": False, "figure.facecolor": "white",
 }
-PICTURES = (".png", ".svg", ".pdf")
+PICTURES = (".png", ".svg", ".pdf")  # suffixes that --out may have
 MAX_COLUMNS = 1000  # of the load picture: about its width in pixels; longer runs are averaged over neighbouring steps
 
 
@@ -178,13 +178,13 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="tools.plot_run", description="Draw a run's loss, schedule, router and throughput as one picture.")
     parser.add_argument("run", type=Path, help="the run's directory, which holds metrics.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the picture, .png, .svg or .pdf, in a directory that exists (default: RUN/plots/run.png, plots/ is made)")
+                        help=f"the picture, {' or '.join(PICTURES)}, in a directory that exists (default: RUN/plots/run.png)")
     options = parser.parse_args(argv)
     out = options.out or options.run / "plots/run.png"
     try:
         parser.check_output("--out", options.out)
         if out.suffix not in PICTURES:
-            raise ValueError(f"--out {out}: name a file that ends in {', '.join(PICTURES)}")
+            raise ValueError(f"--out {out}: name a file that ends in {' or '.join(PICTURES)}")
         if not options.run.is_dir():
             raise ValueError(f"{options.run} is not a directory; name a run's, e.g. runs/quickstart")
         train, evaluation = read_rows(options.run / "metrics.jsonl")

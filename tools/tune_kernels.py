@@ -79,7 +79,8 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
                  float(row["waves_per_simd"]))
         words = (f"static: {row['vgprs']} VGPRs, {row['vgpr_spills']} spills, LDS {row['lds_bytes'] / 1024:g} KiB, "
                  f"{row['waves_per_simd']} waves per SIMD, {row['wide_share']:.0%} of bytes in 16-byte loads"
-                 + (f", MFMA share {row['mfma_share']:.2f}, waiting {row['waiting']:.0%}" if row["is_matrix_kernel"] else ""))
+                 + (f", MFMA share {row['mfma_share']:.2f}, waiting {row['waiting']:.0%}, bound {row['mfma_bound']:.2f}"
+                    if row["is_matrix_kernel"] else ""))
         words = "; ".join(row["broken"]) or words
         if scores[number][0] == (-1.0,) or score < scores[number][0]:
             scores[number] = score, words

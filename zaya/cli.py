@@ -23,7 +23,8 @@ INTERRUPTED = 130
 
 class Parser(argparse.ArgumentParser):
     """argparse, without the usage lines before an error. Under `python -m PROG`, a reader of the output that goes away (`| head -1`) ends
-    the tool silently, by SIGPIPE, as it ends other commands, and Ctrl-C ends it with one line and exit code 130."""
+    the tool silently, by SIGPIPE, as it ends other commands; an output that does not fit ends it with one line and exit code 1, Ctrl-C
+    with one and 130."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog=prog, **options)
@@ -37,8 +38,8 @@ class Parser(argparse.ArgumentParser):
         if issubclass(kind, BrokenProcessPool):
             print(f"{self.prog}: one of its processes was killed; is there too little memory?", file=sys.stderr, flush=True)
             os._exit(1)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-            sys.stderr.write(f"{self.prog}: cannot write its output: {error.strerror}\n")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # an open stream, no file
+            print(f"{self.prog}: cannot write its output: {error.strerror}", file=sys.stderr, flush=True)
             os._exit(1)  # without another try to write what is left
         if not issubclass(kind, KeyboardInterrupt):
             sys.__excepthook__(kind, error, trace)

@@ -21,13 +21,14 @@ AGAIN_S = 2.0
 
 
 class Preemption:
-    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. A Ctrl-C after it is
-    a KeyboardInterrupt. After one that came, to this process or (`learn`) to another of the job, the signals stay ignored."""
+    """For the length of a `with` block, if it is active: `signal` is the name of the first signal that came, or empty. A Ctrl-C more than
+    AGAIN_S after it is a KeyboardInterrupt. After one that came, to this process or (`learn`) to another of the job, the signals stay
+    ignored."""
 
     def __init__(self, active: bool = True) -> None:
         self.signal = ""
         self._active = active
-        self._noted = 0.0  # when
+        self._noted = 0.0  # when, by the monotonic clock
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Preemption:
@@ -38,13 +39,16 @@ class Preemption:
 
     def learn(self) -> None:
         """The job must go, say other ranks, whether or not this one was told."""
-        self.signal = self.signal or "a signal to another rank"
+        self._came("a signal to another rank")
+
+    def _came(self, name: str) -> None:
+        if not self.signal:
+            self.signal, self._noted = name, time.monotonic()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.signal:
-            self.signal, self._noted = signal.Signals(number).name, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._noted > AGAIN_S:
+        if number == signal.SIGINT and self.signal and time.monotonic() - self._noted > AGAIN_S:
             raise KeyboardInterrupt
+        self._came(signal.Signals(number).name)
 
     def __exit__(self, *_: object) -> None:
         # Once it is known that the job must go, whoever says so again (torchrun does) must not end it before it has left in order.

@@ -21,6 +21,8 @@ from tests.processes import processes_of
 from zaya.kernels import machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
+# The experts' kernels, whose work-groups fill a CU, one or two.
+PRODUCTS = {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel"}
 
 
 def run(words: list[str], *paths: Path) -> subprocess.CompletedProcess[str]:
@@ -28,9 +30,6 @@ def run(words: list[str], *paths: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, ROOT)))
     return subprocess.run([sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
-
-
-PRODUCTS = {"_gate_up_fwd_kernel", "_gate_up_bwd_kernel", "_rows_kernel", "_weight_grad_kernel"}
 
 
 @pytest.mark.timeout(1800)  # minutes of compiling, until Triton has them in its cache
@@ -42,12 +41,18 @@ def test_every_shipped_configuration_passes_the_gates() -> None:
             "mfma_share", "wide_loads", "narrow_loads", "cases"} <= rows[0].keys()
     matrix_kernels = [row for row in rows if row["is_matrix_kernel"]]
     assert matrix_kernels and all(row["hot_mfma"] for row in matrix_kernels)
-    # Where waiting costs the products something, a load is not pipelined, or the compiler has moved it down.
-    products = [row for row in matrix_kernels if row["kernel"] in PRODUCTS]
+    # They lose at most a twentieth to waiting (0.02 now): more, and a load is not pipelined, or the compiler has moved it down.
+    products = [row for row in matrix_kernels if row["kernel"] in PRODUCTS and " small" not in row["cases"][0]]
     assert not {(row["kernel"], row["waiting"]) for row in products if row["mfma_bound"] < 0.95 * row["mfma_share"]}
-    wide = [row for row in matrix_kernels if row["cases"][0].startswith(("experts", "attention", "newton"))]  # heads of 128
-    assert wide and not {(row["kernel"], row["mfma_bound"]) for row in wide if row["mfma_bound"] < 0.65}
+    # Without cca, which memory binds (0.23); the lowest is attention forward's 0.70.
+    full = [row for row in matrix_kernels if row["cases"][0].startswith(("experts 8b", "experts 74b", "attention 8b", "newton_schulz 8b"))]
+    assert full and not {(row["kernel"], row["mfma_bound"]) for row in full if row["mfma_bound"] < 0.65}
     assert not narrow(rows)
+    table = json.loads((ROOT / "zaya/kernels/configs.json").read_text())
+    compiled = {(row["kernel"], row["config"]["num_warps"], str(entry["blocks"])) for row in rows for entry in table[row["kernel"]]
+                if entry["blocks"].items() <= row["config"].items()}
+    assert not {(kernel, str(entry["blocks"])) for kernel, entries in table.items() for entry in entries if entry["arch"] == "gfx942"
+                and (kernel, entry["num_warps"], str(entry["blocks"])) not in compiled}
     makers = {name for row in rows for name in row["cases"]}
     assert {"training zaya1_8b_pretrain1", "training zaya1_74b_pretrain tp=2 ep=8"} <= makers
 
@@ -70,9 +75,10 @@ def test_the_gates_hold_under_other_versions_of_triton(version: str, capsys: pyt
 
 
 def narrow(rows: list[dict[str, Any]]) -> set[tuple[str, float]]:
-    """Matrix kernels that read their operands in pieces at the models' shapes: each version sees for itself what 16 bytes lie together."""
+    """Matrix kernels that read their operands in pieces at the models' shapes: each version sees for itself what 16 bytes lie together. The
+    least is 0.72, of cca's weight gradients."""
     return {(row["kernel"], row["wide_share"]) for row in rows
-            if row["is_matrix_kernel"] and not row["cases"][0].startswith("training") and row["wide_share"] < 0.7}
+            if row["is_matrix_kernel"] and " 8b" in row["cases"][0] and row["wide_share"] < 0.7}
 
 
 SMALL_GPU = """
@@ -311,13 +317,18 @@ MFMA = "v_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]"
 LOAD, STORE = "buffer_load_dwordx4 v[4:7], v1, s[0:3], 0 offen", "global_store_dword v1, v2, off"
 
 
+def test_of_two_loops_with_equal_matrix_work_the_leaner_is_hot() -> None:
+    masked, plain = loop(MFMA, "v_cndmask_b32_e32 v1, v2, v3"), loop(MFMA).replace("BB0_1", "BB0_2")
+    assert machine_code.hot(machine_code.regions(masked + plain)).label == "BB0_2"
+
+
 # A load takes 512 cycles, MFMA four slots of four cycles.
 @pytest.mark.parametrize(("instructions", "waited", "busy"), [
     ([LOAD, MFMA, "v_mul_f32_e32 v1, v1, v2", "s_waitcnt vmcnt(0)"], 512 - 20, 20),
     ([LOAD, "s_waitcnt lgkmcnt(0)", MFMA, "s_waitcnt vmcnt(0) lgkmcnt(0)", MFMA], 512 - 16, 32),  # that of LDS is another counter
     ([LOAD, *40 * [MFMA], "s_waitcnt vmcnt(0)"], 0, 640),
     (["s_waitcnt vmcnt(0)", MFMA, LOAD, MFMA, MFMA], 512 - 32, 48),  # around the loop's end
-    (["s_waitcnt vmcnt(1)", MFMA, LOAD, *20 * [MFMA]], 512 - 320 - 336, 336),  # two ends later, since one may still be on its way: < 0
+    (["s_waitcnt vmcnt(1)", MFMA, LOAD, *20 * [MFMA]], 0, 336),  # one may still be on its way: each has 320 + 336 cycles
     ([LOAD, MFMA, LOAD, "s_waitcnt vmcnt(1)", MFMA, "s_waitcnt vmcnt(0)"], 512 - 16, 32),  # the second is done by then
     ([LOAD, "s_waitcnt vmcnt(0)", LOAD, "s_waitcnt vmcnt(0)", MFMA], 1024, 16),
     ([LOAD, LOAD, "s_waitcnt vmcnt(1)", MFMA, "s_waitcnt vmcnt(0)"], 512, 16),  # at the same time
@@ -325,7 +336,7 @@ LOAD, STORE = "buffer_load_dwordx4 v[4:7], v1, s[0:3], 0 offen", "global_store_d
     ([STORE, MFMA, "s_waitcnt vmcnt(0)"], 0, 16), ([LOAD, MFMA], 0, 16), ([LOAD, MFMA, "s_waitcnt vmcnt(63)"], 0, 16)])
 def test_waiting_for_loads(instructions: list[str], waited: int, busy: int) -> None:
     (region,) = (region for region in machine_code.regions(loop(*instructions)) if region.label)
-    assert region.waiting == pytest.approx(max(waited, 0) / (busy + max(waited, 0)))
+    assert region.waiting == pytest.approx(waited / (busy + waited))
 
 
 @pytest.mark.parametrize(("opcode", "slots"), [

@@ -53,7 +53,7 @@ def test_a_picture_is_what_its_suffix_says(tmp_path: Path, capsys: pytest.Captur
         assert plot_run.main([str(run), "--out", str(tmp_path / f"x{suffix}")]) == 0
         assert (tmp_path / f"x{suffix}").read_bytes().startswith(start)
     assert plot_run.main([str(run), "--out", str(tmp_path / "x.doc")]) == 2
-    assert "name a file that ends in .png, .svg, .pdf" in capsys.readouterr().err and not (tmp_path / "x.doc").exists()
+    assert "name a file that ends in .png or .svg or .pdf" in capsys.readouterr().err and not (tmp_path / "x.doc").exists()
 
 
 def test_the_load_picture_shows_shares_of_even_block_by_block(tmp_path: Path) -> None:

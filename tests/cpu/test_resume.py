@@ -24,7 +24,7 @@ from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
 from zaya.metrics import MetricsWriter, read_rows
-from zaya.preemption import AGAIN_S
+from zaya.preemption import AGAIN_S, SIGNALS, Preemption
 from zaya.tiers import Tiers
 from zaya.train import main
 from zaya.trainer import StepResult, Trainer
@@ -457,6 +457,18 @@ def test_a_second_ctrl_c_ends_a_run_at_once(folder: Path) -> None:
     job.send_signal(signal.SIGINT)
     _, stderr = job.communicate(timeout=20)
     assert job.returncode == 130 and stderr.splitlines()[-1] == "zaya.train: interrupted" and "Traceback" not in stderr
+
+
+def test_a_ctrl_c_that_torchrun_passes_on_is_no_second_one() -> None:
+    """Also where this rank has learnt of the first from another."""
+    with Preemption() as preemption:
+        preemption.learn()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        assert preemption.signal == "a signal to another rank"
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) == signal.SIG_IGN
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(folder: Path) -> None:

@@ -427,7 +427,7 @@ stdlib_corpus.source_files = lambda: files
 stdlib_corpus.write_corpus = lambda *_, **__: (print("writing", flush=True), [time.sleep(0.05) for _ in range(1200)])
 stdlib_corpus.build({data!r}, 512)
 """
-    # (Short sleeps: a signal just before one does not end it, and Python's handler waits for its end.)
+    # Short sleeps: a signal just before one does not end it, and Python's handler waits for its end.
     process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None and process.stdout.readline() == b"writing\n"
     left = {path.name for path in folder.iterdir()}

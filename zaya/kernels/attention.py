@@ -122,7 +122,7 @@ def _fwd_step(accumulator, largest, total, q, k_base, v_base, first_key_M, index
     """Online softmax over one block of keys. largest is in units of raw scores; scale takes them to powers of two.
 
     BLOCK_V: rows of v per product, all of the block or half of it. Halves use the same addresses in LDS: 30 registers less on gfx942.
-    They are loaded with k, so that only k is waited for: v arrives during the first product.
+    The halves are loaded with k, so that only k is waited for: they arrive during the first product.
     """
     k = _rows(k_base, key_start, stride_ks, k_offsets, S, BLOCK_N, MASKED)
     if BLOCK_V < BLOCK_N:

@@ -90,7 +90,7 @@ def _own_rows(height, BLOCK_M: tl.constexpr):
 @triton.jit
 def _columns(first, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Columns of a tile counted from its first, none beyond the last valid one; only where N does not divide into tiles is there a choice.
-    Where N divides by 8 the columns beyond are eight others that lie together, so that loads stay wide; elsewhere the last one again."""
+    Where 8 divides N the columns beyond are the tile's first eight again, in order, so that loads stay wide; elsewhere the last one."""
     columns = tl.arange(0, BLOCK_N)
     if N % BLOCK_N == 0:
         return columns
@@ -368,7 +368,7 @@ def _weight_grad_kernel(a_rows, b_rows, order, offsets, largest_first, out, E: t
     for first in range(start, whole, BLOCK_K):
         rows, tokens = first + ks, places // TOP_K
         a_at, b_at = _row_offsets(tokens if GATHER_A else rows, M, WIDE), _row_offsets(tokens if GATHER_B else rows, N, WIDE)
-        if GATHER:  # a block ahead (of the last one itself): a load that waits for another one's result cannot be issued early
+        if GATHER:  # a block ahead (in the last block its own again): a load that waits for another one's result cannot be issued early
             places = tl.load(order + tl.minimum(first + BLOCK_K, whole - BLOCK_K) + ks)
         a = tl.load(a_rows + a_at[None, :] + a_column[:, None])
         b = tl.load(b_rows + b_at[:, None] + b_column[None, :])

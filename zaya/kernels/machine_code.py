@@ -35,7 +35,7 @@ MAX_WAVES_PER_SIMD = 8
 LDS_BYTES = 64 * 1024  # per CU
 WIDE_BYTES = 16  # of a lane's widest load
 
-LATENCY = 512  # cycles of a load from global memory, supposed: L2 takes some hundreds, HBM more
+LATENCY_CYCLES = 512  # of a load from global memory, supposed: L2 takes some hundreds, HBM more
 SLOT_CYCLES = 4  # of an issue slot: a vector instruction goes through a SIMD of 16 lanes in four
 
 # FLOP that the matrix core of a SIMD does in one issue slot: 1,307 TFLOP/s of 16-bit types / (304 CUs * 4 * 2.1 GHz / 4) is
@@ -45,6 +45,7 @@ MFMA_FLOP_PER_SLOT = {"f16": 2048, "bf16": 2048, "f32": 256, "f64": 256, "xf32":
 _BLOCK = re.compile(r"\.L(BB\d+_\d+):|; %bb\.")
 _LOOP = re.compile(r";\s+(?:=>\s*This (?:Inner )?Loop Header:|in Loop: Header=(BB\d+_\d+)) Depth=(\d+)")
 _INSTRUCTION = re.compile(r"\s+[a-z]\w*(\s|$)")  # no label, directive or comment
+_MATRIX = ("v_mfma", "v_smfmac")
 _MEMORY = re.compile(r"(?:global|buffer|flat)_(load|store|atomic)")  # what the counter of s_waitcnt vmcnt counts
 _LOADS = re.compile(r"(?:global|buffer|flat)_load_(?:lds_)?(\w+?)(?:_d16(?:_hi)?)?$")
 _LOAD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
@@ -105,7 +106,7 @@ class Region:
     wide_share: float
     """Of the bytes that a lane loads, the share that comes in 16-byte loads; 1 without any load."""
     waiting: float
-    """Share of a wave's time that it waits for its loads from global memory, were each to take LATENCY cycles and no other wave to run."""
+    """Share of a wave's time that it waits for its loads from global memory, were each to take LATENCY_CYCLES and no other wave to run."""
 
 
 def specialise(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any], gpu: GPUTarget = GFX942) -> Build:
@@ -184,7 +185,7 @@ def regions(asm: str) -> list[Region]:
 
 def _region(label: str, depth: int, body: list[str]) -> Region:
     opcodes = [line.split()[0] for line in body]
-    mfma = [opcode for opcode in opcodes if opcode.startswith(("v_mfma", "v_smfmac"))]
+    mfma = [opcode for opcode in opcodes if opcode.startswith(_MATRIX)]
     valu = sum(opcode.startswith("v_") for opcode in opcodes) - len(mfma)
     slots = sum(map(mfma_slots, mfma))
     loads = [_LOAD_BYTES.get(match.group(1), 4) for opcode in opcodes if (match := _LOADS.match(opcode))]
@@ -192,11 +193,12 @@ def _region(label: str, depth: int, body: list[str]) -> Region:
     stores = sum(match.group(1) != "load" for opcode in opcodes if (match := _MEMORY.match(opcode)))
     return Region(label, depth, len(opcodes), len(mfma), slots / (slots + valu) if mfma else 0.0, valu,
                   sum(opcode.startswith("ds_") for opcode in opcodes), stores, len(wide), len(loads) - len(wide),
-                  sum(wide) / sum(loads) if loads else 1.0, _waiting(body, passes=4 if label else 1))
+                  sum(wide) / sum(loads) if loads else 1.0, _waiting(body, passes=4 if label else 1))  # more than are on their way at once
 
 
 def _waiting(body: list[str], passes: int) -> float:
-    """`Region.waiting` in the last of so many passes through the instructions."""
+    """`Region.waiting` in the last of so many passes: what one leaves in flight later ones wait for. Vector instructions take their issue
+    slots, a load LATENCY_CYCLES from its issue on; LDS, scalar instructions and barriers take no time."""
     clock, start, waited = 0, 0, 0
     flying: deque[int] = deque()  # when each is done, in the order in which they are waited for
     for _ in range(passes):
@@ -204,9 +206,9 @@ def _waiting(body: list[str], passes: int) -> float:
         for line in body:
             opcode = line.split()[0]
             if opcode.startswith("v_"):
-                clock += SLOT_CYCLES * (mfma_slots(opcode) if opcode.startswith(("v_mfma", "v_smfmac")) else 1)
+                clock += SLOT_CYCLES * (mfma_slots(opcode) if opcode.startswith(_MATRIX) else 1)
             elif match := _MEMORY.match(opcode):
-                flying.append(clock + LATENCY if match.group(1) == "load" else clock)
+                flying.append(clock + LATENCY_CYCLES if match.group(1) == "load" else clock)
             elif opcode == "s_waitcnt" and (match := re.search(r"vmcnt\((\d+)\)", line)):
                 while len(flying) > int(match.group(1)):
                     wait = max(flying.popleft() - clock, 0)
@@ -228,8 +230,8 @@ def hot(found: list[Region]) -> Region:
 
 
 def mfma_bound(code: Code, used: Mapping[str, int], loop: Region) -> float:
-    """The most of the time in a loop that matrix cores can work: `Region.mfma_share` while any wave of a SIMD has its loads. The waves of
-    one work-group wait together, at barriers; those of others by themselves."""
+    """The share of a loop's time that matrix cores can work at most: mfma_share * min(1, work-groups * (1 - waiting)). The waves of one
+    work-group wait together, at barriers; work-groups, of which a CU holds what its registers and LDS allow, each for themselves."""
     groups = used["waves_per_simd"] // max(code.num_warps // SIMDS, 1)
     return loop.mfma_share * min(1.0, groups * (1 - loop.waiting))
 

@@ -104,7 +104,7 @@ CASES: list[Case] = [
     _case("small none routed", SMALL, 20, 64, 32, (0, 0)),
     _case("small two slots", SMALL, 50, 64, 32, (60, 0, 21), slots=2),
     _case("small sorted rows", SMALL, 90, 64, 32, (40, 0, 43), is_sorted=True),
-    # Widths of whole tiles, as the models have: no column is clamped, no inner loop has a mask.
+    # Widths of whole tiles, as the models have: no column is read twice, no inner loop has a mask.
     _case("small whole tiles", SMALL, 270, 512, 256, (258, 0, 5)),
     _into_sums(_case("small whole tiles", SMALL, 270, 512, 256, (258, 0, 5))),
     _into_sums(_case("small ragged", SMALL, 110, 72, 40, (50, 0, 33, 1))),
@@ -122,7 +122,7 @@ CASES: list[Case] = [
     _into_sums(_case("8b uniform", CHIP, 16384, 2048, 2048, _uniform(16384, 16))),
     _case("74b uniform", CHIP, 16384, 4096, 4096, _uniform(16384, 24)),
     _case("74b skewed", CHIP, 16384, 4096, 4096, _skewed(16384, 24)),
-    # Another model's, which no tile divides.
+    # Widths that no tile divides, but 8 does.
     _case("2880 wide uniform", CHIP, 16384, 2880, 1440, _uniform(16384, 16)),
     _product("small", SMALL, 60, 64, (0, 50, 10)),
     _product("8b uniform", CHIP, 16384, 2048, _uniform(16384, 16)),
