@@ -67,12 +67,11 @@ def of_cases(chosen: Iterable[cases.Case], dtype: torch.dtype = torch.bfloat16, 
     return [(case.name + note, functools.partial(run, case)) for case in chosen]
 
 
-def of_other_entries(found: list[Launch]) -> list[Launch]:
-    """Launches of the small cases, in bf16 and fp32, with configurations that none of the launches found has."""
-    known, runs = {launch.entry for launch in found}, Runs()
-    for dtype, note in ((torch.bfloat16, ""), (torch.float32, " fp32")):
-        runs += of_cases((case for case in cases.cases(cases.SMALL) if dtype in case.dtypes), dtype, note)
-    return [launch for launch in launches(runs) if launch.entry not in known]
+def of_small_cases() -> Runs:
+    """In bf16 and in fp32."""
+    small = cases.cases(cases.SMALL)
+    return [run for dtype, note in ((torch.bfloat16, ""), (torch.float32, " fp32"))
+            for run in of_cases([case for case in small if dtype in case.dtypes], dtype, note)]
 
 
 def of_training() -> Runs:
@@ -153,7 +152,7 @@ def report(found: list[Launch]) -> list[dict[str, Any]]:
     """The figures of every launch, in their order."""
     every = tqdm(machine_code.all_figures([launch.build for launch in found]), total=len(found), unit="kernel", disable=None)
     return [{"kernel": launch.build.kernel, "config": launch.config, "arch": MI300X.arch, **row, "cases": launch.cases}
-            for launch, row in zip(found, every)]
+            for launch, row in zip(found, every, strict=True)]  # strict: to the generator's end
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -179,9 +178,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print every figure as a JSON list instead of a table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel
-    found = launches(of_cases(cases.cases(cases.CHIP)) + of_training())
-    found += of_other_entries(found)
-    names = parser.starting_so("--op", arguments.op, [name for launch in found for name in launch.cases], "nothing")
+    runs, small = of_cases(cases.cases(cases.CHIP)) + of_training(), of_small_cases()
+    names = set(parser.starting_so("--op", arguments.op, [name for name, _ in runs + small], "nothing"))
+    found = launches(runs)
+    known = {launch.entry for launch in found}
+    found += [launch for launch in launches(small) if launch.entry not in known]
     chosen = [replace(launch, cases=[name for name in launch.cases if name in names]) for launch in found]
     rows = report([launch for launch in chosen if launch.cases])
     if arguments.json:

@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     out = options.out or options.run / "plots/run.png"
     try:
         parser.check_output("--out", options.out)
-        if out.suffix not in PICTURES:
+        if out.suffix.lower() not in PICTURES:
             raise ValueError(f"--out {out}: name a file that ends in {' or '.join(PICTURES)}")
         if not options.run.is_dir():
             raise ValueError(f"{options.run} is not a directory; name a run's, e.g. runs/quickstart")
@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
         figure = draw(headline(options.run, train, evaluation), train, evaluation)
         out.parent.mkdir(exist_ok=True)
         unfinished = out.with_name(out.name + ".tmp")
-        figure.savefig(unfinished, format=out.suffix[1:], dpi=130)
+        figure.savefig(unfinished, format=out.suffix[1:].lower(), dpi=130)
         os.replace(unfinished, out)
     except ValueError as error:
         print(f"tools.plot_run: {error}", file=sys.stderr)

@@ -74,7 +74,7 @@ def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candid
                 owners.append(number)
     launch.replace_entry(kernel, index, candidates[0])
     figures = tqdm(machine_code.all_figures(list(builds.values())), total=len(builds), unit="kernel", disable=None, leave=False)
-    for number, row in zip(owners, figures):
+    for number, row in zip(owners, figures, strict=True):  # to the generator's end
         score = (float(not row["broken"]), float(min(row["waves_per_simd"], 2)), row["mfma_bound"], row["wide_share"],
                  float(row["waves_per_simd"]))
         words = (f"static: {row['vgprs']} VGPRs, {row['vgpr_spills']} spills, LDS {row['lds_bytes'] / 1024:g} KiB, "

@@ -36,28 +36,29 @@ class Parser(argparse.ArgumentParser):
     def _ended_by(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """What main has not caught; its `with` blocks and `finally` have had their turn."""
         if issubclass(kind, BrokenProcessPool):
-            print(f"{self.prog}: one of its processes was killed; is there too little memory?", file=sys.stderr, flush=True)
-            os._exit(1)
+            self._leave("one of its processes was killed; is there too little memory?", 1)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # an open stream, no file
-            print(f"{self.prog}: cannot write its output: {error.strerror}", file=sys.stderr, flush=True)
-            os._exit(1)  # without another try to write what is left
-        if not issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, error, trace)
-            return
-        sys.stdout.flush()
+            self._leave(f"cannot write its output: {error.strerror}", 1)  # without another try to write what is left
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stdout.flush()
+            self._leave("interrupted", INTERRUPTED)
+        sys.__excepthook__(kind, error, trace)
+
+    def _leave(self, why: str, exit_code: int) -> NoReturn:
+        """At once: an exit by sys.exit would wait until pools have done the work that is left."""
         line_end = "\n" if sys.stderr.isatty() else ""  # of a progress bar, or of the ^C that a terminal shows
-        print(f"{line_end}{self.prog}: interrupted", file=sys.stderr, flush=True)
+        print(f"{line_end}{self.prog}: {why}", file=sys.stderr, flush=True)
         util._run_finalizers(0)  # type: ignore[attr-defined]  # of multiprocessing: the names of its semaphores go
         for process in multiprocessing.active_children():
             process.kill()
-        os._exit(INTERRUPTED)  # an exit by sys.exit would wait until pools have done the work that is left
+        os._exit(exit_code)
 
     def check_output(self, option: str, path: Path | None) -> None:
         """Before the work, that its result can be written."""
         if path is not None and not path.absolute().parent.is_dir():
             self.error(f"{option} {path}: there is no directory {path.absolute().parent}")
-        if path is not None and path.is_dir():
-            self.error(f"{option} {path} is a directory; name a file")
+        if path is not None and path.exists() and not path.is_file():
+            self.error(f"{option} {path} is a {'directory' if path.is_dir() else 'device or pipe'}; name a file")
 
     def starting_so(self, option: str, words: Sequence[str] | None, names: Sequence[str], none: str) -> list[str]:
         """The names that start with one of the words, in their order; all where there are no words. A word that fits none is an error that

@@ -1,12 +1,13 @@
 """What a process does when the job must go (SIGTERM: Slurm, Kubernetes, torchrun; SIGUSR1; Ctrl-C). Standard library only.
 
-In the training loop the handler only notes it: the loop looks after every step, so that a step is never cut in two; only a second Ctrl-C
-does not wait. What is made before it (a corpus) is left at once, and cleaned up.
+In the training loop the handler only notes it: the loop looks between steps, so that a step is never cut in two; only a second Ctrl-C does
+not wait. What is made before it (a corpus) is left at once, and cleaned up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ GRACE_S = 25.0
 """From the signal to the exit, at most: torchrun kills its workers 30 s after it has passed SIGTERM on."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 AGAIN_S = 2.0
-"""A Ctrl-C sooner after the first signal is not another one: torchrun passes on what the terminal has sent its workers already."""
+"""A Ctrl-C sooner after the first signal is not another one: a launcher may pass on what the terminal has sent its processes already."""
 
 
 class Preemption:
@@ -48,6 +49,8 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal and time.monotonic() - self._noted > AGAIN_S:
             raise KeyboardInterrupt
+        if not self.signal and os.environ.get("RANK", "0") == "0":  # print and logging are not for a handler: it may have come inside them
+            os.write(2, f"\n{signal.Signals(number).name}: the run saves its state and ends, within two steps\n".encode())
         self._came(signal.Signals(number).name)
 
     def __exit__(self, *_: object) -> None:

@@ -2,9 +2,9 @@
 
 Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
 2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal (Ctrl-C is one), the state saved, 7 no checkpoint to start
-from can be read, 130 Ctrl-C where there is nothing to save (before or after the loop, checkpoint.interval = 0), or a second one in the loop
-(one clear line for all but a bug, nothing half-written). Another signal outside of the training loop ends it as any process; of a corpus
-that is being made nothing is left.
+from can be read, 130 Ctrl-C, once torch is imported, where there is nothing to save (no loop, checkpoint.interval = 0), or a second one in
+the loop (one clear line for all but a bug, nothing half-written). Another signal outside of the training loop ends it as any process; of a
+corpus that is being made nothing is left.
 """
 # ruff: noqa: E402  # settings first, then torch
 

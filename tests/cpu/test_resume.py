@@ -406,7 +406,7 @@ def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.
     began = time.monotonic()
     job.send_signal(number)
     time.sleep(0.1)
-    job.send_signal(number)  # torchrun passes on what the terminal has sent its workers already
+    job.send_signal(number)  # a launcher may pass on what the terminal has sent its processes already
     _, stderr = job.communicate(timeout=60)
     assert job.returncode == 3 and time.monotonic() - began < 10, stderr
     line = next(line for line in stderr.splitlines() if line.startswith("zaya.train"))
@@ -418,7 +418,8 @@ def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.
 
 
 SLOW_STEPS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & would ignore
 from zaya import train, trainer
 step = trainer.Trainer.train_step
 def slow(self, votes=(0, 0)):
@@ -459,8 +460,9 @@ def test_a_second_ctrl_c_ends_a_run_at_once(folder: Path) -> None:
     assert job.returncode == 130 and stderr.splitlines()[-1] == "zaya.train: interrupted" and "Traceback" not in stderr
 
 
-def test_a_ctrl_c_that_torchrun_passes_on_is_no_second_one() -> None:
+def test_a_ctrl_c_that_is_passed_on_is_no_second_one() -> None:
     """Also where this rank has learnt of the first from another."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Preemption() as preemption:
         preemption.learn()
         os.kill(os.getpid(), signal.SIGINT)
@@ -473,7 +475,8 @@ def test_a_ctrl_c_that_torchrun_passes_on_is_no_second_one() -> None:
 
 def test_ctrl_c_before_the_first_step_is_one_line(folder: Path) -> None:
     recipe = written(tiny.recipe(folder, run__dir=str(folder / "early")), "early")
-    script = ("import zaya.parallel.mesh as mesh, os, runpy, signal\nmesh.open_mesh = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+    script = ("import zaya.parallel.mesh as mesh, os, runpy, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+              "mesh.open_mesh = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
               "runpy.run_module('zaya.train', run_name='__main__')")
     job = subprocess.run([sys.executable, "-c", script, str(recipe)], capture_output=True, text=True, cwd=ROOT)
     assert (job.returncode, job.stderr.splitlines()[-1]) == (130, "zaya.train: interrupted") and "Traceback" not in job.stderr

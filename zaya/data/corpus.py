@@ -112,8 +112,9 @@ def _size(path: Path) -> int:
             return file.seek(0, 2)
     except OSError as error:
         advice = "make the corpus with tools.tokenize_corpus or correct the prefix in the recipe"
-        if path.with_suffix("").suffix in (".bin", ".idx"):
-            advice = f"a corpus is named without the suffix of its files: {path.with_suffix('').with_suffix('')}"
+        named = path.with_suffix("")  # .bin.idx where the prefix names a file
+        if named.suffix in (".bin", ".idx") and named.exists():
+            advice = f"a corpus is named without the suffix of its files: {named.with_suffix('')}"
         raise CorpusError(f"cannot read corpus file {path}: {error.strerror}; {advice}") from None
 
 

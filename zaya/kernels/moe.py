@@ -119,7 +119,7 @@ class _Tiles:
 
     def __init__(self, sizes_E: Tensor, num_rows: int, widths: tuple[int, ...]) -> None:
         self.sizes_E, self.num_rows, self.E = sizes_E, num_rows, len(sizes_E)
-        self.aligned = all(width % ALIGNED == 0 for width in widths)
+        self.aligned, self.eights = (all(width % step == 0 for width in widths) for step in (ALIGNED, 8))
         self.target = target(sizes_E.device)
         self.offsets = sizes_E.new_empty(self.E + 1, dtype=torch.int32)
         self.largest_first = sizes_E.new_empty(self.E, dtype=torch.int32)
@@ -127,7 +127,7 @@ class _Tiles:
 
     def config(self, kernel: Any, dtype: torch.dtype, **when: str | int) -> Config:
         return config(kernel, self.target, dtype=str(dtype).removeprefix("torch."), itemsize=dtype.itemsize,
-                      aligned=self.aligned, **when)
+                      aligned=self.aligned, eights=self.eights, **when)
 
     def of_product(self, kernel: Any, dtype: torch.dtype, width: int, **when: str | int) -> Config:
         """For a product `width` columns wide: where the grid is persistent the tiles with which the busiest CU is done first. How many rows
