@@ -24,8 +24,8 @@ MOST_FROM_CPU = 1 << 24  # numbers of one tensor, more than any small case has
 class Case:
     """One op on one set of arguments.
 
-    size: "chip" for shapes of the 8B and 74B models as a GPU sees them (report, benchmark, tuner, tests/gpu), "small" for shapes that the
-    interpreter and the emulator run in seconds.
+    size: "chip" for shapes of the 8B and 74B models, and one beside, as a GPU sees them (report, benchmark, tuner, tests/gpu), "small" for
+    shapes that the interpreter and the emulator run in seconds.
     """
 
     name: str
