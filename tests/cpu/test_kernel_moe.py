@@ -145,6 +145,18 @@ def test_tiles_are_as_wide_as_the_rounds_of_the_grid_want(D: int, F: int, E: int
     assert tuple(each.blocks["BLOCK_N"] for each in chosen) == widths
 
 
+def test_a_program_that_shares_its_cu_takes_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round of 256x256 in 8 warps, or two of 128x128 in 4, of which a CU runs two at half its speed."""
+    def tiles_of(self: Any, kernel: Any, dtype: torch.dtype, *, tiles: str) -> Config:
+        side = {"wide": 256, "narrow": 128}[tiles]
+        return Config({"BLOCK_M": side, "BLOCK_N": side}, num_warps=side // 32)
+
+    monkeypatch.setattr(moe._Tiles, "config", tiles_of)
+    with launching_through(lambda *_: None, MI300X):
+        tiles = moe._Tiles(torch.empty(16, dtype=torch.int32, device="meta"), 4096, (2048, 2048))
+        assert tiles.of_product(moe._rows_kernel, torch.bfloat16, 2048).num_warps == 8
+
+
 def arguments_with(**changes: Any) -> dict[str, Any]:
     return {**routed(6, 32, 16, (3, 2))(DEVICE, torch.float32), **changes}
 
