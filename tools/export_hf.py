@@ -159,8 +159,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool, workers: int = 1) -> None:
-    """ValueError or OSError, with nothing left at `target`, if it cannot be done."""
+def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool, workers: int = 1) -> str:
+    """In words what the export lacks, or nothing. ValueError or OSError, with nothing left at `target`, if it cannot be done."""
     checkpoint = Checkpoint.find(source)
     config = model_from_tables(checkpoint.manifest.recipe)
     items = plan_items(checkpoint, config, dtype)
@@ -172,8 +172,9 @@ def export_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_b
             write_tokenizer(new.hidden, tokenizer)
         write_weights(new.hidden, cut_into_shards(items, max_shard_bytes), checkpoint, workers)
     if named and tokenizer is None:
-        print(f"tools.export_hf: {named}, the run's tokenizer, is not there: the export has weights and config only; put it back and "
-              "export with --overwrite", file=sys.stderr)
+        return (f"{named}, the run's tokenizer, is not there: the export has weights and config only; put it back and export with "
+                "--overwrite")
+    return ""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -186,14 +187,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=worker_count, default=stream.WORKERS, metavar="N", help="threads (one per core, at most 32)")
     options = parser.parse_args(argv)
     try:
-        export_hf(options.checkpoint, options.hf_dir, DTYPES.get(options.dtype), options.max_shard_size, options.overwrite,
-                  options.workers)
+        lacks = export_hf(options.checkpoint, options.hf_dir, DTYPES.get(options.dtype), options.max_shard_size, options.overwrite,
+                          options.workers)
     except ValueError as error:
         print(f"tools.export_hf: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"tools.export_hf: cannot write {error.filename or options.hf_dir}: {error.strerror}", file=sys.stderr)
         return 2
+    if lacks:
+        print(f"tools.export_hf: {lacks}", file=sys.stderr)
     print(options.hf_dir)
     return 0
 

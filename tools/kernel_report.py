@@ -29,7 +29,7 @@ from zaya.config import Recipe, load_recipe
 from zaya.kernels import backend, cases, machine_code
 from zaya.kernels.backend import ops
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
-from zaya.kernels.launch import MI300X
+from zaya.kernels.launch import MI300X, Target
 from zaya.model.moe import Experts
 from zaya.model.transformer import Zaya
 from zaya.optim import RouterBalance
@@ -131,18 +131,18 @@ class Received:
         return experts(x_TD, sizes_E, order_R, gate_Tk)
 
 
-def launches(runs: Runs) -> list[Launch]:
-    """The distinct launches of all runs."""
+def launches(runs: Runs, chip: Target = MI300X) -> list[Launch]:
+    """The distinct launches of all runs. chip: one of fewer compute units."""
     found: dict[str, Launch] = {}
     for name, run in runs:
         try:
-            with machine_code.recording() as noted:
+            with machine_code.recording(chip) as noted:
                 run()
         except Exception as error:
             error.add_note(f"in {name}")
             raise
         for build, config in noted:
-            entry = found.setdefault(build.key, Launch(build, {**config.blocks, **config.options(MI300X)}))
+            entry = found.setdefault(build.key, Launch(build, {**config.blocks, **config.options(chip)}))
             if name not in entry.cases:
                 entry.cases.append(name)
     return list(found.values())
@@ -165,8 +165,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         loads = f"{row['wide_loads']} of {row['wide_loads'] + row['narrow_loads']}"
         used = f"{row['mfma_share']:.2f} | {row['waiting']:.0%} | {row['mfma_bound']:.2f}" if row["is_matrix_kernel"] else "- | - | -"
         line = (f"| {row['kernel']} | {blocks} | {row['config']['num_warps']} | {row['vgprs']} | {row['lds_bytes']:,} | "
-                f"{row['waves_per_simd']} | {row['hot_mfma'] or '-'} | {used} | {loads}, "
-                f"{row['wide_share']:.0%} of bytes |")
+                f"{row['waves_per_simd']} | {row['hot_mfma'] or '-'} | {used} | {loads}, {row['wide_share']:.0%} of bytes |")
         merged[line] = merged.get(line, 0) + 1
     return "\n".join([*lines, *(f"{line} {times} |" for line, times in merged.items())])
 
@@ -180,11 +179,10 @@ def main() -> int:
     warnings.simplefilter("ignore")  # Triton's backend announces a default that it will change, once per kernel
     runs, small = of_cases(cases.cases(cases.CHIP)) + of_training(), of_small_cases()
     names = set(parser.starting_so("--op", arguments.op, [name for name, _ in runs + small], "nothing"))
-    found = launches(runs)
+    found = launches([(name, run) for name, run in runs if name in names])
     known = {launch.entry for launch in found}
-    found += [launch for launch in launches(small) if launch.entry not in known]
-    chosen = [replace(launch, cases=[name for name in launch.cases if name in names]) for launch in found]
-    rows = report([launch for launch in chosen if launch.cases])
+    found += [launch for launch in launches([(name, run) for name, run in small if name in names]) if launch.entry not in known]
+    rows = report(found)
     if arguments.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -120,19 +120,12 @@ def test_every_configuration_fits_a_gpu_of_little_shared_memory() -> None:
 NEVER_EMULATED = """
 import torch
 from tools.emulate_kernels import TARGET
-from tools.kernel_report import of_cases, of_training
-from zaya.kernels import cases, launch, machine_code
+from tools.kernel_report import launches, of_cases, of_training
+from zaya.kernels import cases
 
-def entries(runs, chip):
-    with machine_code.recording(chip) as noted:
-        for _, run in runs:
-            run()
-    used = {(build.kernel, id(config.blocks)) for build, config in noted}
-    return {(kernel, str(entry)) for kernel, listed in launch._table().items() for entry in listed if (kernel, id(entry["blocks"])) in used}
-
-shipped = entries(of_cases(cases.cases(cases.CHIP)) + of_training(), launch.MI300X)
-emulated = entries(of_cases(case for case in cases.cases(cases.SMALL) if torch.bfloat16 in case.dtypes), TARGET)
-print(len(shipped), sorted(shipped - emulated))
+shipped = {launch.entry for launch in launches(of_cases(cases.cases(cases.CHIP)) + of_training())}
+small = of_cases(case for case in cases.cases(cases.SMALL) if torch.bfloat16 in case.dtypes)
+print(len(shipped), sorted(shipped - {launch.entry for launch in launches(small, TARGET)}))
 """
 
 

@@ -33,7 +33,7 @@ from zaya.kernels.grouped_gemm import (
 )
 from zaya.kernels.launch import Config, config, launch, target
 
-ALIGNED = 256  # the widest tile: other widths waste less in smaller ones, and where 8 divides neither the largest spill on gfx942
+ALIGNED = 256  # the widest tile: other widths waste less of smaller ones, and those that 8 does not divide spill in it on gfx942
 RATES = {"wide": 1.0, "narrow": 0.95}  # speed of a CU by tiles, relative to the widest (supposed): a narrow one loads more for a product
 
 
