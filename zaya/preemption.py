@@ -50,7 +50,8 @@ class Preemption:
         if number == signal.SIGINT and self.signal and time.monotonic() - self._noted > AGAIN_S:
             raise KeyboardInterrupt
         if not self.signal and os.environ.get("RANK", "0") == "0":  # print and logging are not for a handler: it may have come inside them
-            os.write(2, f"\n{signal.Signals(number).name}: the run ends as soon as its state is saved\n".encode())
+            with contextlib.suppress(OSError):  # a full disk must not cost the state
+                os.write(2, f"\n{signal.Signals(number).name}: the run ends as soon as its state is saved\n".encode())
         self._came(signal.Signals(number).name)
 
     def __exit__(self, *_: object) -> None:

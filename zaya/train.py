@@ -10,6 +10,7 @@ corpus that is being made nothing is left.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -127,7 +128,7 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWri
 
 def start_logging(recipe: Recipe, mesh: Mesh) -> None:
     """Every rank writes RUN/logs/rank-R.log; rank 0 speaks on stdout too, above the progress bar."""
-    handlers: list[logging.Handler] = [logging.FileHandler(Path(recipe.run.dir) / "logs" / f"rank-{mesh.rank}.log")]
+    handlers: list[logging.Handler] = [_LogFile(Path(recipe.run.dir) / "logs" / f"rank-{mesh.rank}.log")]
     if mesh.rank == 0:
         handlers.append(_ConsoleHandler())
     for handler in handlers:
@@ -136,12 +137,42 @@ def start_logging(recipe: Recipe, mesh: Mesh) -> None:
     log.setLevel(logging.INFO)
 
 
-class _ConsoleHandler(logging.Handler):
+class _Dispensable(logging.Handler):
+    """Lines that cannot be written (a full disk, a reader that went away) do not stop the training; the first one is told on stderr."""
+
+    place = "stdout"
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            say(f"cannot write log lines to {self.place}: {error.strerror}; the training goes on without them")
+
+
+class _LogFile(_Dispensable, logging.FileHandler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.place = str(path)
+
+
+class _ConsoleHandler(_Dispensable):
     """Prints above tqdm's bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:  # noqa: BLE001  # as handlers of logging do
+            self.handleError(record)
+
+
+def say(line: str) -> None:
+    """On stderr. That it cannot be written changes no exit code: the scripts that start a job again go by that."""
+    with contextlib.suppress(OSError):
+        print(f"zaya.train: {line}", file=sys.stderr, flush=True)
 
 
 def refuse(error: ValueError, mesh: Mesh | None) -> int:
@@ -153,7 +184,7 @@ def refuse(error: ValueError, mesh: Mesh | None) -> int:
     rank = rank_from_environment()
     if rank and (mesh is None or getattr(error, "on_all_ranks", False)):
         time.sleep(RANK_0_S)
-    print(f"zaya.train: {error}" if rank == 0 else f"zaya.train: rank {rank}: {error}", file=sys.stderr)
+    say(f"{error}" if rank == 0 else f"rank {rank}: {error}")
     return 2
 
 
@@ -201,7 +232,7 @@ def main(argv: list[str]) -> int:
         return refuse(_readable(error), mesh)
     if signal:
         if mesh.rank == 0:
-            print(f"zaya.train: {signal}: saved at step {trainer.step}; start it again to go on", file=sys.stderr)
+            say(f"{signal}: saved at step {trainer.step}; start it again to go on")
     close_mesh(mesh)
     return PREEMPTED if signal else 0
 
@@ -211,13 +242,15 @@ if __name__ == "__main__":
         exit_code = main(sys.argv[1:])
     except KeyboardInterrupt:
         if rank_from_environment() == 0:
-            print("zaya.train: interrupted", file=sys.stderr)
+            say("interrupted")
         exit_code = INTERRUPTED
     except Exception:  # noqa: BLE001 - printed, and the process ends
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         exit_code = 1
     # At once and without collectives: the others learn it from the closed connections, a process group must not be waited for. After a run
     # that is whole too: the interpreter takes a second to end, in which a signal would make a failure of it.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(exit_code)

@@ -430,6 +430,37 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+AS_A_PROGRAM = SLOW_STEPS.replace("sys.exit(train.main(sys.argv[1:]))", "import runpy; runpy.run_module('zaya.train', run_name='__main__')")
+
+
+def test_lines_that_nobody_can_write_change_nothing(folder: Path, whole: Path) -> None:
+    """The disk of stdout, stderr and the log file is full: the run goes on, saves at a signal, exits with 3 and goes on again."""
+    run_dir = folder / "unheard"
+    recipe = written(tiny.recipe(folder, checkpoint__interval=100, run__dir=str(run_dir)), "unheard")
+    (run_dir / "logs").mkdir(parents=True)
+    (run_dir / "logs/rank-0.log").symlink_to("/dev/full")
+    with open("/dev/full", "w") as full:
+        job = subprocess.Popen([sys.executable, "-c", AS_A_PROGRAM, str(recipe)], stdout=full, stderr=full, cwd=ROOT)
+        record = run_dir / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (record.exists() and record.read_bytes().count(b'"loss"') >= 3) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        job.terminate()
+        assert job.wait(timeout=60) == 3 and len(complete_steps(run_dir / "checkpoints")) == 1
+        assert subprocess.run([sys.executable, "-m", "zaya.train", str(recipe)], stdout=full, stderr=full, cwd=ROOT).returncode == 0
+        assert losses(run_dir) == losses(whole)
+        bad = subprocess.run([sys.executable, "-m", "zaya.train", str(recipe), "--train.steps=x"], stdout=full, stderr=full, cwd=ROOT)
+        assert bad.returncode == 2
+
+
+def test_that_a_log_cannot_be_written_is_said_once(folder: Path) -> None:
+    recipe = written(tiny.recipe(folder, run__dir=str(folder / "told")), "told")
+    with open("/dev/full", "w") as full:
+        job = subprocess.run([sys.executable, "-m", "zaya.train", str(recipe)], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    line = "zaya.train: cannot write log lines to stdout: No space left on device; the training goes on without them\n"
+    assert (job.returncode, job.stderr) == (0, line)
+
+
 def test_a_run_that_never_saves_ends_by_its_signal(folder: Path) -> None:
     recipe = written(tiny.recipe(folder, train__steps=1000, run__dir=str(folder / "never")), "never")
     job = subprocess.Popen([sys.executable, "-c", SLOW_STEPS, str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
@@ -445,8 +476,7 @@ def test_a_run_that_never_saves_ends_by_its_signal(folder: Path) -> None:
 def test_a_second_ctrl_c_ends_a_run_at_once(folder: Path) -> None:
     """Where the step under way would take a minute."""
     recipe = written(tiny.recipe(folder, train__steps=1000, checkpoint__interval=100, run__dir=str(folder / "twice")), "twice")
-    script = SLOW_STEPS.replace("time.sleep(0.4)", "time.sleep(60 if self.step else 0)").replace(
-        "sys.exit(train.main(sys.argv[1:]))", "import runpy; runpy.run_module('zaya.train', run_name='__main__')")
+    script = AS_A_PROGRAM.replace("time.sleep(0.4)", "time.sleep(60 if self.step else 0)")
     job = subprocess.Popen([sys.executable, "-c", script, str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     record = folder / "twice/metrics.jsonl"
     deadline = time.monotonic() + 60
