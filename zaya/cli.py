@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import util
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -22,36 +25,11 @@ INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, without the usage lines before an error. Under `python -m PROG`, a reader of the output that goes away (`| head -1`) ends
-    the tool silently, by SIGPIPE, as it ends other commands; an output that does not fit ends it with one line and exit code 1, Ctrl-C
-    with one and 130."""
+    """argparse, without the usage lines before an error, for a program that ends as `end_in_one_line` says."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog=prog, **options)
-        running = sys.modules["__main__"].__spec__
-        if running is not None and running.name == prog:  # not where a test calls main
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            sys.excepthook = self._ended_by
-
-    def _ended_by(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """What main has not caught; its `with` blocks and `finally` have had their turn."""
-        if issubclass(kind, BrokenProcessPool):
-            self._leave("one of its processes was killed; is there too little memory?", 1)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # an open stream, no file
-            self._leave(f"cannot write its output: {error.strerror}", 1)  # without another try to write what is left
-        if issubclass(kind, KeyboardInterrupt):
-            sys.stdout.flush()
-            self._leave("interrupted", INTERRUPTED)
-        sys.__excepthook__(kind, error, trace)
-
-    def _leave(self, why: str, exit_code: int) -> NoReturn:
-        """At once: an exit by sys.exit would wait until pools have done the work that is left."""
-        line_end = "\n" if sys.stderr.isatty() else ""  # of a progress bar, or of the ^C that a terminal shows
-        print(f"{line_end}{self.prog}: {why}", file=sys.stderr, flush=True)
-        util._run_finalizers(0)  # type: ignore[attr-defined]  # of multiprocessing: the names of its semaphores go
-        for process in multiprocessing.active_children():
-            process.kill()
-        os._exit(exit_code)
+        end_in_one_line(prog)
 
     def check_output(self, option: str, path: Path | None) -> None:
         """Before the work, that its result can be written."""
@@ -71,6 +49,50 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def end_in_one_line(prog: str) -> None:
+    """Under `python -m PROG`: a reader of the output that goes away (`| head -1`) ends the program silently, by SIGPIPE, as it ends other
+    commands; an output that does not fit ends it with one line and exit code 1, Ctrl-C with one and 130."""
+    running = sys.modules["__main__"].__spec__
+    if running is not None and running.name == prog:  # not where a test calls main
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        sys.excepthook = functools.partial(_ended_by, prog)
+
+
+def _ended_by(prog: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What main has not caught; its `with` blocks and `finally` have had their turn."""
+    if issubclass(kind, BrokenProcessPool):
+        _leave(prog, "one of its processes was killed; is there too little memory?", 1)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # an open stream, no file
+        _leave(prog, f"cannot write its output: {error.strerror}", 1)  # without another try to write what is left
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stdout.flush()
+        _leave(prog, "interrupted", INTERRUPTED)
+    sys.__excepthook__(kind, error, trace)
+
+
+def _leave(prog: str, why: str, exit_code: int) -> NoReturn:
+    """At once: an exit by sys.exit would wait until pools have done the work that is left."""
+    line_end = "\n" if sys.stderr.isatty() else ""  # of a progress bar, or of the ^C that a terminal shows
+    print(f"{line_end}{prog}: {why}", file=sys.stderr, flush=True)
+    util._run_finalizers(0)  # type: ignore[attr-defined]  # of multiprocessing: the names of its semaphores go
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(exit_code)
+
+
+def end_with_parent() -> None:
+    """A process of a pool calls this first: it ends when its parent does, however that ends (a kill, no memory), instead of waiting for
+    work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Recipes: every knob of a run as frozen dataclasses, read from one flat TOML file and checked in one place.
 
 First stage of a batch's path: everything downstream receives these objects and nothing else (no environment, no globals).
-Knows the standard library and tables.py only: no torch, no files but the recipe itself.
+Knows the standard library, tables.py and cli.py only: no torch, no files but the recipe itself.
 
     python -m zaya.config recipes/quickstart.toml --train.steps=20     # validate and print the resolved recipe
 """
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from zaya.cli import end_in_one_line
 from zaya.tables import apply_override, build_section, check_known, hints, to_toml
 
 DTYPES = ("fp32", "bf16", "fp64")
@@ -554,6 +555,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def main(argv: list[str]) -> int:
+    end_in_one_line("zaya.config")
     if not argv or {"-h", "--help"} & set(argv):
         usage = "usage: python -m zaya.config RECIPE.toml [--section.key=value ...]\n\nValidate a recipe and print it resolved."
         print(usage) if argv else print("zaya.config: name a recipe; see --help", file=sys.stderr)

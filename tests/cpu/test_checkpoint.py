@@ -642,8 +642,11 @@ def test_writer_fills_the_directory_that_a_link_names(tmp_path: Path) -> None:
     assert (tmp_path / "out").is_symlink() and [path.name for path in tmp_path.glob(".*")] == []
     assert_holds(tmp_path / "disk", {"x": torch.ones(3)})
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(CheckpointError, match="not empty"):
-        CheckpointWriter(tmp_path / "loop", recipe={})
+    (tmp_path / "file").write_text("keep")
+    for taken in (tmp_path / "loop", tmp_path / "file", Path("/dev/null")):
+        with pytest.raises(CheckpointError, match="is not a directory"):
+            CheckpointWriter(taken, recipe={})
+    assert (tmp_path / "file").read_text() == "keep"
 
 
 def test_writer_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -224,10 +224,12 @@ def test_an_unknown_op_is_one_line() -> None:
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "nonsense" in result.stderr
 
 
-@pytest.mark.parametrize("moment", ["starting", "compiling"])
-@pytest.mark.parametrize("command", ["tools.kernel_report", "tools.tune_kernels --op attention --arch gfx942 --dry-run"])
-def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path: Path, command: str, moment: str) -> None:
-    """A terminal sends it to all processes; those of the pool start by importing torch."""
+@pytest.mark.parametrize(("command", "moment", "number"), [
+    *((command, moment, signal.SIGINT) for moment in ("starting", "compiling")
+      for command in ("tools.kernel_report", "tools.tune_kernels --op attention --arch gfx942 --dry-run")),
+    ("tools.kernel_report", "compiling", signal.SIGKILL)])
+def test_a_signal_leaves_no_process(tmp_path: Path, command: str, moment: str, number: signal.Signals) -> None:
+    """Ctrl-C, which a terminal sends to all processes (those of the pool start by importing torch), is one line; a kill is the tool's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     tool = subprocess.Popen([sys.executable, "-m", *command.split()], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -239,9 +241,12 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path: Path, command: str, 
         assert time.monotonic() < deadline and tool.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
-    os.killpg(tool.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(tool.pid, number)
+    else:
+        tool.kill()
     _, err = tool.communicate(timeout=30)
-    assert (tool.returncode, err) == (130, f"{command.split()[0]}: interrupted\n")
+    assert (tool.returncode, err) == ((130, f"{command.split()[0]}: interrupted\n") if number == signal.SIGINT else (-number, ""))
     while left := processes_of(tool.pid):  # they are killed, and take a moment to go
         assert time.monotonic() < deadline, left
         time.sleep(0.05)

@@ -478,6 +478,8 @@ def test_the_target_must_be_new_and_elsewhere(source: Path, tmp_path: Path, capf
     (tmp_path / "full" / "mine").touch()
     before = tree(source)
     assert "is not empty" in refusal(capfd, source, tmp_path / "full", "--layout", "ranks=1")
+    for path in (tmp_path / "full" / "mine", Path("/dev/null")):
+        assert f"{path} is there and is not a directory" in refusal(capfd, source, path, "--layout", "ranks=1")
     for inside in (source, source / "new", source.parent / "x" / ".." / source.name / "deep" / "new"):
         assert "only read" in refusal(capfd, source, inside, "--layout", "ranks=1")
     assert "Not a directory" in refusal(capfd, source, tmp_path / "full" / "mine" / "x", "--layout", "ranks=1")
@@ -493,7 +495,7 @@ def test_a_link_is_the_directory_that_it_names(source: Path, tmp_path: Path, cap
     for name, place in (("empty", "disk/empty"), ("dangling", "disk/new")):
         reshape(source, tmp_path / name, "ranks=2")
         assert (tmp_path / name).is_symlink() and Checkpoint.open(tmp_path / place).path.is_dir()
-    assert "is not empty" in refusal(capfd, source, tmp_path / "loop", "--layout", "ranks=2")
+    assert "is not a directory" in refusal(capfd, source, tmp_path / "loop", "--layout", "ranks=2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "disk", "empty", "loop"]
 
 

@@ -117,6 +117,7 @@ class NewDirectory:
         self.directory = Path(os.path.realpath(directory))  # a link stands for the directory that it names
         self.hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         with disk_errors("write", self.directory):
+            refuse_file(self.directory)
             if self._is_taken() and not (overwrite and (self.directory / mark).is_file()):
                 if overwrite:
                     raise CheckpointError(f"{self.directory} is not an older export, and --overwrite replaces only those; remove it, or "
@@ -151,7 +152,13 @@ class NewDirectory:
             self.abort()  # nothing is left to remove after a close that came through
 
     def _is_taken(self) -> bool:
-        return os.path.lexists(self.directory) and (not self.directory.is_dir() or any(self.directory.iterdir()))
+        return self.directory.is_dir() and any(self.directory.iterdir())
+
+
+def refuse_file(target: Path) -> None:
+    """CheckpointError: something that is no directory stands where one is to be made."""
+    if os.path.lexists(target) and not target.is_dir():
+        raise CheckpointError(f"{target} is there and is not a directory; choose another name")
 
 
 def sync_directory(path: Path) -> None:

@@ -25,12 +25,10 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +38,11 @@ import xxhash
 from tqdm import tqdm
 
 from zaya import shard
-from zaya.checkpoint.directory import sync_directory
+from zaya.checkpoint.directory import refuse_file, sync_directory
 from zaya.checkpoint.files import Piece, file_name, manifest_text, write_manifest
 from zaya.checkpoint.manifest import BITS, DTYPES, MAX_HEADER_BYTES, Box, CheckpointError, FileEntry, Manifest, TensorEntry, hash_bytes
 from zaya.checkpoint.read import Checkpoint
+from zaya.cli import end_with_parent
 from zaya.shard import flat_boxes, intersect, shifted
 
 CHUNK_BYTES = 8 << 20  # hashed and written while it is in the cache
@@ -252,15 +251,8 @@ def _start(sources: Sequence[tuple[Path, Manifest]], memory: int) -> None:
 
 
 def _start_process(sources: Sequence[tuple[Path, Manifest]], memory: int) -> None:
-    """A process of its own ends with its parent, however that ends, and leaves Ctrl-C to it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    """A process of its own leaves Ctrl-C to its parent."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _start(sources, memory)
@@ -321,7 +313,8 @@ def rewrite(job: Job, target: Path, *, workers: int, max_memory: int) -> int:
     are at most one per GiB. CheckpointError or OSError: nothing is left but, where files were finished, the hidden
     directory that the next run goes on from.
     """
-    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+    refuse_file(target)
+    if target.is_dir() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty; remove it or choose another name")
     hidden = target.with_name(f".{target.name}.reshape")
     total = sum(job.piece(*item).num_bytes for file in job.files for item in file)

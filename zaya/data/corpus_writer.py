@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from zaya.cli import end_with_parent
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.tokenizer import vocabulary_size
 from zaya.preemption import unwinding
@@ -212,6 +213,7 @@ _worker_encoder: _Encoder
 
 def _start_worker(encoder: _Encoder) -> None:
     global _worker_encoder
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism; the library looks at its first batch
     _worker_encoder = encoder
 

@@ -14,11 +14,13 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
@@ -272,12 +274,18 @@ def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
         yield from pool.map(figures, builds)
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: os._exit(len(wait([parent.sentinel]))), daemon=True).start()
+
+
 @contextlib.contextmanager
 def process_pool(num_tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A process per CPU, at most one a task; an exception does not wait for them. Ctrl-C, which a terminal sends them too, is for their
-    parent."""
+    """A process per CPU, at most one a task; an exception does not wait for them, nor they for a parent that was killed. Ctrl-C, which a
+    terminal sends them too, is for their parent."""
     count = max(min(os.cpu_count() or 1, num_tasks), 1)
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
     pipes = signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # that one has died is an exception here, not the end of this process
     try:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
