@@ -87,6 +87,30 @@ def narrow(rows: list[dict[str, Any]]) -> set[tuple[str, float]]:
             if row["is_matrix_kernel"] and " 8b" in row["cases"][0] and row["wide_share"] < 0.7}
 
 
+MANY_CLASSES = """
+import json, torch
+from zaya.kernels import machine_code
+from zaya.kernels.backend import MAX_CLASSES
+from zaya.kernels.moe import _Tiles
+from zaya.kernels.routing import route, sort_by_expert
+
+with torch.device("meta"), machine_code.recording() as noted:
+    for classes in (33, 64, 128, MAX_CLASSES):
+        choice_Tk, gate_Tk, _ = route(torch.empty(16384, classes, dtype=torch.bfloat16, requires_grad=True), torch.empty(classes), 8)
+        gate_Tk.sum().backward()
+        sort_by_expert(choice_Tk, classes)
+        _Tiles(torch.empty(classes, dtype=torch.int64), 16384 * 8, (2048, 512)).table(256)
+builds = {build.key: build for build, _ in noted}
+print(len(builds), [(build.kernel, figures["broken"]) for build in builds.values() if (figures := machine_code.figures(build))["broken"]])
+"""
+
+
+def test_the_gates_hold_for_all_classes_that_the_router_takes() -> None:
+    """A table of rows by classes must fit a program, whatever their number."""
+    result = run(["-c", MANY_CLASSES])
+    assert result.stdout.strip() == "20 []", result.stderr or result.stdout
+
+
 SMALL_GPU = """
 import torch
 from triton.backends.compiler import GPUTarget

@@ -6,6 +6,7 @@ chosen, and C compiled only there, so a machine without either trains by the ref
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from zaya.kernels import reference
 from zaya.kernels.arguments import HEAD_DIMS
 
 MAX_WIDTH = 8192  # of the stream: a row lies in the registers of one program
-MAX_CLASSES = 256  # of the router: a block's one-hot table of this width still fits the registers
+MAX_CLASSES = 256  # of the router: a table of this width and a few rows still fits a work-group's registers and shared memory
 CHOICES = ("auto", "triton", "cpu", "reference")
 LANGUAGES = {"triton": "Triton", "cpu": "C"}
 ENVIRONMENT = "ZAYA_KERNELS"  # overrides "auto": for tests, and to tell a kernel's fault from another's
@@ -109,6 +110,8 @@ def _cpu() -> Ops:
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, width: int, num_classes: int) -> str:
     """Why Triton cannot compute this, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "is not installed"
     if dtype == torch.float64:
         return "has no fp64"
     if head_dim not in HEAD_DIMS:

@@ -28,8 +28,7 @@ def _tiles_kernel(sizes, tiles, offsets, largest_first, num_rows, max_tiles, E: 
     """sizes (E,) -> tiles (1 + max_tiles, 4) int32: [0, 0] = their number, row 1 + t = (expert, first row, end row); offsets (E + 1,):
     first row of each expert, then of the rows of none; largest_first (E,): experts by size."""
     groups = tl.arange(0, BLOCK_E)
-    size = tl.load(sizes + groups, mask=groups < E, other=0)
-    size = tl.minimum(tl.maximum(size, 0), num_rows).to(tl.int32)  # a wrong one must neither leave the rows nor overflow the sum
+    size = _size(sizes, groups, num_rows, E)
     end = tl.minimum(tl.cumsum(size, axis=0), num_rows)
     start = tl.minimum(end, tl.cumsum(size, axis=0) - size)
     num_tiles = tl.cdiv(end - start, BLOCK_M)
@@ -45,12 +44,20 @@ def _tiles_kernel(sizes, tiles, offsets, largest_first, num_rows, max_tiles, E: 
     tl.store(at, group, mask=tile < max_tiles)
     tl.store(at + 1, first, mask=tile < max_tiles)
     tl.store(at + 2, last, mask=tile < max_tiles)
+    # There are at least as many tiles in the grid as experts: each program ranks those that bear its tiles' numbers.
+    size, other = _size(sizes, tile, num_rows, E)[:, None], tl.where(groups < E, size, -1)[None, :]
+    ahead = (other > size) | ((other == size) & (groups[None, :] < tile[:, None]))
+    tl.store(largest_first + tl.sum(ahead.to(tl.int32), axis=1), tile, mask=tile < E)
     if tl.program_id(0) == 0:
         tl.store(tiles, tl.sum(num_tiles, axis=0))
         tl.store(offsets + groups, start, mask=groups <= E)
-        key = tl.where(groups < E, size, -1)
-        ahead = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (groups[None, :] < groups[:, None]))
-        tl.store(largest_first + tl.sum(ahead.to(tl.int32), axis=1), groups, mask=groups < E)
+
+
+@triton.jit
+def _size(sizes, groups, num_rows, E: tl.constexpr):
+    """Rows of each, 0 of those that are no expert. A wrong one must neither leave the rows nor overflow a sum."""
+    size = tl.load(sizes + groups, mask=groups < E, other=0)
+    return tl.minimum(tl.maximum(size, 0), num_rows).to(tl.int32)
 
 
 @triton.jit

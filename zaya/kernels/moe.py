@@ -33,6 +33,7 @@ from zaya.kernels.grouped_gemm import (
 )
 from zaya.kernels.launch import Config, config, launch, target
 
+FEW_EXPERTS = 31  # whose sizes and their end are 32 numbers: a program of the tile table compares them with all its tiles
 ALIGNED = 256  # the widest tile: other widths waste less of smaller ones, and those that 8 does not divide spill in it on gfx942
 RATES = {"wide": 1.0, "narrow": 0.95}  # speed of a CU by tiles, relative to the widest (supposed): a narrow one loads more for a product
 
@@ -152,7 +153,7 @@ class _Tiles:
         if block_m not in self.tables:
             num_tiles = triton.cdiv(self.num_rows, block_m) + self.E
             self.tables[block_m] = table = self.sizes_E.new_empty(1 + num_tiles, 4, dtype=torch.int32)
-            chosen = config(_tiles_kernel, self.target)
+            chosen = config(_tiles_kernel, self.target, experts="few" if self.E <= FEW_EXPERTS else "many")
             launch(_tiles_kernel, (triton.cdiv(num_tiles, chosen.blocks["BLOCK_TILES"]),), {
                 "sizes": self.sizes_E, "tiles": table, "offsets": self.offsets, "largest_first": self.largest_first,
                 "num_rows": self.num_rows, "max_tiles": num_tiles, "E": self.E, "BLOCK_E": triton.next_power_of_2(self.E + 1),

@@ -13,6 +13,8 @@ Letters: T tokens, k slots (experts per token), R = T k assignments (token * k +
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.backend import MAX_CLASSES
-from zaya.kernels.launch import config, launch, target
+from zaya.kernels.launch import Config, config, launch, target
 
+FEW_CLASSES = 32  # up to which a program takes the rows of the table's plain entries
 MAX_FP32 = tl.constexpr(3.4028234663852886e38)
 
 
@@ -129,7 +132,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TC, bias_C, top_k):
         T, C = logits_TC.shape
-        chosen = config(_route_fwd_kernel, target(logits_TC.device))
+        chosen = _config(_route_fwd_kernel, logits_TC.device, C)
         programs = triton.cdiv(T, chosen.blocks["BLOCK_T"])
         choice_Tk = logits_TC.new_empty(T, top_k, dtype=torch.int32)
         gate_Tk = logits_TC.new_empty(T, top_k, dtype=torch.float32)
@@ -148,7 +151,7 @@ class _Route(torch.autograd.Function):
         logits_TC, choice_Tk = ctx.saved_tensors
         T, C = logits_TC.shape
         dlogits_TC = torch.empty_like(logits_TC)
-        chosen = config(_route_bwd_kernel, target(logits_TC.device))
+        chosen = _config(_route_bwd_kernel, logits_TC.device, C)
         programs = triton.cdiv(T, chosen.blocks["BLOCK_T"])
         if programs:
             launch(_route_bwd_kernel, (programs,), {
@@ -159,11 +162,13 @@ class _Route(torch.autograd.Function):
 
 def sort_by_expert(choice_Tk: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Order (R,) int32 of the assignments (token * k + slot) that brings class 0, 1, ... together, each in its old order, and the size of
-    each class (C,) int64. A skip class, the last, ends up last."""
+    each class (C,) int64. A skip class, the last, ends up last.
+
+    Classes are 0 to num_classes - 1, as `route` chooses them; to check that would wait for the device. Of others the order is not whole."""
     check("choice_Tk", choice_Tk, shape=(None, None), dtypes=(torch.int32, torch.int64))
     _check_classes("num_classes", num_classes)
     R = choice_Tk.numel()
-    chosen = config(_sort_scatter_kernel, target(choice_Tk.device))
+    chosen = _config(_sort_scatter_kernel, choice_Tk.device, num_classes)
     blocks = triton.cdiv(R, chosen.blocks["BLOCK_R"])
     order_R = choice_Tk.new_empty(R, dtype=torch.int32)
     if not blocks:
@@ -171,11 +176,16 @@ def sort_by_expert(choice_Tk: Tensor, num_classes: int) -> tuple[Tensor, Tensor]
     sizes_C = choice_Tk.new_empty(num_classes, dtype=torch.int64)
     counts = choice_Tk.new_empty(blocks, num_classes, dtype=torch.int32)
     shared = {"choice": choice_Tk, "counts": counts, "num_assignments": R, "C": num_classes, "BLOCK_C": triton.next_power_of_2(num_classes)}
-    histogram = config(_sort_histogram_kernel, target(choice_Tk.device))
+    histogram = _config(_sort_histogram_kernel, choice_Tk.device, num_classes)
     assert histogram.blocks["BLOCK_R"] == chosen.blocks["BLOCK_R"], "both kernels of the sort must cut the same blocks"
     launch(_sort_histogram_kernel, (blocks,), shared, histogram)
     launch(_sort_scatter_kernel, (blocks,), {**shared, "order": order_R, "sizes": sizes_C, "num_blocks": blocks}, chosen)
     return order_R, sizes_C
+
+
+def _config(kernel: Any, device: torch.device, num_classes: int) -> Config:
+    """A program holds a table of its rows or tokens by classes: the more classes, the fewer rows."""
+    return config(kernel, target(device), classes="few" if num_classes <= FEW_CLASSES else "many")
 
 
 def _check_classes(name: str, num_classes: int) -> None:

@@ -114,6 +114,7 @@ CASES: list[Case] = [
     _case("small narrow tiles", SMALL, 60, 512, 256, (20, 0, 0, 35, 0, 0, 0, 0)),
     # Of the last tiles one is as high as TAIL_M, one a row higher, one lower.
     _case("small ends of groups", SMALL, 150, 64, 32, (64, 65, 17)),
+    _case("small many experts", SMALL, 100, 64, 32, (0, 3, 1) * 22),
     # 4 rows of 4,096 tokens
     _case("8b uniform", CHIP, 16384, 2048, 2048, _uniform(16384, 16)),
     _case("8b skewed", CHIP, 16384, 2048, 2048, _skewed(16384, 16)),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zaya.kernels import reference
+from zaya.kernels.backend import MAX_CLASSES
 from zaya.kernels.cases import CHIP, SMALL, Case
 from zaya.kernels.routing import route, sort_by_expert
 
@@ -61,10 +62,14 @@ CASES: list[Case] = [
     _route("small two slots", SMALL, 131, 5, 2),
     _route("small equal logits", SMALL, 70, 6, 2, equal=True),
     _route("small one token", SMALL, 1, 3, 1),
+    _route("small many classes", SMALL, 40, 65, 8),
+    _route("small most classes", SMALL, 40, MAX_CLASSES, 2),
     _sort("small", SMALL, 1100, 17, 1),
     _sort("small two slots", SMALL, 333, 7, 2),
     _sort("small all of one class", SMALL, 700, 5, 1, only=2),
     _sort("small one token", SMALL, 1, 3, 1),
+    _sort("small many classes", SMALL, 150, 65, 8),
+    _sort("small most classes", SMALL, 200, MAX_CLASSES, 1),
     # 4 rows of 4,096 tokens; 16 and 24 experts and the skip class
     _route("8b", CHIP, 16384, 17, 1),
     _route("74b", CHIP, 16384, 25, 1),
