@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, kernels: str, device: torch
     choice = backend.choose(kernels, device, dtype, head_dim)
     assert choice.name == chosen and bool(choice.obstacle) == (kernels == "auto" and chosen == "reference")
     assert (backend.ops() is backend.REFERENCE) == (chosen == "reference")
+
+
+def test_a_gpu_without_triton_trains_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert backend.choose("auto", GPU, torch.bfloat16, 128) == ("reference", "Triton is not installed")
+    with pytest.raises(ValueError, match='train.kernels = "triton" is not installed; use "reference"'):
+        backend.choose("triton", GPU, torch.bfloat16, 128)
 
 
 @pytest.mark.parametrize(("device", "dtype", "head_dim", "says"), [

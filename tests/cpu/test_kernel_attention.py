@@ -82,9 +82,11 @@ def good() -> dict[str, Any]:
     (lambda a: {"first_key_BT": a["first_key_BT"].float()}, "first_key_BT has dtype float32, expected int64 or int32"),
     (lambda a: {"first_key_BT": a["first_key_BT"][:, 1:]}, "first_key_BT has shape"),
     (lambda a: {"first_key_BT": a["first_key_BT"].to("meta")}, "first_key_BT lies on meta"),
-    (lambda a: {"offsets": (0, 10, 20)}, "offsets has 3 chunks"),
-    (lambda a: {"offsets": ()}, "offsets has 0 chunks"),
-    (lambda a: {"offsets": (1,)}, r"offsets is \(1,\), expected starts of 140 tokens within S = 140"),
+    (lambda a: {"offsets": (0, 10, 20)}, r"offsets is \(0, 10, 20\), expected starts of chunks, a divisor of T = 140"),
+    (lambda a: {"offsets": (0, 35, 70, 105)}, "offsets has 4 chunks, expected at most 2"),
+    (lambda a: {"offsets": ()}, r"offsets is \(\)"),
+    (lambda a: {"offsets": (0.0,)}, r"offsets is \(0.0,\)"),
+    (lambda a: {"offsets": (1,)}, r"offsets is \(1,\), expected starts of chunks, a divisor of T = 140 of them, within S = 140"),
     (lambda a: {"q_BTNH": a["q_BTNH"][:, :0], "first_key_BT": a["first_key_BT"][:, :0]}, "q_BTNH is empty"),
 ])
 def test_wrong_arguments_are_named_before_any_launch(change: Any, message: str) -> None:

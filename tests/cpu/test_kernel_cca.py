@@ -150,6 +150,9 @@ def test_never_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("change, message", [
     (lambda a: {"q_BTC": a["q_BTC"].double()}, "q_BTC has dtype float64, expected bfloat16 or float16 or float32"),
+    (lambda a: {"q_convs": a["q_convs"][:3]}, "q_convs has 3 tensors, expected 4"),
+    (lambda a: {"rope": (*a["rope"], a["rope"][0])}, "rope has 3 tensors, expected 2"),
+    (lambda a: {"halos": a["halos"][:2]}, "halos has 2 tensors, expected 3"),
     (lambda a: {"k_BTC": a["k_BTC"].half()}, "k_BTC has dtype float16, expected float32"),
     (lambda a: {"v_BTC": a["v_BTC"][:, :2]}, r"v_BTC has shape \(2, 2, 32\), expected \(2, 3, 32\)"),
     (lambda a: {"v_BTC": a["v_BTC"].to("meta")}, "v_BTC lies on meta, expected"),

@@ -18,6 +18,7 @@ import torch
 
 from tests.needs import needs_compiler
 from zaya.kernels import backend, cpu, reference
+from zaya.kernels.arguments import HEAD_DIMS
 from zaya.kernels.cases import SMALL, Case, cases, error, run, widened
 from zaya.kernels.cases.cca import make as make_cca
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
@@ -96,7 +97,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def attention_arguments(draw: random.Random) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
-    B, G, group, H, chunks = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 5), draw.choice(cpu.HEAD_DIMS), draw.randint(1, 2)
+    B, G, group, H, chunks = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 5), draw.choice(HEAD_DIMS), draw.randint(1, 2)
     chunk, S = draw.randint(1, 70), draw.randint(1, 90)
     S = max(S, chunk * chunks)
     last = S - chunk
@@ -108,7 +109,7 @@ def attention_arguments(draw: random.Random) -> tuple[Callable[..., Any], dict[s
 
 
 def cca_arguments(draw: random.Random) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
-    B, G, group, H, K = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 4), draw.choice(cpu.HEAD_DIMS), draw.randint(1, 3)
+    B, G, group, H, K = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 4), draw.choice(HEAD_DIMS), draw.randint(1, 3)
     N, T = G * group, K * draw.randint(1, 40)
     positions, start = torch.zeros(B, T, dtype=torch.int64), draw.randint(0, 3)
     for b in range(B):
@@ -293,9 +294,11 @@ def _cca(**changes: Any) -> Callable[[], Any]:
     return lambda: cpu.cca(**{**arguments, **changes})
 
 
-def _experts(**changes: Any) -> Callable[[], Any]:
+def _experts(dtype: torch.dtype = torch.float32, **changes: Any) -> Callable[[], Any]:
+    """In bf16 the reference computes them; what is wrong is said all the same."""
     arguments = {"x_TD": torch.randn(4, 32), "sizes_E": torch.tensor([1, 2]), "gate_up_EFD": torch.randn(2, 64, 32),
                  "down_EDF": torch.randn(2, 32, 32), "order_R": torch.arange(4, dtype=torch.int32), "gate_Tk": torch.rand(4, 1)}
+    arguments.update({name: arguments[name].to(dtype) for name in ("x_TD", "gate_up_EFD", "down_EDF")})
     return lambda: cpu.experts(**{**arguments, **changes})
 
 
@@ -316,11 +319,12 @@ def _experts(**changes: Any) -> Callable[[], Any]:
     (_cca(halos=(torch.zeros(1, 2, 2, 64), torch.zeros(1, 2, 2, 32), torch.zeros(1, 2, 1, 16))), "halos are for"),
     (lambda: cpu.cross_entropy(torch.randn(3, 8), torch.randn(9, 8), torch.zeros(2, dtype=torch.int64)), "labels_T has shape"),
     (lambda: cpu.cross_entropy(torch.randn(3, 8), torch.randn(9, 7), torch.zeros(3, dtype=torch.int64)), "weight_VD has shape"),
-    (_experts(order_R=torch.tensor([0, 1, 2, 9], dtype=torch.int32)), "order_R holds other numbers"),
-    (_experts(order_R=torch.tensor([0, 0, 1, 2], dtype=torch.int32)), "order_R holds other numbers"),
-    (_experts(order_R=torch.tensor([0, 1, 2, 3])), "order_R has dtype int64"),
-    (_experts(gate_Tk=None), "gate_Tk is None"),
-    (_experts(sizes_E=torch.tensor([-1, 2])), r"sizes_E is \[-1, 2\]"),
+    *(case for dtype in (torch.float32, torch.bfloat16) for case in (
+        (_experts(dtype, order_R=torch.tensor([0, 1, 2, 9], dtype=torch.int32)), "order_R holds other numbers"),
+        (_experts(dtype, order_R=torch.tensor([0, 0, 1, 2], dtype=torch.int32)), "order_R holds other numbers"),
+        (_experts(dtype, order_R=torch.tensor([0, 1, 2, 3])), "order_R has dtype int64"),
+        (_experts(dtype, gate_Tk=None), "gate_Tk is None"),
+        (_experts(dtype, sizes_E=torch.tensor([-1, 2])), r"sizes_E is \[-1, 2\]"))),
     (_experts(sizes_E=torch.tensor([2**62, 2**62])), "sizes_E is"),
     (_attention(q_BTNH=torch._neg_view(torch.randn(1, 8, 4, 32))), "argument 0 of attention_forward"),
     (_experts(gradient_sums=ExpertSums(GradientSum(torch.zeros(1, 64, 32)), GradientSum(torch.zeros(2, 32, 32)))), "gradient_sums.gate_up"),

@@ -38,6 +38,9 @@ def check_cca(q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, q_convs: tup
               temperature: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor, Tensor],
               delayed: tuple[int, int], contiguous: bool) -> None:
     """ValueError where the arguments of cca do not fit one another; contiguous: all but q, k and v must be."""
+    for name, tensors, count in (("q_convs", q_convs, 4), ("k_convs", k_convs, 4), ("rope", rope, 2), ("halos", halos, 3)):
+        if len(tensors) != count:
+            raise ValueError(f"{name} has {len(tensors)} tensors, expected {count}")
     check("q_BTC", q, shape=(None, None, None), dtypes=FLOATS, contiguous=False)
     B, T, q_channels = q.shape
     common: dict[str, Any] = dict(dtypes=(q.dtype,), device=q.device, contiguous=contiguous)
@@ -55,20 +58,36 @@ def check_cca(q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, q_convs: tup
         check("q_mean_BTGH", mean, shape=(B, T, G, H), **common)
     parameters = common | dict(dtypes=FLOATS)
     for side, convs, width in (("q", q_convs, q_channels), ("k", k_convs, channels)):
-        for part, x, shape in zip(("w", "b", "W", "c"), convs, ((width, 2), (width,), (width, H, 2), (width,))):
+        for part, x, shape in zip(("w", "b", "W", "c"), convs, ((width, 2), (width,), (width, H, 2), (width,)), strict=True):
             check(f"{side}_convs.{part}", x, shape=shape, **parameters | (dict(dtypes=(q_convs[0].dtype,)) if x is not q_convs[0] else {}))
     check("temperature_G", temperature, shape=(G,), **parameters)
     check("positions_BT", positions, shape=(B, T), **common | dict(dtypes=(torch.int64, torch.int32)))
-    for name, x in zip(("cos", "sin"), rope):
+    for name, x in zip(("cos", "sin"), rope, strict=True):
         check(f"rope.{name}", x, shape=(B, T, H // 4), **common | dict(dtypes=(torch.float32,)))
     start, end = delayed
     if not 0 <= start <= end <= channels:
         raise ValueError(f"delayed_rows is {delayed}, expected a range within v_BTC's {channels} channels")
-    for name, x, n, width in zip("qkv", halos, (2, 2, 1), (q_channels, channels, end - start)):
+    for name, x, n, width in zip("qkv", halos, (2, 2, 1), (q_channels, channels, end - start), strict=True):
         check(f"halos.{name}", x, shape=(B, None, n, width), **common)
     K = halos[0].shape[1]
     if K < 1 or T % K or any(x.shape[1] != K for x in halos):
         raise ValueError(f"halos are for {[x.shape[1] for x in halos]} chunks, expected one number that divides {T} tokens")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets: tuple[int, ...]) -> None:
+    """ValueError where the arguments of attention do not fit one another."""
+    check("q_BTNH", q, shape=(None, None, None, None), dtypes=FLOATS, contiguous=False)
+    B, T, N, H = q.shape
+    check("k_BSGH", k, shape=(B, None, None, H), dtypes=(q.dtype,), device=q.device, contiguous=False)
+    check("v_BSGH", v, shape=tuple(k.shape), dtypes=(q.dtype,), device=q.device, contiguous=False)
+    check("first_key_BT", first_key, shape=(B, T), dtypes=(torch.int64, torch.int32), device=q.device, contiguous=False)
+    S, G = k.shape[1:3]
+    if H not in HEAD_DIMS:
+        raise ValueError(f"q_BTNH has head dim {H}, expected {' or '.join(map(str, HEAD_DIMS))}")
+    if G == 0 or N % G:
+        raise ValueError(f"q_BTNH has {N} heads, expected a multiple of the {G} heads of k_BSGH")
+    if not offsets or T % len(offsets) or not all(isinstance(o, int) and 0 <= o <= S - T // len(offsets) for o in offsets):
+        raise ValueError(f"offsets is {offsets}, expected starts of chunks, a divisor of T = {T} of them, within S = {S}")
 
 
 def check_experts(x: Tensor, sizes: Tensor, gate_up: Tensor, down: Tensor, order: Tensor | None, gate: Tensor | None,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zaya.kernels.arguments import FLOATS, HEAD_DIMS, check
+from zaya.kernels.arguments import check, check_attention
 from zaya.kernels.launch import Target, config, launch, target
 
 MAX_CHUNKS = 2  # zig-zag context parallelism gives each rank one early and one late chunk
@@ -421,12 +421,8 @@ def _divisors(n: int) -> list[int]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets: tuple[int, ...]) -> None:
-    check("q_BTNH", q, shape=(None, None, None, None), dtypes=FLOATS, contiguous=False)
-    B, T, N, H = q.shape
-    check("k_BSGH", k, shape=(B, None, None, H), dtypes=(q.dtype,), device=q.device, contiguous=False)
-    check("v_BSGH", v, shape=tuple(k.shape), dtypes=(q.dtype,), device=q.device, contiguous=False)
-    check("first_key_BT", first_key, shape=(B, T), dtypes=(torch.int64, torch.int32), device=q.device)
-    S, G = k.shape[1:3]
+    check_attention(q, k, v, first_key, offsets)
+    check("first_key_BT", first_key)
     for name, tensor in (("q_BTNH", q), ("k_BSGH", k), ("v_BSGH", v)):
         if tensor.numel() == 0:
             raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}, expected at least one element")
@@ -434,11 +430,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets: tuple[in
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in H, expected 1")
         if tensor.stride(1) >= MAX_STRIDE.value:
             raise ValueError(f"{name} has stride {tensor.stride(1)} from row to row, expected less than {MAX_STRIDE.value}")
-    if H not in HEAD_DIMS:
-        raise ValueError(f"q_BTNH has head dim {H}, expected {' or '.join(map(str, HEAD_DIMS))}")
-    if N % G:
-        raise ValueError(f"q_BTNH has {N} heads, expected a multiple of the {G} heads of k_BSGH")
-    if not 1 <= len(offsets) <= MAX_CHUNKS or T % len(offsets):
-        raise ValueError(f"offsets has {len(offsets)} chunks, expected 1 or {MAX_CHUNKS}, and a divisor of T = {T}")
-    if not all(0 <= offset <= S - T // len(offsets) for offset in offsets):
-        raise ValueError(f"offsets is {offsets}, expected starts of {T // len(offsets)} tokens within S = {S}")
+    if len(offsets) > MAX_CHUNKS:
+        raise ValueError(f"offsets has {len(offsets)} chunks, expected at most {MAX_CHUNKS}")

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zaya.kernels import reference
-from zaya.kernels.arguments import FLOATS, HEAD_DIMS, check, check_cca, check_experts
+from zaya.kernels.arguments import FLOATS, check, check_attention, check_cca, check_experts
 from zaya.kernels.gradient_sum import ExpertSums, GradientSum
 
 SOURCES = sorted(Path(__file__).with_name("c").glob("*.[ch]"))
@@ -209,18 +209,8 @@ class _MixNormRotate(torch.autograd.Function):
 
 def attention(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:
     """See reference.attention. A query sees itself at least, whatever its first key. ValueError names a wrong argument."""
-    check("q_BTNH", q_BTNH, shape=(None, None, None, None), dtypes=FLOATS, device=CPU, contiguous=False)
-    B, T, N, H = q_BTNH.shape
-    check("k_BSGH", k_BSGH, shape=(B, None, None, H), dtypes=(q_BTNH.dtype,), device=CPU, contiguous=False)
-    check("v_BSGH", v_BSGH, shape=tuple(k_BSGH.shape), dtypes=(q_BTNH.dtype,), device=CPU, contiguous=False)
-    check("first_key_BT", first_key_BT, shape=(B, T), dtypes=(torch.int64, torch.int32), device=CPU, contiguous=False)
-    S, G = k_BSGH.shape[1:3]
-    if H not in HEAD_DIMS:
-        raise ValueError(f"q_BTNH has head dim {H}, expected {' or '.join(map(str, HEAD_DIMS))}")
-    if G == 0 or N % G:
-        raise ValueError(f"q_BTNH has {N} heads, expected a multiple of the {G} heads of k_BSGH")
-    if not offsets or T % len(offsets) or not all(isinstance(o, int) and 0 <= o <= S - T // len(offsets) for o in offsets):
-        raise ValueError(f"offsets is {offsets}, expected starts of chunks, a divisor of T = {T} of them, within S = {S}")
+    check("q_BTNH", q_BTNH, device=CPU, contiguous=False)
+    check_attention(q_BTNH, k_BSGH, v_BSGH, first_key_BT, offsets)
     out: Tensor = _Attention.apply(*_plain(q_BTNH, k_BSGH, v_BSGH), first_key_BT.long().contiguous(), torch.tensor(offsets))
     return out.to(q_BTNH.dtype)
 
@@ -253,9 +243,6 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
             gate_Tk: Tensor | None = None, gradient_sums: ExpertSums | None = None) -> Tensor:
     """See reference.experts, which computes what C does not: all but fp32, and other widths than multiples of 32. ValueError names a wrong
     argument."""
-    totals = () if gradient_sums is None else tuple(gradient_sum.total for gradient_sum in gradient_sums)
-    if any(x.dtype != torch.float32 for x in (x_TD, gate_up_EFD, down_EDF, *totals)) or any(width % 32 for width in down_EDF.shape[1:]):
-        return reference.experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
     x_TD, gate_up_EFD, down_EDF, sizes_E = (tensor.contiguous() for tensor in (x_TD, gate_up_EFD, down_EDF, sizes_E))
     order_R, gate_Tk = (None if tensor is None else tensor.contiguous() for tensor in (order_R, gate_Tk))
     check("x_TD", x_TD, device=CPU)
@@ -265,6 +252,8 @@ def experts(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
         raise ValueError(f"sizes_E is {sizes}, expected counts of together at most {rows} rows")
     if order_R is not None and not torch.equal(order_R.sort().values, torch.arange(rows, dtype=torch.int32)):
         raise ValueError(f"order_R holds other numbers than each of 0 to {rows - 1} once")
+    if x_TD.dtype != torch.float32 or any(width % 32 for width in down_EDF.shape[1:]):
+        return reference.experts(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums)
     y_TD: Tensor = _Experts.apply(x_TD, gate_up_EFD, down_EDF, gate_Tk, order_R, sizes_E.long(), gradient_sums)
     return y_TD
 

@@ -14,6 +14,7 @@ import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
 
 from zaya.kernels import cases, launch, machine_code
 from zaya.kernels.timing import Clock, passes
@@ -42,7 +43,7 @@ def measured_scores(candidates: Candidates, chosen: list[cases.Case]) -> dict[tu
         key = install(candidates, beside | {entry: number})[entry]
         try:
             times = [clock.by_launch(call, ROUNDS).get(key) for call in calls]
-        except RuntimeError as error:  # too many registers for its warps, says the driver
+        except (RuntimeError, OutOfResources) as error:  # too many registers for its warps, say the driver and Triton
             return (-float("inf"),), f"does not run: {' '.join(str(error).split())[:80]}"
         total = sum(milliseconds for milliseconds in times if milliseconds is not None)
         return ((-total,), f"measured: {total:.3f} ms, {where}") if total else ((-float("inf"),), "not launched")
