@@ -75,7 +75,9 @@ def test_tiles_follow_the_amount_of_work(shape: tuple[int, ...], num_cus: int, s
     (torch.zeros(4), {}, r"matrices has shape \(4,\), expected \(..., rows, cols\)"),
     (torch.zeros(2, 0, 4), {}, r"matrices has shape \(2, 0, 4\)"),
     (torch.zeros(4, 4), {"steps": 0}, "steps is 0, expected at least 1"),
-    (torch.zeros(1, 1).expand(2**15, 2**15), {}, "expected fewer than 2"),
+    (torch.zeros(1, 1).expand(2**15, 2**16), {}, "each of fewer than 2"),
+    (torch.zeros(1, 1).expand(2, 2**28), {}, "each of fewer than 2"),  # as whole tiles
+    (torch.zeros(1, 1, 1).expand(2**16, 2, 2), {}, "expected at most 65535 matrices"),
 ])
 def test_refuses(matrices: torch.Tensor, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -20,6 +20,8 @@ Letters: B matrices, n rows and m columns on the wide side, N and M the same pad
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,7 @@ from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.launch import Config, Target, config, launch, target
 from zaya.kernels.reference import NEWTON_SCHULZ
 
+MAX_MATRICES = 65535
 # Speed of a compute unit by tile, relative to the largest: operations per byte that a tile loads grow with its side.
 RATES = {"large": 1.0, "medium": 0.8, "small": 0.45}
 
@@ -152,23 +155,28 @@ def newton_schulz(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Ten
     check("matrices", matrices, dtypes=FLOATS, contiguous=False)
     if matrices.dim() < 2 or 0 in matrices.shape[-2:]:
         raise ValueError(f"matrices has shape {tuple(matrices.shape)}, expected (..., rows, cols), rows and cols at least 1")
-    if matrices.shape[-2] * matrices.shape[-1] >= 2**30:
-        raise ValueError(f"matrices has shape {tuple(matrices.shape)}, expected fewer than 2^30 elements each (int32 offsets)")
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
     result = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
     if matrices.numel() == 0:
         return result
-    source, out = matrices.reshape(-1, *matrices.shape[-2:]), result.view(-1, *matrices.shape[-2:])
-    if source.shape[1] > source.shape[2]:
-        source, out = source.mT, out.mT
+    source, out = _on_wide_side(matrices), _on_wide_side(result)
     size = _size(source, target(source.device))
+    if math.prod(_padded(source.shape, target(source.device), size)) >= 2**31 or len(source) > MAX_MATRICES:
+        raise ValueError(f"matrices has shape {tuple(matrices.shape)}, expected at most {MAX_MATRICES} matrices (a side of a grid), each of "
+                         "fewer than 2^31 elements in whole tiles (int32 offsets)")
     x = _scaled(source, eps, size)
     for step in range(steps):
         gram = _gram(x, size)
         polynomial = _gram(gram, size, polynomial=True)
         x = _update(polynomial, x, out if step == steps - 1 else torch.empty_like(x), size)
     return result
+
+
+def _on_wide_side(matrices: Tensor) -> Tensor:
+    """(B, n, m), n <= m."""
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    return flat.mT if flat.shape[1] > flat.shape[2] else flat
 
 
 def _configs(chip: Target, size: str) -> tuple[Config, Config]:
