@@ -75,8 +75,8 @@ class ModelConfig:
 
     def validate(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
-                     "moe_intermediate_size", "router_hidden_size"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
+                     "moe_intermediate_size", "router_hidden_size", "sliding_window"):
+            _at_least(f"model.{name}", getattr(self, name), 0 if name == "sliding_window" else 1)
             limit = 16 if name == "num_layers" else 31  # tables have a line per layer
             if getattr(self, name) >= 2**limit:
                 raise ValueError(f"model.{name} = {getattr(self, name)} is beyond any machine; keep it below 2^{limit}")
@@ -90,7 +90,6 @@ class ModelConfig:
             raise ValueError('model.attention_pattern is empty; use ["full"]')
         for kind in self.attention_pattern:
             _one_of("model.attention_pattern", kind, ATTENTION_KINDS)
-        _at_least("model.sliding_window", self.sliding_window, 0)
         slides = any(self.attention_kind(i) == "sliding" for i in range(self.num_layers))
         if slides and self.sliding_window < 1:
             raise ValueError(f"model.attention_pattern has sliding blocks but model.sliding_window = {self.sliding_window}; "

@@ -48,7 +48,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 
 
 def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str, type]) -> None:
-    """Set what `--section.key=value` says; a value is TOML, but strings need no quotes and lists no brackets."""
+    """Set what `--section.key=value` says; a value is TOML, but strings need no quotes (unless they hold a comma in a list) and lists no
+    brackets."""
     name, equals, text = override.removeprefix("--").partition("=")
     section, dot, key = name.partition(".")
     if not (override.startswith("--") and equals and dot and key):
@@ -57,15 +58,32 @@ def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str,
     wanted = hints(sections[section])
     check_known(name, [f"{section}.{k}" for k in wanted], "recipe key")
     if wanted[key] is str:
-        value: Any = text.strip("\"'") if text[:1] in "\"'" else text
+        value: Any = _unquoted(text)
+    elif typing.get_origin(wanted[key]) is tuple:
+        value = _listed(text, typing.get_args(wanted[key])[0])
     else:
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = [part.strip().strip("\"'") for part in text.split(",")] if typing.get_origin(wanted[key]) is tuple else text
+        value = _toml_value(text, text)
     tables.setdefault(section, {})
     if isinstance(tables[section], dict):
         tables[section][key] = value
+
+
+def _listed(text: str, item: type) -> Any:
+    value = _toml_value(text if text.startswith("[") else f"[{text}]")
+    if value is None or (item is str and not text.startswith("[") and not all(isinstance(each, str) for each in value)):
+        return [_unquoted(part.strip()) for part in text.split(",")]
+    return value
+
+
+def _toml_value(text: str, otherwise: str | None = None) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return otherwise
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def check_known(name: str, known: Iterable[str], what: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from zaya import config
 from zaya.config import Recipe, load_recipe, recipe_from_tables
+from zaya.tables import apply_override, build_section, hints
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES: dict[str, dict[str, Any]] = {
@@ -150,6 +151,7 @@ INVALID: list[tuple[dict[str, Any], int, str]] = [
     ({"parallel__engine": "deepspeed", "optim__name": "adamw", "train__dtype": "fp64"}, 1, 'use "fp32" or "bf16"'),
     ({"parallel__zero_stage": 4}, 1, "parallel.zero_stage = 4 is not one of 1, 2, 3"),
     ({"parallel__offload": True}, 1, 'parallel.offload = true need parallel.engine = "deepspeed"'),
+    ({"model__sliding_window": 10**30}, 1, f"model.sliding_window = {10**30} is beyond any machine; keep it below 2^31"),
     ({"train__steps": 2**31}, 1, "train.steps = 2147483648 is beyond any run; keep it below 2^31"),
     ({"optim__lr": 1e300}, 1, "optim.lr = 1e+300 is beyond fp32; keep it below 1e30"),
     ({"parallel__grad_dtype": "fp16"}, 1, "parallel.grad_dtype = 'fp16' is not one of 'fp32', 'bf16'"),
@@ -209,6 +211,18 @@ def test_overrides(recipe_file: Path) -> None:
     assert (got.train.steps, got.optim.lr, got.data.train, got.run.dir) == (7, 3e-4, ("a", "b"), "runs/y")
     assert (got.model.skip_expert, got.train.dtype, got.checkpoint.resume, got.optim.weight_decay) == (False, "bf16", "7", 0.0)
     assert load_recipe(recipe_file, ["--train.steps=7", "--train.steps=8"]).train.steps == 8  # the last one counts
+
+
+@pytest.mark.parametrize(("override", "value"), [
+    ("--data.weights=1,2.5", (1.0, 2.5)), ("--data.weights=1", (1.0,)), ("--data.weights=[3]", (3.0,)), ("--data.weights=", ()),
+    ("--data.train=a", ("a",)), ("--data.train=a, 7", ("a", "7")), ('--data.train="a,b"', ("a,b",)), ("--data.train='a',\"b\"", ("a", "b")),
+    ('--run.dir="my run"', "my run"), ('--run.dir="my run"x', '"my run"x')])
+def test_lists_need_no_brackets_and_strings_no_quotes(recipe_file: Path, override: str, value: object) -> None:
+    tables = tomllib.loads(recipe_file.read_text())
+    apply_override(tables, override, hints(Recipe))
+    section, _, key = override.partition("=")[0].removeprefix("--").partition(".")
+    table = build_section(hints(Recipe)[section], section, tables[section])
+    assert getattr(table, key) == value
 
 
 @pytest.mark.parametrize(("override", "message"), [

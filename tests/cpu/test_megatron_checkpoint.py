@@ -48,6 +48,7 @@ from zaya.model.transformer import Zaya
 
 SMALL = ModelConfig(vocab_size=300, hidden_size=32, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, num_experts=4,
                     moe_intermediate_size=16, router_hidden_size=8, attention_pattern=("sliding", "full"), sliding_window=5)
+FULL = dataclasses.replace(SMALL, attention_pattern=("full",))
 # What GPTModel itself can hold: as many classes as experts, a router as wide as the model.
 GPT = ModelConfig(vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4,
                   moe_intermediate_size=24, router_hidden_size=32, skip_expert=False)
@@ -181,6 +182,13 @@ def test_the_table_names_every_tensor_once_and_keeps_every_element(config: Model
 def test_the_model_survives_its_arguments(seed: int) -> None:
     config = dataclasses.replace(draw(seed).config, attention_pattern=("full",), sliding_window=0, rope_theta_sliding=1e4)
     assert megatron.from_arguments(megatron.to_arguments(config)) == config
+
+
+def test_blocks_that_slide_are_said_and_not_taken_for_full_ones() -> None:
+    arguments = megatron.to_arguments(SMALL)
+    assert arguments["window_size"] == (4, 0) and arguments["window_attn_skip_freq"][:3] == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"args.window_size = \(4, 0\) is not supported"):
+        megatron.from_arguments(arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------- there and back
@@ -517,7 +525,7 @@ def test_a_value_that_is_long_to_tell_is_told_in_short(copy: Path, capsys: pytes
         for index in metadata.storage_data:
             object.__setattr__(index, "fqn" if index.fqn == "embedding.bias" else "offset", tower)
 
-    torch.save({"args": argparse.Namespace(**megatron.to_arguments(SMALL) | {"num_experts": tower})}, copy / "common.pt")
+    torch.save({"args": argparse.Namespace(**megatron.to_arguments(FULL) | {"num_experts": tower})}, copy / "common.pt")
     refused(capsys, copy, "args.num_experts = ((", "is not an integer")
     rewrite_metadata(copy, rename)
     refused(capsys, copy, ".metadata is damaged: what it says of tensor")
@@ -601,11 +609,11 @@ def test_broken_files_are_named(copy: Path, capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(("common", "words"), [
     ({"zaya": "{"}, "zaya is not valid JSON"), ({"zaya": "[]"}, "zaya is not an object of step"), ({"zaya": "{}"}, "zaya is not an object"),
     ({"args": {"num_layers": 3}}, "has no args"), ({"args": argparse.Namespace()}, "args.padded_vocab_size = None is not an integer"),
-    ({"args": argparse.Namespace(**megatron.to_arguments(SMALL) | {"num_layers": 10**9})}, "too few for 1000000000 layers"),
-    ({"args": argparse.Namespace(**megatron.to_arguments(SMALL) | {"num_layers": 2})}, "unexpected tensor decoder.layers.2."),
-    ({"args": argparse.Namespace(**megatron.to_arguments(SMALL) | {"num_experts": 5})}, "router.weight has shape [5, 8], this model asks"),
-    ({"args": argparse.Namespace(**megatron.to_arguments(SMALL) | {"swiglu": False})}, "args.swiglu = False is not supported"),
-    ({"args": argparse.Namespace(**megatron.to_arguments(SMALL) | {"rotary_base": "x"})}, "args.rotary_base = 'x'"),
+    ({"args": argparse.Namespace(**megatron.to_arguments(FULL) | {"num_layers": 10**9})}, "too few for 1000000000 layers"),
+    ({"args": argparse.Namespace(**megatron.to_arguments(FULL) | {"num_layers": 2})}, "unexpected tensor decoder.layers.2."),
+    ({"args": argparse.Namespace(**megatron.to_arguments(FULL) | {"num_experts": 5})}, "router.weight has shape [5, 8], this model asks"),
+    ({"args": argparse.Namespace(**megatron.to_arguments(FULL) | {"swiglu": False})}, "args.swiglu = False is not supported"),
+    ({"args": argparse.Namespace(**megatron.to_arguments(FULL) | {"rotary_base": "x"})}, "args.rotary_base = 'x'"),
     ([1], "common.pt is damaged: it is not a dict"),
 ])
 def test_a_model_that_is_not_told_is_asked_for(copy: Path, capsys: pytest.CaptureFixture[str], common: object, words: str) -> None:

@@ -141,3 +141,4 @@ def test_causal_keys_are_the_mean_over_the_mask() -> None:
 
 def test_peak_flops_by_name() -> None:
     assert flops.peak_flops("AMD Instinct MI300X") == 1307.4e12 and flops.peak_flops("some other chip") is None
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12 and flops.peak_flops("NVIDIA H100 PCIe") is None

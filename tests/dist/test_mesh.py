@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.dist.pool import Pools
+from zaya.parallel.mesh import TIMEOUT_S, open_mesh
 from zaya.shard import Layout, Replicate, Shard
 
 
@@ -35,7 +36,9 @@ def groups(rank: int, world_size: int, axes: dict[str, int]) -> dict[str, Any]:
         table = mesh.table()
     finally:
         del os.environ["LOCAL_WORLD_SIZE"]
-    return {"ranks": {name: group.ranks for name, group in found.items()}, "sums": sums, "table": table}
+    waits = {name: group.handle._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in found.items()
+             if 1 < group.size < world_size}  # the whole world's is the pool's
+    return {"ranks": {name: group.ranks for name, group in found.items()}, "sums": sums, "table": table, "waits": waits}
 
 
 @pytest.mark.parametrize(("world_size", "axes"), [
@@ -48,6 +51,7 @@ def test_groups_are_the_ranks_they_say(pools: Pools, world_size: int, axes: dict
             assert rank in ranks and found["sums"][name] == sum(2**other for other in ranks), name
         for axis in ("tp", "cp", "dp", "ep", "edp", "token"):
             assert list(found["ranks"][axis]) == layout.group(axis, rank)
+        assert set(found["waits"].values()) <= {TIMEOUT_S}
         shard = found["ranks"]["experts shard"]
         assert list(shard) == layout.shard_ranks(Shard(0, "ep", 8), rank) and all(other % layout.ep == rank % layout.ep for other in shard)
 
@@ -57,6 +61,15 @@ def test_the_table_names_groups_that_leave_their_node(pools: Pools) -> None:
     assert table.splitlines()[0].startswith("mesh: 8 ranks = tp 2 x cp 2 x dp 2, experts ep 4 x edp 2 | cpu, gloo")
     assert "   tp: [0 1]  [2 3]  [4 5]  [6 7]" in table.splitlines()
     assert "   ep: [0 1 2 3]  [4 5 6 7]  (leaves its node of 2 ranks: slow)" in table.splitlines()
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="this node has 4 GPUs for 8 processes"):
+        open_mesh("auto", Layout(8))
 
 
 def test_megatron_does_not_say_what_is_not_installed(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def newton_schulz(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Ten
     source, out = _on_wide_side(matrices), _on_wide_side(result)
     size = _size(source, target(source.device))
     if math.prod(_padded(source.shape, target(source.device), size)) >= 2**31 or len(source) > MAX_MATRICES:
-        raise ValueError(f"matrices has shape {tuple(matrices.shape)}, expected at most {MAX_MATRICES} matrices (a side of a grid), each of "
+        raise ValueError(f"matrices has shape {tuple(matrices.shape)}, expected at most {MAX_MATRICES} matrices (a grid's side), each of "
                          "fewer than 2^31 elements in whole tiles (int32 offsets)")
     x = _scaled(source, eps, size)
     for step in range(steps):

@@ -13,6 +13,7 @@ PEAK_BF16 = {  # dense, without sparsity, from the makers' data sheets
     "H100": 989.4e12,
     "H200": 989.4e12,
 }
+SLOWER = ("PCIe", "NVL")  # boards of the same names with other clocks
 
 
 def forward_flops_per_token(config: ModelConfig, keys: dict[str, float]) -> float:
@@ -41,4 +42,6 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a GPU in FLOP/s by its name; None where unknown."""
+    if any(board in device_name for board in SLOWER):
+        return None
     return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

@@ -112,14 +112,22 @@ ARGUMENTS = {
 
 
 def to_arguments(config: ModelConfig) -> dict[str, Any]:
-    """The model as Megatron-LM's command line would say it."""
+    """The model as Megatron-LM's command line would say it, which has one rotary base for all blocks: that of full attention, or of sliding
+    where all slide."""
     shape = {argument: getattr(config, field) for field, argument in ARGUMENTS.items()}
-    return FIXED | shape | {"ffn_hidden_size": config.moe_intermediate_size, "add_position_embedding": False,
-                            "rotary_base": config.rope_theta, "zaya_use_mod": config.skip_expert}
+    slides = [int(config.attention_kind(block) == "sliding") for block in range(config.num_layers)]
+    # Keys to the left of a query's own, and to its right.
+    windows = {"window_size": (config.sliding_window - 1, 0), "window_attn_skip_freq": slides} if any(slides) else {}
+    base = config.rope_theta_sliding if all(slides) else config.rope_theta
+    return FIXED | shape | windows | {"ffn_hidden_size": config.moe_intermediate_size, "add_position_embedding": False, "rotary_base": base,
+                                      "zaya_use_mod": config.skip_expert}
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> ModelConfig:
     """The model of a run whose arguments say it all: attention is full in every block. ValueError names an argument that does not fit."""
+    if arguments.get("window_size") is not None:
+        raise ValueError(f"args.window_size = {reprlib.repr(arguments['window_size'])} is not supported: arguments have one rotary base, "
+                         "and blocks that slide another than those that do not")
     for name, value in FIXED.items():
         if arguments.get(name, value) != value:
             raise ValueError(f"args.{name} = {reprlib.repr(arguments[name])} is not supported; only {value!r} is")

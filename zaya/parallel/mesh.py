@@ -121,13 +121,17 @@ def ranks_per_node_from_environment() -> int:
 def open_mesh(device: str, layout: Layout) -> Mesh:
     """Join the other processes of this job (collective call 1 of every rank). device: auto | cuda | cpu (ROCm is "cuda").
 
-    One process needs no process group: it runs the same lines, on groups of size 1. ValueError: cuda asked for where there is none.
+    One process needs no process group: it runs the same lines, on groups of size 1. ValueError: cuda asked for where there is none, or
+    more processes than GPUs.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError('train.device = "cuda" but torch sees no GPU; use train.device = "cpu" or "auto"')
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
+        if here.index >= torch.cuda.device_count():
+            raise ValueError(f"this node has {torch.cuda.device_count()} GPUs for {ranks_per_node_from_environment()} processes; start one "
+                             "process per GPU (torchrun --nproc-per-node)")
         torch.cuda.set_device(here)
     if layout.world_size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
@@ -148,7 +152,8 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
             if len(mine) == layout.world_size > 1:
                 handle = dist.group.WORLD
             elif max(map(len, partition)) > 1:
-                handle, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
+                handle, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition],
+                                                              timeout=datetime.timedelta(seconds=TIMEOUT_S))
             made[partition] = (handle if len(mine) > 1 else None, mine)
         handle, mine = made[partition]
         return Group(handle, mine.index(rank), len(mine), name, mine, ledger)
