@@ -5,11 +5,12 @@
 
 Each step is a process of its own with a log and a time limit; one that fails or hangs stops no other. OUT/report.md and OUT/report.json are
 written anew after every step, so that an interrupted acceptance has its report too. Exit code 1 if any step failed, 2 on a bad call, 130
-if interrupted: what was running is stopped first.
+after Ctrl-C; SIGTERM and SIGHUP end it too: what was running is stopped first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 
 from zaya import runtime
-from zaya.cli import INTERRUPTED, Parser, replace_text
+from zaya.cli import Parser, replace_text
 from zaya.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,6 @@ BENCHMARKS: dict[str, tuple[list[str], list[str] | None]] = {
     "bench_kernels": (["--json", "{out}/bench_kernels.json"], None),
     "bench_step": ([], None),
 }
-ON_ALL_GPUS = ("bench_collectives",)  # started by torchrun
 PARTS = ("bench_checkpoint_ranks", "bench_kernels_moe")  # of other benchmarks, which start them
 
 # What the node is, and that each GPU computes: a matmul in bf16 against the same numbers in fp64 on the CPU.
@@ -120,21 +120,16 @@ class Result:
 
 
 def plan(out: Path, rehearse: bool) -> list[Step]:
-    """All steps in order. What a later release adds to tools/ (preflight, further bench_*) is found by its name."""
+    """All steps in order. The benchmarks are the bench_* of tools/."""
     python, processes = sys.executable, 2 if rehearse else 8
-    tools = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
     steps = [Step("machine", [python, "-c", MACHINE, "rehearse" if rehearse else "node"], 600)]
-    if "preflight" in tools:
-        steps.append(Step("preflight", [python, "-m", "tools.preflight", *(["--help"] if rehearse else [])], 1800))
     steps.append(Step("tests/gpu", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"], 3600))
     single = out / "layouts" / "one process"
     steps.append(_training("one process", single, 1, rehearse, [], lambda: _finished(single)))
     for name, flags in (REHEARSED_LAYOUTS if rehearse else LAYOUTS).items():
         steps += _layout(name, flags, out / "layouts", processes, rehearse)
-    for tool in tools:
-        if tool.startswith("bench_") and tool not in PARTS:
-            steps.append(_benchmark(tool, out, processes, rehearse))
-    return steps
+    benchmarks = sorted(path.stem for path in (ROOT / "tools").glob("bench_*.py"))
+    return steps + [_benchmark(tool, out, rehearse) for tool in benchmarks if tool not in PARTS]
 
 
 def select(steps: Sequence[Step], only: str) -> list[Step]:
@@ -165,13 +160,12 @@ def _layout(name: str, flags: list[str], folder: Path, processes: int, rehearse:
             _training(name, run_dir, processes, rehearse, flags, lambda: compare(run_dir, single))]
 
 
-def _benchmark(tool: str, out: Path, processes: int, rehearse: bool) -> Step:
+def _benchmark(tool: str, out: Path, rehearse: bool) -> Step:
     real, small = BENCHMARKS.get(tool, ([], None))
     arguments = [argument.format(out=out) for argument in (small if rehearse else real) or []]
     if rehearse and small is None:
         return Step(tool, [sys.executable, "-m", f"tools.{tool}", "--help"], 120)
-    start = _torchrun(processes) if tool in ON_ALL_GPUS else [sys.executable]
-    return Step(tool, [*start, "-m", f"tools.{tool}", *arguments], 3600)
+    return Step(tool, [sys.executable, "-m", f"tools.{tool}", *arguments], 3600)
 
 
 def _torchrun(processes: int) -> list[str]:
@@ -225,10 +219,10 @@ def run(step: Step, log: Path, say: Callable[[str], None]) -> Result:
     """Run one step to its end or its time limit; whatever goes wrong with it is its result."""
     started = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
+    next_word = HEARTBEAT_S
     with log.open("wb") as output:
         process = subprocess.Popen(step.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
                                    start_new_session=True)
-        next_word = HEARTBEAT_S
         try:
             while process.poll() is None and (seconds := time.monotonic() - started) < step.timeout_s:
                 if seconds > next_word:
@@ -237,8 +231,7 @@ def run(step: Step, log: Path, say: Callable[[str], None]) -> Result:
                 time.sleep(0.1)
         finally:  # an interruption, too, takes the step with it: nothing is left on the GPUs
             is_late = process.poll() is None
-            if is_late:
-                _stop(process)
+            _stop(process)
     seconds = time.monotonic() - started
     if is_late:
         return Result(step.name, False, seconds, f"not done after {step.timeout_s:g} s; its last line: {_last_line(log)}", str(log))
@@ -251,13 +244,14 @@ def run(step: Step, log: Path, say: Callable[[str], None]) -> Result:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM first: torchrun's workers are in sessions of their own, and only torchrun ends them."""
+    """SIGTERM first: torchrun's workers are in sessions of their own, and only torchrun ends them. Then whatever the step has started and
+    left, also one that ended by itself."""
     process.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def _last_line(log: Path) -> str:
@@ -335,12 +329,10 @@ def main() -> int:
     except OSError as error:
         parser.error(f"cannot make --out {str(options.out)[:100]}: {error.strerror}")
     settings = runtime.describe(runtime.start("tools.accept_mi300x"))  # the environment that all steps inherit
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         passed = accept(steps, out, options.rehearse, settings, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print(f"tools.accept_mi300x: interrupted; what was done is in {out}", file=sys.stderr)
-        return INTERRUPTED
+        raise KeyboardInterrupt(f"what was done is in {out}") from None
     print(f"{'passed' if passed else 'FAILED'}: {out / 'report.md'}", flush=True)
     return 0 if passed else 1
 

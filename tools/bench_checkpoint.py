@@ -77,6 +77,10 @@ def ranks_figures(model: ModelConfig, folder: Path, ranks: int, pairs: int, sect
             raise WrongBytesError((folder / "wrong").read_text(encoding="ascii")) from None
         last = str(error).strip().splitlines()[-1]
         raise ValueError(f"a rank failed ({last}); if memory or room ran out, choose fewer --bytes") from None
+    finally:  # an interruption ends them before the folder they write to goes
+        for process in context.processes:
+            process.kill()
+            process.join()
     figures: dict[str, Any] = json.loads((folder / "seconds.json").read_text(encoding="ascii"))
     return figures
 
@@ -109,10 +113,14 @@ def reshape_figures(source: Path, target: Path, ranks: int, num_bytes: int) -> d
     process = subprocess.Popen([sys.executable, "-m", "tools.reshape_checkpoint", source, target, "--layout", f"ranks={2 * ranks},tp=2"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak = {"Pss": 0, "Pss_Anon": 0}
-    while process.poll() is None:
-        now = memory_bytes(process.pid)
-        peak = {key: max(most, now[key]) for key, most in peak.items()}
-        time.sleep(0.05)
+    try:
+        while process.poll() is None:
+            now = memory_bytes(process.pid)
+            peak = {key: max(most, now[key]) for key, most in peak.items()}
+            time.sleep(0.05)
+    finally:  # an interruption takes it along
+        process.terminate()
+        process.wait()
     seconds = time.perf_counter() - started
     words, _ = process.communicate()
     if process.returncode:
@@ -302,8 +310,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"tools.bench_checkpoint: {error}; no speed is reported", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"tools.bench_checkpoint: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error, "write", arguments.dir)
     if arguments.json is not None:
         replace_text(arguments.json, json.dumps(report, indent=2) + "\n")
     print("\n".join(lines(report)))

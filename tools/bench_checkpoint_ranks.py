@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -353,6 +354,7 @@ def drop_page_cache(folder: Path) -> None:
 def run_rank(rank: int, world_size: int, model: ModelConfig, folder: Path, pairs: int, sections: Sequence[str]) -> None:
     """One process. Rank 0 leaves the times in FOLDER/seconds.json."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own has a semaphore, which would stay where this process is killed
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
         bench = Bench(model, folder, rank, world_size, pairs)

@@ -10,7 +10,7 @@ seconds, user and system, say what is left of a ratio on cores that others use t
 came with the conversion. Every import is compared with the checkpoint it began as, by the hashes of all tensors; if one differs no figure
 is reported.
 
-Exit code 0: measured; 1: something was converted wrong; 2: bad input.
+Exit code 0: measured; 1: something was converted wrong, or not at all; 2: bad input, or a disk that fails.
 """
 
 from __future__ import annotations
@@ -108,9 +108,11 @@ def timed_conversion(tool: str, source: Path, target: Path, workers: int) -> dic
 
 
 def timed_copy(source: Path, target: Path) -> dict[str, Any]:
-    """cp -r, then fsync of every file: what the tools do too."""
+    """cp -r, then fsync of every file: what the tools do too. ValueError: cp's complaint."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    done = subprocess.run(["cp", "-r", str(source), str(target)], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(next(iter(done.stderr.splitlines()), f"cp ended with {done.returncode}"))
     for path in sorted(target.rglob("*")):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -160,8 +162,7 @@ def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "added_bytes": max(figures["tool"]["added_bytes"] for figures in rounds)}
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="tools.bench_conversion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--bytes", type=float, default=2e9, help="of the model's weights, about (2e9)")
     parser.add_argument("--pairs", type=int, default=7, help="counted rounds (7)")
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="where everything is written (/dev/shm)")
@@ -184,7 +185,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["--convert"]:
         return convert(*argv[1:])
-    options = parse(argv)
+    parser = Parser(prog="tools.bench_conversion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parse(parser, argv)
     config = model_of(int(options.bytes))
     try:
         with tempfile.TemporaryDirectory(prefix="bench_conversion-", dir=options.dir) as folder:
@@ -192,6 +194,8 @@ def main(argv: Sequence[str]) -> int:
     except WrongError as error:
         print(f"tools.bench_conversion: {error}", file=sys.stderr)
         return 1
+    except (ValueError, OSError) as error:
+        return parser.refused(error, "write", options.dir)
     result = {"workers": options.workers, "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch": torch.__version__,
               "model": dataclasses.asdict(config), **{tool: summary(figures) for tool, figures in rounds.items()}, "rounds": rounds}
     if options.json:

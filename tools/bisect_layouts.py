@@ -248,6 +248,7 @@ def _run(side: str, recipe: str, ranks: int, overrides: list[str], timeout_s: fl
 
 def _worker(folder: str, recipe: Recipe) -> int:
     """A rank. The first says on stdout which step it is at."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, at once: a handler would wait until a collective returns
     mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, int(os.environ["WORLD_SIZE"])))
 
     def say(step: int) -> None:
@@ -283,13 +284,9 @@ def main(argv: list[str] | None = None) -> int:
         layouts = {side: _layout(text) for side, text in ((f"--a {options.a}", options.a), (f"--b {options.b}", options.b))}
         for ranks, flags in layouts.values():
             load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)
-        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: nothing else would end the processes
-            if signal.getsignal(number) == signal.SIG_DFL:  # not what nohup ignores
-                signal.signal(number, signal.default_int_handler)
         a, b = (_run(side, options.recipe, ranks, [*overrides, *flags], options.timeout) for side, (ranks, flags) in layouts.items())
     except ValueError as error:
-        print(f"tools.bisect_layouts: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error)
     tolerance = TOLERANCE[options.dtype] if options.tolerance is None else options.tolerance
     found = list(differences(a, b))
     for difference in found if options.all else ():

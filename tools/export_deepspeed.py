@@ -139,12 +139,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         print(export_deepspeed(options.checkpoint, options.directory))
-    except ValueError as error:
-        print(f"tools.export_deepspeed: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a name that no file can have; what is read and written says so itself
-        print(f"tools.export_deepspeed: cannot write {error.filename or options.directory}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:  # OSError: a name that no file can have; the rest says so itself
+        return parser.refused(error, "write", options.directory)
     return 0
 
 

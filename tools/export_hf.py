@@ -189,12 +189,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         lacks = export_hf(options.checkpoint, options.hf_dir, DTYPES.get(options.dtype), options.max_shard_size, options.overwrite,
                           options.workers)
-    except ValueError as error:
-        print(f"tools.export_hf: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"tools.export_hf: cannot write {error.filename or options.hf_dir}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return parser.refused(error, "write", options.hf_dir)
     if lacks:
         print(f"tools.export_hf: {lacks}", file=sys.stderr)
     print(options.hf_dir)

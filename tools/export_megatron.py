@@ -96,8 +96,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         export_megatron(options.checkpoint, options.directory, DTYPES.get(options.dtype), options.max_file_size, options.overwrite)
     except ValueError as error:
-        print(f"tools.export_megatron: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error)
     print(options.directory)
     return 0
 

@@ -150,8 +150,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         print(sample(options))
     except ValueError as error:
-        print(f"tools.generate: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error)
     return 0
 
 

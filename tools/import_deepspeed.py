@@ -147,12 +147,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         import_deepspeed(options.directory, options.checkpoint, options.recipe)
-    except ValueError as error:
-        print(f"tools.import_deepspeed: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a name that no file can have; what is read and written says so itself
-        print(f"tools.import_deepspeed: cannot read {error.filename or options.directory}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:  # OSError: a name that no file can have; the rest says so itself
+        return parser.refused(error, "read", options.directory)
     print(options.checkpoint)
     return 0
 

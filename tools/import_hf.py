@@ -252,12 +252,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         import_hf(options.hf_dir, options.checkpoint, options.workers)
-    except ValueError as error:
-        print(f"tools.import_hf: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a name that no file can have; what is read and written says so itself
-        print(f"tools.import_hf: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:  # OSError: a name that no file can have; the rest says so itself
+        return parser.refused(error, "read", options.hf_dir)
     print(options.checkpoint)
     return 0
 

@@ -100,12 +100,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         import_megatron(options.directory, options.checkpoint)
-    except ValueError as error:
-        print(f"tools.import_megatron: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # what is read and written says so itself; this is a name that no file can have
-        print(f"tools.import_megatron: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:  # OSError: a name that no file can have; the rest says so itself
+        return parser.refused(error, "read", options.directory)
     print(options.checkpoint)
     return 0
 

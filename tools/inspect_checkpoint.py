@@ -26,11 +26,12 @@ from typing import Any
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import step_directories
-from zaya.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, CheckpointError, ForeignError, Manifest, load, num_bytes
+from zaya.checkpoint.manifest import MANIFEST, CheckpointError, ForeignError, Manifest, load, num_bytes
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser, format_bytes, worker_count
 
 GOOD, NO_CHECKPOINT, CORRUPT = 0, 2, 7
+MAX_FOREIGN_BYTES = 128 << 20  # of another program's manifest, which is read without the bounds that ours has
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OTHERS = {  # a file of a directory -> whose checkpoint that is, and what reads it
     "latest_universal": "a universal checkpoint of DeepSpeed; tools.import_deepspeed reads those",
@@ -93,7 +94,7 @@ def is_another_programs(path: Path) -> bool:
         return False
     try:
         with open(path / MANIFEST, "rb") as file:
-            found = json.loads(file.read(MAX_MANIFEST_BYTES))
+            found = json.loads(file.read(MAX_FOREIGN_BYTES))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, list) or (isinstance(found, dict) and not {"xxh3", "manifest"} & found.keys())

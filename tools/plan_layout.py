@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe.validate(options.ranks)
         numbers = account(recipe, options.ranks)
     except ValueError as error:
-        print(f"tools.plan_layout: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error)
     print(json.dumps(numbers, indent=1) if options.json else text(numbers, options.gpu_gb * 1e9))
     return 0 if sum(numbers["memory_bytes"].values()) < options.gpu_gb * 1e9 else 1
 

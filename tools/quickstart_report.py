@@ -23,10 +23,10 @@ MIN_ENTROPY = 0.9  # of H(p) / ln E in every block, as the mean over the last fi
 
 
 def block_entropies(rows: list[dict]) -> list[float]:
-    """H(p) / ln E of each block, the mean over the last fifth of the rows."""
+    """H(p) / ln E of each block, the mean over the last fifth of the rows; nan where one of them holds a null."""
     last = rows[-max(len(rows) // 5, 1):]
     blocks = zip(*(row["expert_load"] for row in last))
-    return [sum(entropy([_number(share) for share in load]) for load in block) / len(last) for block in blocks]
+    return [sum(math.nan if None in load else entropy(load) for load in block) / len(last) for block in blocks]
 
 
 def _number(value: float | None) -> float:
@@ -65,7 +65,8 @@ def report(run: Path, bigram: Path) -> bool:
         (last_loss < first_loss, f"loss fell from {first_loss:.3f} to {last_loss:.3f} in {rows[-1]['step']} steps "
                                  f"({_number(rows[-1]['tokens']):,.0f} tokens, {seconds:.0f} s)"),
         (eval_loss < bigram_loss, f"held-out loss {eval_loss:.4f} against {bigram_loss:.4f} of a bigram model"),
-        (min(entropies) > MIN_ENTROPY, f"router entropy per block {', '.join(f'{e:.3f}' for e in entropies)} (above {MIN_ENTROPY})"),
+        (all(e > MIN_ENTROPY for e in entropies),
+         f"router entropy per block {', '.join(f'{e:.3f}' for e in entropies)} (above {MIN_ENTROPY})"),
         ((run / "plots" / "run.png").exists(), f"plot: {run / 'plots' / 'run.png'}"),
         (not complaint, f"transformers loads {run / 'hf'}" + (f": {complaint}" if complaint else "")),
     ]

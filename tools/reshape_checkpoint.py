@@ -23,7 +23,7 @@ from typing import Any
 from zaya.checkpoint.manifest import DTYPES, Manifest, TensorEntry
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.rewrite import Job, Target, cut_into_files, rewrite
-from zaya.cli import INTERRUPTED, Parser, layout_sizes, parse_bytes
+from zaya.cli import Parser, layout_sizes, parse_bytes
 from zaya.config import ModelConfig, ParallelConfig, model_from_tables
 from zaya.parallel.partition import saved_by_rank
 from zaya.plan import ParameterPlan, plan
@@ -31,7 +31,6 @@ from zaya.shard import Box, Layout
 
 STORED = {"bf16": "BF16", "fp32": "F32"}
 FLOATS = ("F64", "F32", "BF16", "F16")
-EMBEDDING = "embedding.weight"
 LEAST_MEMORY = 10**6
 
 
@@ -203,15 +202,10 @@ def main(argv: Sequence[str]) -> int:
                 raise ValueError(f"{target} lies in {checkpoint.path}, which is only read; choose another name")
         job = plan_job(checkpoints, options, arguments.max_file_size)
         total = rewrite(job, target, workers=arguments.workers, max_memory=arguments.max_memory)
-    except ValueError as error:
-        print(f"tools.reshape_checkpoint: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"tools.reshape_checkpoint: cannot write {error.filename or target}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return parser.refused(error, "write", target)
     except KeyboardInterrupt:
-        print("tools.reshape_checkpoint: interrupted; the same call goes on from the files that were finished", file=sys.stderr)
-        return INTERRUPTED
+        raise KeyboardInterrupt("the same call goes on from the files that were finished") from None
     seconds = time.perf_counter() - started
     axes = ", ".join(f"{axis} {size}" for axis, size in options.layout.as_dict().items())
     print(f"{target}: {len(job.files)} files for {options.layout.world_size} ranks ({axes}), {total / 1e9:.3f} GB in {seconds:.1f} s "

@@ -31,6 +31,12 @@ CEILINGS = {"num_warps": 16, "num_stages": 4}
 MARGIN = 0.02  # a winner must be so much better: less is noise, of a clock or of a scheduler
 
 
+def legend(measures: bool) -> str:
+    how = ("the shortest median time" if measures else
+           "by machine code: no failed gate, two waves per SIMD, then the MFMA bound, bytes in 16-byte loads, waves per SIMD")
+    return f"First the entry of the table, then what competes with it. * wins: {how}; less than {MARGIN:.0%} decides nothing."
+
+
 def neighbours(entry: Entry) -> Iterator[Entry]:
     """The entry itself, then with one number halved or doubled (stages: one less or more)."""
     yield entry
@@ -55,8 +61,7 @@ def varied(entry: Entry, changes: dict[str, int]) -> Entry:
     return {**entry, **options, "blocks": {**entry["blocks"], **{n: v for n, v in changes.items() if n not in CEILINGS}}}
 
 
-def static_scores(table: dict[str, list[Entry]], kernel: str, index: int, candidates: list[Entry],
-                  chosen: list[cases.Case]) -> list[Score]:
+def static_scores(kernel: str, index: int, candidates: list[Entry], chosen: list[cases.Case]) -> list[Score]:
     """Of each candidate, by the worst of the kernel's launches; -1 where none of them uses it."""
     owners, builds = [], {}
     scores: list[Score] = [((-1.0,), "does not launch")] * len(candidates)
@@ -162,9 +167,10 @@ def main() -> int:
     measures = torch.cuda.is_available() and arch == here.arch
     scores = measured_scores(candidates, chosen) if measures else {}
     winners = {}
+    print(legend(measures))
     for kernel, index in entries:
         each = candidates[kernel, index]
-        scored = list(zip(each, scores[kernel, index] if measures else static_scores(table, kernel, index, each, chosen)))
+        scored = list(zip(each, scores[kernel, index] if measures else static_scores(kernel, index, each, chosen)))
         best = scored[0]
         for one in scored[1:]:
             best = one if is_better(one[1][0], best[1][0]) else best

@@ -1,14 +1,16 @@
-"""How the tools read their command lines, write their files and end: a wrong call is one line on stderr, exit code 2, Ctrl-C one with 130.
-Standard library only."""
+"""How the tools read their command lines, write their files and end: a wrong call is one line on stderr, exit code 2, Ctrl-C one with 130;
+SIGTERM and SIGHUP let them clean up, too. Standard library only."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import math
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import util
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 INTERRUPTED = 130
@@ -47,39 +49,78 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{option} {word or 'is empty'}: {none} has such a name; there are {there}")
         return [name for name in names if words is None or name.startswith(tuple(words))]
 
+    def refused(self, error: ValueError | OSError, doing: str = "read", path: Path | str = "a file") -> int:
+        """Say in one line what is wrong with the input; the exit code. Of an OSError: that its file, or else `path`, cannot be read
+        (written: `doing`)."""
+        words = str(error) if isinstance(error, ValueError) else f"cannot {doing} {error.filename or path}: {error.strerror or error}"
+        print(f"{self.prog}: {words}", file=sys.stderr)
+        return 2
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def end_in_one_line(prog: str) -> None:
     """Under `python -m PROG`: a reader of the output that goes away (`| head -1`) ends the program silently, by SIGPIPE, as it ends other
-    commands; an output that does not fit ends it with one line and exit code 1, Ctrl-C with one and 130."""
+    commands; an output that does not fit ends it with one line and exit code 1, Ctrl-C with one and 130.
+
+    SIGTERM and SIGHUP (a terminal that closes), unless they are ignored (nohup), are a KeyboardInterrupt, so that files and processes are
+    cleaned up; after it the program ends by the signal. Whoever catches it to say more raises another with those words."""
     running = sys.modules["__main__"].__spec__
-    if running is not None and running.name == prog:  # not where a test calls main
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        sys.excepthook = functools.partial(_ended_by, prog)
+    if running is None or running.name != prog:  # a test calls main
+        return
+    came: list[signal.Signals] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not came:  # the cleaning up goes on, however often it is sent
+            came.append(signal.Signals(number))
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.excepthook = functools.partial(_ended_by, prog, came)
 
 
-def _ended_by(prog: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _ended_by(prog: str, came: Sequence[signal.Signals], kind: type[BaseException], error: BaseException,
+              trace: TracebackType | None) -> None:
     """What main has not caught; its `with` blocks and `finally` have had their turn."""
     if issubclass(kind, BrokenProcessPool):
         _leave(prog, "one of its processes was killed; is there too little memory?", 1)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # an open stream, no file
-        _leave(prog, f"cannot write its output: {error.strerror}", 1)  # without another try to write what is left
+    if isinstance(error, OSError) and error.filename is None:  # an open stream, no file
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _leave(prog, f"cannot write its output: {error.strerror}", 1)  # without another try to write what is left
+        if error.errno == errno.EPIPE and _reader_is_gone():  # while SIGPIPE was ignored, for a pool's sake
+            _leave(prog, "", signal.SIGPIPE)
     if issubclass(kind, KeyboardInterrupt):
-        sys.stdout.flush()
-        _leave(prog, "interrupted", INTERRUPTED)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        _leave(prog, "; ".join(filter(None, ("interrupted", str(error)))), came[0] if came else INTERRUPTED)
     sys.__excepthook__(kind, error, trace)
 
 
-def _leave(prog: str, why: str, exit_code: int) -> NoReturn:
-    """At once: an exit by sys.exit would wait until pools have done the work that is left."""
-    line_end = "\n" if sys.stderr.isatty() else ""  # of a progress bar, or of the ^C that a terminal shows
-    print(f"{line_end}{prog}: {why}", file=sys.stderr, flush=True)
+def _reader_is_gone() -> bool:
+    """Of stdout or stderr, not a process at the end of some other pipe."""
+    outputs = select.poll()
+    outputs.register(1, 0)
+    outputs.register(2, 0)
+    return bool(outputs.poll(0))  # errors are reported unasked
+
+
+def _leave(prog: str, why: str, end: int | signal.Signals) -> NoReturn:
+    """At once, with an exit code or by a signal: an exit by sys.exit would wait until pools have done the work that is left."""
+    if why:
+        line_end = "\n" if sys.stderr.isatty() else ""  # of a progress bar, or of the ^C that a terminal shows
+        with contextlib.suppress(OSError):  # the terminal has closed
+            print(f"{line_end}{prog}: {why}", file=sys.stderr, flush=True)
     util._run_finalizers(0)  # type: ignore[attr-defined]  # of multiprocessing: the names of its semaphores go
     for process in multiprocessing.active_children():
         process.kill()
-    os._exit(exit_code)
+    if isinstance(end, signal.Signals):
+        signal.signal(end, signal.SIG_DFL)
+        signal.raise_signal(end)
+    os._exit(end)
 
 
 def end_with_parent() -> None:

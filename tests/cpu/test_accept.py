@@ -169,10 +169,25 @@ def test_a_long_step_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.Mon
     assert any(line.strip().endswith("s | step 7") for line in lines)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("leader", ["hangs", "crashes", "passes"])
+def test_a_steps_own_processes_end_with_it(tmp_path: Path, leader: str) -> None:
+    """Else one of them would hold its GPU."""
+    after = {"hangs": "time.sleep(600)", "crashes": "sys.exit(3)", "passes": "pass"}[leader]
+    code = f"import subprocess, sys, time; print(subprocess.Popen(['sleep', '1234.5']).pid, flush=True); {after}"
+    result = accept_mi300x.run(Step("s", python(code), 2 if leader == "hangs" else 60), tmp_path / "log", print)
+    assert result.passed == (leader == "passes")
+    left = Path(f"/proc/{(tmp_path / 'log').read_text().strip()}/cmdline")
+    deadline = time.monotonic() + 30
+    while left.exists() and left.read_bytes():  # a process that has ended has no command line
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_an_interruption_takes_the_step_with_it(tmp_path: Path, sent: signal.Signals) -> None:
     """Else its processes would hold the GPUs, and the next acceptance would find them taken."""
-    code = (f"import sys; from tools import accept_mi300x as accept; sleep = [sys.executable, '-c', 'import time; time.sleep(1234.5)'];"
+    code = (f"import __main__, sys; from tools import accept_mi300x as accept; __main__.__spec__ = accept.__spec__;"  # as by -m
+            f"sleep = [sys.executable, '-c', 'import time; time.sleep(1234.5)'];"
             f"accept.plan = lambda *_: [accept.Step('sleeps', sleep, 600)]; sys.argv[1:] = ['--rehearse', '--out', {str(tmp_path)!r}];"
             f"sys.exit(accept.main())")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -187,7 +202,8 @@ def test_an_interruption_takes_the_step_with_it(tmp_path: Path, sent: signal.Sig
     time.sleep(0.3)  # the tool has it in its hands
     process.send_signal(sent)
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and rest.startswith("tools.accept_mi300x: interrupted; ") and rest.count("\n") == 1, rest
+    assert process.returncode == (130 if sent == signal.SIGINT else -sent), rest
+    assert rest == f"tools.accept_mi300x: interrupted; what was done is in {tmp_path}\n"
     assert not Path(f"/proc/{step[0]}").exists()
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import torch.distributed as dist
 from tools import bench_checkpoint as bench
 from tools import bench_checkpoint_ranks as on_ranks
 from tools.bench_checkpoint_ranks import Bench, WrongBytesError
+from zaya.config import ModelConfig
 from zaya.plan import plan
 from zaya.shard import Layout
 
@@ -56,6 +61,70 @@ def test_a_run_reports_every_section(tmp_path: Path) -> None:
     assert [goal["goal"].split(":")[0] for goal in report["goals"]] == ["save", "save", "load", "reshard", "stall"]
     assert all(goal["met"] == (goal["value"] >= float(goal["goal"].rpartition(" ")[2])) for goal in report["goals"])
     assert done.stdout.count("\n") >= 2 + len(sections) + len(report["goals"])
+
+
+def test_a_signal_leaves_no_file(tmp_path: Path) -> None:
+    """Gigabytes, in memory unless --dir says otherwise; nor a process that would write more of them."""
+    command = [sys.executable, "-m", "tools.bench_checkpoint", "--bytes", str(SMALL), "--ranks", "2", "--pairs", "1000",
+               "--dir", str(tmp_path), "--only", "save"]
+    tool = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 250
+    while not list(tmp_path.glob("*/zaya")):
+        assert time.monotonic() < deadline and tool.poll() is None
+        time.sleep(0.05)
+    tool.terminate()
+    _, err = tool.communicate(timeout=60)
+    assert (tool.returncode, err) == (-signal.SIGTERM, "tools.bench_checkpoint: interrupted\n")
+    while left := [path for path in Path("/proc").glob("[0-9]*") if in_session(path, tool.pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
+
+
+def in_session(process: Path, leader: int) -> bool:
+    try:
+        state, _, _, session = (process / "stat").read_text().rpartition(") ")[2].split()[:4]
+    except OSError:  # it has ended meanwhile
+        return False
+    return int(session) == leader and state not in "ZX"
+
+
+def sleeping_rank(rank: int, ranks: int, model: ModelConfig, folder: Path, pairs: int, sections: list[str]) -> None:
+    if rank == ranks - 1:
+        (folder / "begun").touch()
+    time.sleep(1234)
+
+
+def interrupt_after(path: Path) -> None:
+    """As Ctrl-C does, once the file is there."""
+
+    def interrupt() -> None:
+        while not path.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+
+
+def test_an_interruption_ends_the_ranks_before_their_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "run_rank", sleeping_rank)
+    others = multiprocessing.active_children()
+    interrupt_after(tmp_path / "begun")
+    with pytest.raises(KeyboardInterrupt):
+        bench.ranks_figures(on_ranks.zaya_of(SMALL), tmp_path, 2, 1, ["save"])
+    assert multiprocessing.active_children() == others
+
+
+def test_an_interruption_ends_the_reshape_before_its_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nmv {tmp_path}/pid {tmp_path}/begun\nexec sleep 1234\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    interrupt_after(tmp_path / "begun")
+    with pytest.raises(KeyboardInterrupt):
+        bench.reshape_figures(tmp_path, tmp_path / "reshaped", 2, 1)
+    assert not Path("/proc", (tmp_path / "begun").read_text().strip()).exists()
 
 
 def test_all_contenders_hold_the_same_state(one_rank: Bench) -> None:

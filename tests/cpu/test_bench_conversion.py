@@ -4,6 +4,10 @@ line."""
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ import pytest
 import torch
 
 from tools import bench_conversion
+from zaya.checkpoint.manifest import CheckpointError
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.model import hf
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = bench_conversion.LEAST_BYTES
 
 
@@ -69,6 +75,43 @@ def test_a_failed_conversion_gives_no_figure(tmp_path: Path, monkeypatch: pytest
     assert bench_conversion.main(["--bytes", str(SMALL), "--dir", str(tmp_path), "--json", str(tmp_path / "f.json")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("tools.bench_conversion: tools.export_hf ended with 2: tools.export_hf: ") and len(lines) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (CheckpointError("cannot write x/checkpoint: No space left on device"), "cannot write x/checkpoint: No space left on device"),
+    (PermissionError(13, "Permission denied", "x"), "cannot write x: Permission denied"), (None, "cp: the disk is full")])
+def test_a_disk_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+                                       error: Exception | None, says: str) -> None:
+    """Where the checkpoint is made; of a copy, what cp says first."""
+    def made(path: Path, config: Any) -> None:
+        if error is not None:
+            raise error
+        path.mkdir()
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/cp").write_text("#!/bin/sh\nprintf '%s\\n' 'cp: the disk is full' 'cp: it still is' >&2\nexit 1\n")
+    (tmp_path / "bin/cp").chmod(0o755)
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setattr(bench_conversion, "write_checkpoint", made)
+    monkeypatch.setattr(bench_conversion, "timed_conversion", lambda *_: {})
+    assert bench_conversion.main(["--bytes", str(SMALL), "--dir", str(tmp_path / "work")]) == 2
+    words = [line for line in capfd.readouterr().err.splitlines() if "pair" not in line]  # of the bar
+    assert words == [f"tools.bench_conversion: {says}"] and not list((tmp_path / "work").iterdir())
+
+
+def test_a_signal_leaves_no_file(tmp_path: Path) -> None:
+    """Gigabytes, in memory unless --dir says otherwise."""
+    command = [sys.executable, "-m", "tools.bench_conversion", "--bytes", str(SMALL), "--pairs", "1000", "--dir", str(tmp_path)]
+    tool = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*/hf/*")):
+        assert time.monotonic() < deadline and tool.poll() is None
+        time.sleep(0.05)
+    tool.terminate()
+    _, err = tool.communicate(timeout=60)
+    assert (tool.returncode, err) == (-signal.SIGTERM, "tools.bench_conversion: interrupted\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ from tools import quickstart_report
 EVEN, COLLAPSED = [0.25] * 4, [0.97, 0.01, 0.01, 0.01]
 
 
-def write_run(folder: Path, *, last_loss: float, eval_loss: float, loads: list[list[float]]) -> Path:
+def write_run(folder: Path, *, last_loss: float, eval_loss: float, loads: list) -> Path:
     rows = [{"step": step, "loss": 7.0 if step == 1 else last_loss, "tokens": 10 * step, "step_time_s": 0.1, "expert_load": loads}
             for step in range(1, 11)]
     lines = [json.dumps(row) for row in [*rows, {"step": 10, "eval_loss": eval_loss}]]
@@ -26,6 +26,7 @@ def write_run(folder: Path, *, last_loss: float, eval_loss: float, loads: list[l
 @pytest.mark.parametrize(("change", "broken"), [
     ({}, {"transformers"}), ({"last_loss": 8.0}, {"transformers", "loss fell"}), ({"eval_loss": 4.5}, {"transformers", "held-out"}),
     ({"loads": [EVEN, COLLAPSED]}, {"transformers", "router entropy"}),
+    ({"loads": [[1 / 16] * 16, [1 / 16] * 15 + [None]]}, {"transformers", "router entropy"}),  # 0.94 without it
 ])
 def test_each_broken_promise_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, broken: set[str]) -> None:
     """Nothing was exported, so that promise is always broken here; tests/cpu/test_hf.py loads real exports."""

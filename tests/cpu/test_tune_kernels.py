@@ -109,6 +109,8 @@ def test_an_op_is_ranked_by_its_machine_code() -> None:
     result = run("-m", "tools.tune_kernels", "--op", "adamw 8b embedding shard ragged", "--arch", "gfx942", "--space", "num_warps=2,4",
                  "--dry-run")
     assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()[:2]
+    assert "* wins: by machine code: no failed gate" in first and "less than 2% decides nothing" in first and "gfx942" in second
     assert "_adamw_kernel gfx942" in result.stdout and "warps 2" in result.stdout and "VGPRs" in result.stdout
     assert result.stdout.count("\n * ") == 1 and (ROOT / "zaya/kernels/configs.json").read_bytes() == before
 

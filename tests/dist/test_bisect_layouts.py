@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +103,6 @@ def path(recipe: Recipe, tmp_path: Path) -> Path:
     return tmp_path / "recipe.toml"
 
 
-@pytest.fixture
-def sigterm_afterwards() -> Iterator[None]:
-    """The command takes SIGTERM and SIGHUP for Ctrl-C; pytest shall not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_bad_layouts_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for layout, says in (("ranks=4,tp=3", "parallel.tp = 3"), ("two", "not of the form"), ("ranks=3", "multiple of"),
                          ("ranks=2,xp=2", "unknown recipe key")):
@@ -121,7 +111,6 @@ def test_bad_layouts_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]
         assert says in message and message.count("\n") == 1
 
 
-@pytest.mark.usefixtures("sigterm_afterwards")
 @pytest.mark.parametrize(("words", "stuck", "says"), [
     ("[Gloo] Rank 0 is connected\n", "tp=2", "--b ranks=2,tp=2 took longer than --timeout 3; it was stopped before its first step"),
     ("step 1\n[Gloo] Rank 0 is connected\n", "", "--a ranks=1 took longer than --timeout 3; it was stopped in step 1 of 2"),
@@ -166,7 +155,7 @@ def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, sen
         time.sleep(0.1)
     os.killpg(job.pid, sent)
     out, err = job.communicate(timeout=60)
-    assert (job.returncode, out, err) == (130, "", "tools.bisect_layouts: interrupted\n")
+    assert (job.returncode, out, err) == (130 if sent == signal.SIGINT else -sent, "", "tools.bisect_layouts: interrupted\n")
     assert not ranks_of(path)
 
 
@@ -179,6 +168,25 @@ def test_the_first_rank_says_which_step_it_is_at(path: Path, tmp_path: Path) -> 
                           capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "step 1\nstep 2\n"), done.stderr
     assert (tmp_path / "rank-0").is_file()
+
+
+def test_a_rank_that_waits_for_another_ends_at_once(path: Path, tmp_path: Path) -> None:
+    """By torchrun's SIGTERM, after which it waits 30 s."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank = subprocess.Popen([sys.executable, "-m", "tools.bisect_layouts", "--worker", str(tmp_path), str(path)], cwd=ROOT, env=environ,
+                            stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    with socket.socket() as other:
+        while other.connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < deadline and rank.poll() is None
+            time.sleep(0.1)
+        time.sleep(1.0)
+        rank.terminate()
+        _, err = rank.communicate(timeout=20)
+    assert rank.returncode == -signal.SIGTERM and "interrupted" not in err
 
 
 @pytest.mark.slow
