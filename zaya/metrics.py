@@ -35,7 +35,7 @@ def routing_metrics(load: Sequence[Sequence[float]]) -> Row:
     router_max_load the largest p_e * E of any block, expert_load the p_e themselves.
     A block whose tokens all skipped has no shares: its load is zeros, its entropy 0.
     """
-    shares = [[count / sum(block) if sum(block) > 0 else 0.0 for count in block] for block in load]
+    shares = [[count / total for count in block] if (total := sum(block)) > 0 else [0.0] * len(block) for block in load]
     entropies = [entropy(block) for block in shares]
     return {
         "router_entropy": sum(entropies) / len(entropies),
@@ -101,6 +101,10 @@ class MetricsWriter:
             raise
         self._waiting = bytearray()
         self._writing = threading.Lock()
+
+    @property
+    def is_empty(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size == 0
 
     def cut(self) -> None:
         """Take off the rows of steps after resume_step, training and evaluation alike, and a line torn by a crash. OSError: they are still

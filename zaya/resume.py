@@ -5,7 +5,9 @@ Start of a run. Says which checkpoints it passed over and why. Joins the recipe 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from zaya.checkpoint.directory import identity, locate, step_directories
 from zaya.checkpoint.manifest import CheckpointError
@@ -20,29 +22,46 @@ SMALL_BYTES = 1 << 30
 """A checkpoint of at most this size is verified whole before it is taken, whatever checkpoint.verify says."""
 
 
-def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> tuple[Checkpoint | None, str, list[str]]:
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    origin: str
+    """In words."""
+    skipped: list[str]
+    """A line for each checkpoint that was passed over."""
+    resumed: Checkpoint | None = None
+    """Whose counters the run goes on from."""
+    hf_config: Mapping[str, Any] = {}
+    """What the checkpoint that the weights are of keeps for the next export."""
+
+
+def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> Start:
     """Start from where the recipe says: the run's own newest checkpoint, a given one, other weights, or none of them.
 
-    All ranks together. The checkpoint whose counters the run goes on from, where it came from in words, and a line for each checkpoint
-    that was passed over. CheckpointError: there are checkpoints to start from, and none can be read.
+    All ranks together. CheckpointError: there are checkpoints to start from, and none can be read.
     """
     resume, allow_missing = recipe.checkpoint.resume, recipe.checkpoint.allow_missing
     skipped: list[str] = []
+
+    def resumed(own: Checkpoint) -> Start:
+        origin = f"resumed from {own.path} at step {own.manifest.step}{_changes(recipe, own)}{state.left_out}"
+        return Start(origin, skipped, own, own.manifest.hf_config)
+
     if resume == "auto":
         found = _newest_sound(recipe, state, mesh, skipped)
         if found is not None:
-            return found, f"resumed from {found.path} at step {found.manifest.step}{_changes(recipe, found)}{state.left_out}", skipped
+            return resumed(found)
     elif resume != "never":
         own = agreed(lambda: Checkpoint.open(_named("checkpoint.resume", resume, 'name one, or write "auto" or "never"')), mesh)
         _take(own, recipe, state, mesh)
-        return own, f"resumed from {own.path} at step {own.manifest.step}{_changes(recipe, own)}{state.left_out}", skipped
+        return resumed(own)
     if recipe.init.checkpoint:
         otherwise = "name one (tools.import_hf makes one from a transformers directory)"
         given = agreed(lambda: Checkpoint.open(_named("init.checkpoint", recipe.init.checkpoint, otherwise)), mesh)
         _check_same(given, mesh)
         state.load(given, weights_only=True, allow_missing=allow_missing)
-        return None, f"weights from {recipe.init.checkpoint}{state.left_out}", skipped
-    return None, f"new weights from seed {recipe.train.seed}", skipped
+        return Start(f"weights from {recipe.init.checkpoint}{state.left_out}", skipped, hf_config=given.manifest.hf_config)
+    return Start(f"new weights from seed {recipe.train.seed}", skipped)
 
 
 def _newest_sound(recipe: Recipe, state: TrainState, mesh: Mesh, skipped: list[str]) -> Checkpoint | None:
@@ -72,8 +91,9 @@ def _newest_sound(recipe: Recipe, state: TrainState, mesh: Mesh, skipped: list[s
 
 
 def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh, on_node: bool = False) -> None:
-    """Load it; verify it whole first, where the recipe says so or it is small: the files dealt out over all ranks, but those that lie on
-    nodes over the ranks of each. CheckpointError, on every rank: not all of them have the same, or any of it is damaged."""
+    """Load it; verify it whole first, where the recipe says so, where tensors may be missing, or if it is small: the files dealt out over
+    all ranks, but those that lie on nodes over the ranks of each. CheckpointError, on every rank: not all of them have the same, or any of
+    it is damaged."""
     _check_same(checkpoint, mesh)
     files = checkpoint.manifest.files
     here = [name for name in sorted(files) if on_node and (checkpoint.path / name).is_file()]
@@ -81,7 +101,9 @@ def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh,
     mine = here[mesh.rank % ranks_per_node() :: ranks_per_node()] + sorted(files.keys() - on_any_node)[mesh.rank :: mesh.world_size]
 
     def verify() -> None:
-        if recipe.checkpoint.verify == "all" or sum(file.size for file in files.values()) <= SMALL_BYTES:
+        # allow_missing: a load that fails half-way leaves values, which a tensor that the next candidate lacks would keep as initial ones.
+        config, size = recipe.checkpoint, sum(file.size for file in files.values())
+        if config.verify == "all" or config.allow_missing or size <= SMALL_BYTES:
             for damage in checkpoint.damages(files=mine):
                 raise damage
 

@@ -24,17 +24,18 @@ from zaya.tiers import Tiers, agreed, objects
 def open_saver(recipe: Recipe, mesh: Mesh, step: int, origin: Path | None = None) -> Saver:
     """What a run that stands at `step`, by the checkpoint `origin`, saves with (collective): to the local tier and from there to the shared
     one, or to the shared one at once. Later checkpoints of the local tier are set aside, and a copy of that step that was passed over.
-    ValueError: the local directory cannot be written."""
+    ValueError, on every rank: the local directory cannot be written."""
     config, tiers = recipe.checkpoint, Tiers.of(recipe)
     mirror, place = None, mesh.rank
     if tiers.local is not None:
         local = tiers.local
         place, places = _place(local, mesh)
-        if place == 0:
-            set_aside(local, step - 1 if origin == step_path(tiers.shared, step) else step)
+        last = step - 1 if origin == step_path(tiers.shared, step) else step
+        agreed(lambda: set_aside(local, last) if place == 0 else None, mesh)
         mirror = Mirror(local, tiers.shared, gather=_gather(mesh, "mirror"), rank=mesh.rank, place=place, places=places,
                         bytes_per_s=config.mirror_mb_per_s * 1e6 / mesh.world_size, keep=config.keep, keep_every=config.keep_every)
-        if all(objects(step in complete_steps(local) and not _is_at(step_path(tiers.shared, step), step_path(local, step)), mesh)):
+        is_here = agreed(lambda: step in complete_steps(local), mesh)
+        if all(objects(is_here and not _is_at(step_path(tiers.shared, step), step_path(local, step)), mesh)):
             mirror.offer(step_path(local, step))  # the last process did not come to it
     return Saver(tiers.roots[0], gather=_gather(mesh, "saver"), rank=mesh.rank, world_size=mesh.world_size, leads=place == 0,
                  asynchronous=config.asynchronous, staging_bytes=int(config.staging_gib * 2**30), ranks_per_node=ranks_per_node(),

@@ -1,17 +1,16 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
 Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
-2 bad recipe, arguments or corpus, or too little memory, 3 preempted by a signal (Ctrl-C is one), the state saved, 7 no checkpoint to start
-from can be read, 130 Ctrl-C, once torch is imported, where there is nothing to save (no loop, checkpoint.interval = 0), or a second one in
-the loop (one clear line for all but a bug, nothing half-written). Another signal outside of the training loop ends it as any process; of a
-corpus that is being made nothing is left.
+2 bad recipe, arguments or corpus, a run directory that cannot be written, or too little memory, 3 preempted by a signal (Ctrl-C is one),
+the state saved, 7 no checkpoint to start from can be read, 130 Ctrl-C, once torch is imported, where there is nothing to save (no loop,
+checkpoint.interval = 0), or a second one in the loop (one clear line for all but a bug, nothing half-written). Another signal outside of
+the training loop ends it as any process; of a corpus that is being made nothing is left.
 """
 # ruff: noqa: E402  # settings first, then torch
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import shutil
@@ -28,7 +27,7 @@ SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
 import torch
 from tqdm import tqdm
 
-from zaya.checkpoint.directory import complete_steps, set_aside
+from zaya.checkpoint.directory import free_aside, set_aside, sync_directory
 from zaya.checkpoint.manifest import CheckpointError
 from zaya.cli import INTERRUPTED
 from zaya.config import Recipe, load_recipe, recipe_from_tables
@@ -36,7 +35,7 @@ from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
 from zaya.shard import Layout
-from zaya.tiers import Tiers, agreed, newest_recipe
+from zaya.tiers import Tiers, agreed, newest_recipe, objects
 from zaya.trainer import Trainer, open_data
 
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
@@ -91,27 +90,51 @@ def open_record(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter | None:
         raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
 
 
+def keep_record(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None) -> Path | None:
+    """Copy the record to a new RUN/set-aside-K (rank 0 does, and returns it), where checkpoints beyond `step` are on any tier of any node,
+    or the run starts over. Before the first of them moves: until the last has moved the record is whole, and from then on this copy is.
+
+    All ranks; `record`: what `open_record` found. ValueError, on every rank: it cannot be written, and nothing has changed.
+    """
+    tiers = Tiers.of(recipe)
+    goes_back = any(objects(agreed(lambda: any(later > step for steps in tiers.steps() for later in steps), mesh), mesh))
+    path = Path(recipe.run.dir) / "metrics.jsonl"
+
+    def keep() -> Path | None:
+        if record is None or not (goes_back or step == 0) or record.is_empty:
+            return None
+        aside = free_aside(path.parent)
+        try:
+            aside.mkdir()
+            with open(path, "rb") as ours, open(aside / f"{path.name}.tmp", "xb") as copy:
+                shutil.copyfileobj(ours, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.replace(aside / f"{path.name}.tmp", aside / path.name)
+            sync_directory(aside)
+            sync_directory(path.parent)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise ValueError(f"cannot write {aside}: {error.strerror}; without a copy of {path.name} nothing is set aside") from None
+        return aside
+
+    return agreed(keep, mesh)
+
+
 def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None = None,
-                       went_back: bool = False) -> MetricsWriter | None:
+                       aside: Path | None = None) -> MetricsWriter | None:
     """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good;
     a finished run keeps the recipe.toml that it was made with, if it is still there.
 
     A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside, never mixed with it, never
-    deleted. With them, or where those of another tier were (`went_back`), goes a copy of the record, and so before a run that starts over.
-    `record`: what `open_record` found. ValueError: something there cannot be written.
+    deleted. `record`, `aside`: what `open_record` and `keep_record` found. ValueError: something there cannot be written.
     """
-    run_dir, shared = Path(recipe.run.dir), Tiers.of(recipe).shared
+    run_dir, metrics = Path(recipe.run.dir), None
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        metrics, path = None, run_dir / "metrics.jsonl"
         if mesh.rank == 0:
-            metrics = record or MetricsWriter(path, resume_step=step)
-            aside = set_aside(shared, step)
-            if aside is None and (went_back or (step == 0 and path.stat().st_size)):
-                aside = next(path for path in (run_dir / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
-                aside.mkdir()
-            if aside is not None and path.stat().st_size:
-                shutil.copy2(path, aside)
+            metrics = record or MetricsWriter(run_dir / "metrics.jsonl", resume_step=step)
+            set_aside(Tiers.of(recipe).shared, step, aside)
             metrics.cut()
         start_logging(recipe, mesh)
         if mesh.rank == 0 and (step < recipe.train.steps or not (run_dir / "recipe.toml").exists()):
@@ -124,6 +147,20 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWri
     except OSError as error:
         raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
     return metrics
+
+
+def open_run(trainer: Trainer) -> MetricsWriter | None:
+    """Everything that a start writes, once it is known from which checkpoint the run goes on (all ranks); the record, on rank 0.
+    ValueError, on every rank: something cannot be written, or is not this run's.
+
+    1. The record is locked, checked, and copied where the run goes back. 2. Later checkpoints of the local tier are set aside, 3. then the
+    shared tier's. 4. The record is cut.
+    """
+    recipe, mesh = trainer.recipe, trainer.mesh
+    record = agreed(lambda: open_record(recipe, mesh, trainer.step), mesh)
+    aside = keep_record(recipe, mesh, trainer.step, record)
+    trainer.open_saver()
+    return agreed(lambda: open_run_directory(recipe, mesh, trainer.step, record, aside), mesh)
 
 
 def start_logging(recipe: Recipe, mesh: Mesh) -> None:
@@ -210,16 +247,14 @@ def main(argv: list[str]) -> int:
         mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, world_size_from_environment()))
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
         trainer.restore()
-        record = agreed(lambda: open_record(recipe, mesh, trainer.step), mesh)  # before anything is set aside
-        local = Tiers.of(recipe).local
-        went_back = local is not None and any(later > trainer.step for later in complete_steps(local))
-        # The local tier is set aside first: a kill in between leaves the record with the shared tier's checkpoints.
-        trainer.open_saver()
-        metrics = open_run_directory(recipe, mesh, trainer.step, record, went_back)
     except CheckpointError as error:
         refuse(error, mesh)
         return UNREADABLE
     except (ValueError, MemoryError, RuntimeError) as error:
+        return refuse(_readable(error), mesh)
+    try:
+        metrics = open_run(trainer)
+    except (ValueError, MemoryError, RuntimeError) as error:  # a CheckpointError here is of what cannot be written
         return refuse(_readable(error), mesh)
     for line in runtime.describe(SETTINGS):
         log.info(line)

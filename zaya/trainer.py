@@ -31,7 +31,7 @@ from zaya.metrics import MetricsWriter, format_line, routing_metrics
 from zaya.model import flops
 from zaya.model.init import init_weights
 from zaya.optim import RouterBalance
-from zaya.parallel.collectives import all_reduce_sum, barrier, gather_objects
+from zaya.parallel.collectives import all_reduce_sum, gather_objects
 from zaya.parallel.mesh import Mesh
 from zaya.parallel.parallelize import build_model, build_optimizer, describe, pieces, token_index
 from zaya.plan import plan
@@ -50,10 +50,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def open_data(recipe: Recipe, mesh: Mesh) -> Loader:
-    """The loader, once rank 0 has built what data.source asks for (one barrier). ValueError: bad corpora, too few evaluation rows."""
-    if mesh.rank == 0:
-        build_corpora(recipe)
-    barrier(mesh.world)
+    """The loader, once rank 0 has built what data.source asks for (collective). ValueError: bad corpora, too few evaluation rows; on every
+    rank, where they cannot be built."""
+    agreed(lambda: build_corpora(recipe) if mesh.rank == 0 else None, mesh)
     known = None
     if recipe.data.tokenizer:
         known = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
@@ -116,7 +115,12 @@ class Trainer:
         self.skipped: list[str] = []
         """Checkpoints that the start passed over, and why."""
         self.resumed_from: Path | None = None
+        self.hf_config: Mapping[str, Any] = {}
+        """Of the checkpoint that the weights came from: an export of this run's writes it again."""
         self.saver: Saver | None = None
+        peak = flops.peak_flops(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
+        self._peak_tokens_per_second = peak and peak * mesh.world_size / flops.train_flops_per_token(recipe.model, train.seq_len)
+        """Of the whole job at an mfu of 1; None where the device's peak is unknown."""
         self._warned_of_grace = False
         self._evaluation_s = 0.0
 
@@ -192,7 +196,7 @@ class Trainer:
         """What a checkpoint says beside the tensors."""
         return dict(step=self.step, tokens=self.position * self.recipe.train.seq_len, position=self.position,
                     tokens_by_corpus=self.loader.tokens_by_corpus(self.position), recipe=dataclasses.asdict(self.recipe),
-                    layout=self.mesh.layout.as_dict())
+                    layout=self.mesh.layout.as_dict(), hf_config=dict(self.hf_config))
 
     def save(self, root: Path) -> Path:
         """Write checkpoint root/step-N on all ranks together, at once. CheckpointError: it cannot be written."""
@@ -201,7 +205,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Start from where the recipe says: the run's own newest sound checkpoint, a given one, other weights, or random ones."""
-        checkpoint, self.origin, self.skipped = restore(self.recipe, self.state, self.mesh)
+        self.origin, self.skipped, checkpoint, self.hf_config = restore(self.recipe, self.state, self.mesh)
         if checkpoint is not None:
             self.step, self.position, self.resumed_from = checkpoint.manifest.step, checkpoint.manifest.position, checkpoint.path
 
@@ -335,12 +339,10 @@ class Trainer:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
         tokens_per_second = train.global_batch_size * train.seq_len / seconds
-        peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        per_token = flops.train_flops_per_token(self.recipe.model, train.seq_len)
         return {
             "step": self.step, "tokens": self.position * train.seq_len, "loss": result.loss.item(), "grad_norm": result.grad_norm.item(),
             "lr": learning_rate(self.step, train.steps, self.recipe.optim), "tokens_per_second": tokens_per_second,
-            "step_time_s": seconds, "mfu": tokens_per_second * per_token / (peak * self.mesh.world_size) if peak else None,
+            "step_time_s": seconds, "mfu": tokens_per_second / self._peak_tokens_per_second if self._peak_tokens_per_second else None,
             **routing_metrics(result.shares_LE.tolist()), "committed": bool(result.committed),
             **(saver.report() if saver is not None else {}),
         }

@@ -24,8 +24,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ZayaConfig, ZayaForCausalLM
 from transformers.utils import logging
 
+from tests import tiny
 from tests.cpu.test_fidelity import draw, our_model, reference_model
 from tools import export_hf, import_hf
+from zaya import train
 from zaya.checkpoint import manifest, stream
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share, save
@@ -187,6 +189,21 @@ def test_import_then_export_gives_the_same_directory(dtype: torch.dtype, shard: 
     assert portable(AutoConfig.from_pretrained(tmp_path / "after")) == portable(AutoConfig.from_pretrained(tmp_path / "before"))
     model = load_cleanly(tmp_path / "after")
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.dtype == dtype
+
+
+def test_training_an_imported_model_keeps_what_its_config_says_beyond_ours(tmp_path: Path) -> None:
+    """Token ids and lengths pass through two saves, by a run from its weights and by the same one resumed."""
+    save_hf(tmp_path / "before")
+    assert import_hf.main([str(tmp_path / "before"), str(tmp_path / "checkpoint")]) == 0
+    shape = {f"model__{key}": value for key, value in Checkpoint.open(tmp_path / "checkpoint").manifest.recipe["model"].items()}
+    recipe = tiny.recipe(tmp_path, **shape, init__checkpoint=str(tmp_path / "checkpoint"), checkpoint__interval=1, train__steps=1,
+                         train__eval_interval=0, optim__warmup_steps=0)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    before = portable(AutoConfig.from_pretrained(tmp_path / "before"))
+    for steps in (1, 2):
+        assert train.main([str(tmp_path / "recipe.toml"), f"--train.steps={steps}"]) == 0
+        assert export_hf.main([str(tmp_path / "run"), str(tmp_path / f"after-{steps}")]) == 0
+        assert portable(AutoConfig.from_pretrained(tmp_path / f"after-{steps}")) == before
 
 
 def test_imported_checkpoint_is_our_model(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tests.cpu import test_checkpoint_damage as damage
 from tests.cpu.test_checkpoint import RECIPE, assert_holds, save_alone, save_threads, state
 from zaya.checkpoint import boxes as boxes_module
+from zaya.checkpoint import files as files_module
 from zaya.checkpoint import manifest as manifest_module
 from zaya.checkpoint.boxes import Box, Boxes, tile
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError, FileEntry, Manifest, TensorEntry, num_bytes
+from zaya.checkpoint.manifest import MANIFEST, CheckpointError, FileEntry, Manifest, RefusedError, TensorEntry, num_bytes
 from zaya.checkpoint.planning import SavePlan, pack
 from zaya.checkpoint.read import Checkpoint
 
@@ -40,6 +41,17 @@ def test_both_versions_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert_holds(path, state(big_rows=701))
     monkeypatch.undo()
     assert Manifest.from_json(columns).to_json() == plain
+
+
+def test_a_save_writes_no_manifest_that_a_reader_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even once its files are there: nothing is left of it, and another attempt would end the same."""
+    size = (save_alone(tmp_path, state()) / MANIFEST).stat().st_size
+    for module in (files_module, manifest_module):
+        monkeypatch.setattr(module, "MAX_MANIFEST_BYTES", size)
+    with pytest.raises(RefusedError, match=rf"would have {size + 1} bytes, and readers take {size}"):
+        save_alone(tmp_path / "one digit more", state(), step=10)
+    assert not list((tmp_path / "one digit more").iterdir())
+    assert_holds(save_alone(tmp_path / "as many", state()), state())
 
 
 def test_keys_of_other_writers_are_kept(columns: None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import gc
+import itertools
 import os
 import re
 import shutil
@@ -13,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +26,15 @@ from zaya.checkpoint.directory import complete_steps, step_path
 from zaya.checkpoint.manifest import hash_bytes
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
-from zaya.config import Recipe
+from zaya.checkpoint.write import CheckpointWriter
+from zaya.config import Recipe, load_recipe
 from zaya.metrics import MetricsWriter, read_rows
+from zaya.parallel.mesh import open_mesh
 from zaya.preemption import AGAIN_S, SIGNALS, Preemption
+from zaya.shard import Layout
 from zaya.tiers import Tiers
-from zaya.train import main
-from zaya.trainer import StepResult, Trainer
+from zaya.train import main, open_run
+from zaya.trainer import StepResult, Trainer, open_data
 
 ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -238,6 +245,135 @@ def test_going_back_keeps_the_record_of_both_tiers(folder: Path) -> None:
     assert main([str(recipe), f"--checkpoint.resume={folder / 'step-00000002'}", "--train.steps=3"]) == 0
     assert len(losses(run_dir)) == 3 and len(read_rows(run_dir / "set-aside-1/metrics.jsonl")[0]) == 6
     assert complete_steps(local.parent / "set-aside-1/checkpoints") == [4, 6] and complete_steps(local) == [2, 3]
+
+
+class KilledError(BaseException):
+    """In place of SIGKILL."""
+
+
+@pytest.mark.parametrize("later", ["on both tiers", "on the local tier", "on the shared tier"])
+def test_a_start_that_goes_back_and_is_killed_loses_no_row(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           later: str) -> None:
+    """Before any change that it makes to the disk; and the start after that loses none either."""
+    name = f"killed-back-{later.split()[-2]}"
+    run_dir, recipe = finished(folder, whole, name, checkpoint__local_dir=str(folder / f"{name}-fast"))
+    for step in (4, 6) if "local" in later else ():
+        shutil.rmtree(step_path(run_dir / "checkpoints", step))
+    settings = load_recipe(Path(recipe), [f"--checkpoint.resume={step_path(run_dir / 'checkpoints', 2)}"])
+    local = Tiers.of(settings).local
+    assert local is not None
+    shutil.copytree(whole / "checkpoints", local)
+    for step in (2, 4, 6) if "shared" in later else ():
+        shutil.rmtree(step_path(local, step))
+    for path in (run_dir, local.parent):
+        shutil.copytree(path, folder / "backup" / name / path.name)
+    mesh = open_mesh("cpu", Layout(1))
+    trainer = Trainer(settings, mesh, open_data(settings, mesh))
+    trainer.restore()
+    monkeypatch.setattr("zaya.train.start_logging", lambda *_: None)
+
+    def start(kill_at: int) -> bool:
+        """Whether it came so far."""
+        trainer.saver, calls = None, itertools.count()
+
+        def counted(original: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if next(calls) == kill_at:
+                    raise KilledError
+                return original(*args, **kwargs)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, function in ((os, "mkdir"), (os, "rename"), (os, "replace"), (MetricsWriter, "cut")):
+                patch.setattr(owner, function, counted(getattr(owner, function)))
+            try:
+                record = open_run(trainer)
+            except KilledError:
+                return True
+        assert record is not None
+        record.close()
+        return False
+
+    def kept() -> set[int]:
+        records = [run_dir / "metrics.jsonl", *run_dir.glob("set-aside-*/metrics.jsonl")]
+        return {row["step"] for record in records for row in read_rows(record)[0]}
+
+    for kill_at in itertools.count():
+        for path in (run_dir, local.parent):
+            shutil.rmtree(path)
+            shutil.copytree(folder / "backup" / name / path.name, path)
+        was_killed = start(kill_at)
+        gc.collect()  # as the end of its process, this closes the record
+        assert kept() == {1, 2, 3, 4, 5, 6}, f"killed before change {kill_at}"
+        assert not start(-1) and kept() == {1, 2, 3, 4, 5, 6}, f"after a kill before change {kill_at}"
+        assert complete_steps(run_dir / "checkpoints") == [2] and not complete_steps(local) and len(losses(run_dir)) == 2
+        if not was_killed:
+            break
+    assert kill_at > 6
+
+
+@pytest.mark.parametrize("what", ["the record's copy", "a checkpoint of the shared tier", "a checkpoint of the local tier"])
+def test_going_back_on_a_full_disk_is_refused_and_costs_nothing(folder: Path, whole: Path, capsys: Capture,
+                                                                monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    name = f"full-{what.split()[-2]}"
+    options = {"checkpoint__local_dir": str(folder / f"{name}-fast")} if "local" in what else {}
+    run_dir, recipe = finished(folder, whole, name, **options)
+    record = (run_dir / "metrics.jsonl").read_bytes()
+    if local := Tiers.of(load_recipe(Path(recipe), [])).local:
+        shutil.copytree(whole / "checkpoints", local)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if "record" in what:
+        monkeypatch.setattr(shutil, "copyfileobj", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full)
+    capsys.readouterr()
+    arguments = [recipe, f"--checkpoint.resume={step_path(run_dir / 'checkpoints', 2)}", "--train.steps=3"]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "set-aside-" in message and "No space left on device" in message and message.count("\n") == 1
+    assert (run_dir / "metrics.jsonl").read_bytes() == record and complete_steps(run_dir / "checkpoints") == [2, 4, 6]
+    assert bool(list(run_dir.glob("set-aside-*"))) == ("record" not in what)
+    monkeypatch.undo()
+    gc.collect()
+    assert main(arguments) == 0 and len(losses(run_dir)) == 3
+    assert any(len(read_rows(copy)[0]) == 6 for copy in run_dir.glob("set-aside-*/metrics.jsonl"))
+
+
+def test_a_half_loaded_checkpoint_leaves_nothing_in_a_tensor_that_may_be_missing(folder: Path, whole: Path, capsys: Capture,
+                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older one lacks it, so it keeps its initial value: not that of the newer one, which was read before the damage was met."""
+    monkeypatch.setattr("zaya.resume.SMALL_BYTES", 0)
+    run_dir, recipe = finished(folder, whole, "half", checkpoint__allow_missing=["optim.momentum.*"])
+    newer, older = (step_path(run_dir / "checkpoints", step) for step in (6, 4))
+    manifest = Checkpoint.open(newer).manifest
+    (run_dir / "checkpoints/step-00000002").rename(run_dir / "elsewhere")
+    # The damage comes last of all that is read.
+    last = max((name for name in manifest.tensors if name.startswith("optim.") and "final_norm" in name), default="optim.step")
+    with CheckpointWriter(folder / "older", recipe=Checkpoint.open(older).manifest.recipe) as writer:
+        for name in manifest.tensors:
+            if not name.startswith("optim.momentum."):
+                writer.add(name, Checkpoint.open(older).read(name))
+    body = dataclasses.replace(Checkpoint.open(folder / "older").manifest, step=4, position=32)
+    (folder / "older/manifest.json").write_text(body.to_json())
+    shutil.rmtree(older)
+    (folder / "older").rename(older)
+    box = manifest.tensors[last].boxes[0]
+    begin, _ = Checkpoint.open(newer)._range(box)
+    content = bytearray((newer / box.file).read_bytes())
+    content[begin] ^= 1
+    (newer / box.file).write_bytes(content)
+    settings = load_recipe(Path(recipe), [])
+    mesh = open_mesh("cpu", Layout(1))
+    trainer = Trainer(settings, mesh, open_data(settings, mesh))
+    initial = {name: tensor.clone() for name, tensor in tiny.state(trainer).items() if name.startswith("optim.momentum.")}
+    trainer.restore()
+    assert trainer.step == 4 and "keep their initial values" in trainer.origin and last in trainer.skipped[0] and initial
+    after = tiny.state(trainer)
+    assert all(torch.equal(after[name], tensor) for name, tensor in initial.items())
 
 
 def test_a_signal_in_the_last_step_finishes_the_run(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -390,8 +390,46 @@ def test_a_slow_mirror_keeps_its_bandwidth_and_takes_the_newest(tmp_path: Path) 
     began = time.monotonic()
     run_nodes([tmp_path / "node"], tmp_path / "shared", [1, 2, 3, 4, 5], state, 1, bytes_per_s=2 * size)
     copied = complete_steps(tmp_path / "shared")
-    assert time.monotonic() - began > 0.5 * len(copied) * 0.9 and copied[-1] == 5 and len(copied) < 5
+    assert time.monotonic() - began > 1.0 * len(copied) * 0.9 and copied[-1] == 5 and len(copied) < 5
     assert_holds(step_path(tmp_path / "shared", 5), state(5))
+
+
+def test_the_limit_of_the_mirror_holds_for_what_it_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = list[int]()
+    monkeypatch.setattr(mirror_module._Budget, "spend", lambda self, count: spent.append(count))
+    run_nodes([tmp_path / "node"], tmp_path / "shared", [1], state, 1, bytes_per_s=1)
+    (file,) = step_path(tmp_path / "shared", 1).glob("*.safetensors")
+    assert sum(spent) == file.stat().st_size + sum(tensor.nbytes for tensor in state(1).values())
+
+
+def test_ranks_that_have_copied_their_share_hear_from_one_that_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it copies, they meet again and again: a single wait for it would end a healthy run, if that takes longer than a gather may."""
+    run_nodes([tmp_path / "node"], tmp_path / "shared", [1], state, 2)
+    copy, ranks, meetings = mirror_module._copy_file, Ranks(2), [0]
+    gathers = [ranks.gather("mirror", rank) for rank in range(2)]
+
+    def slow(source: Path, target: Path, budget: Any) -> None:
+        if "00001-of-" in source.name:
+            deadline, enough = time.monotonic() + 20, meetings[0] + 5
+            while meetings[0] < enough:
+                assert time.monotonic() < deadline, "the other rank waits in one gather"
+                time.sleep(0.01)
+        copy(source, target, budget)
+
+    def counted(value: object) -> list[object]:
+        found = gathers[0](value)
+        meetings[0] += 1
+        return found
+
+    monkeypatch.setattr(mirror_module, "MEET_S", 0.05)
+    monkeypatch.setattr(mirror_module, "_copy_file", slow)
+    mirrors = [Mirror(tmp_path / "node", tmp_path / "again", gather=gather, rank=rank, place=rank, places=2)
+               for rank, gather in enumerate((counted, gathers[1]))]
+    for mirror in mirrors:
+        mirror.offer(step_path(tmp_path / "node", 1))
+    for mirror in mirrors:
+        assert mirror.close()
+    assert_holds(step_path(tmp_path / "again", 1), state(1))
 
 
 def test_what_the_mirror_needs_is_not_pruned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from zaya.data.corpus import CorpusError
 from zaya.metrics import read_rows
 from zaya.parallel.mesh import open_mesh
 from zaya.shard import Layout
-from zaya.train import check_run_directory, main, open_run_directory
+from zaya.train import check_run_directory, main, open_run
 from zaya.trainer import Trainer, open_data
 
 TIMED = {"tokens_per_second", "step_time_s", "mfu", "saved_step", "save_stall_s", "save_time_s"}
@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
     check_run_directory(recipe)
     built = trainer(recipe)
     built.restore()
-    built.fit(open_run_directory(recipe, built.mesh, built.step))
+    built.fit(open_run(built))
     rows, evals = read_rows(Path(recipe.run.dir) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows + evals], tiny.state(built)
 

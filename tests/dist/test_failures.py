@@ -17,9 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 END_S = 20.0
 JOB = """
 import os, runpy, sys, time
+from zaya.checkpoint import directory, manifest
+from zaya.data import loader
 from zaya.parallel import collectives, zero1
 from zaya.state import TrainState
 where = sys.argv.pop(1)
+
+def refuses(*args, **kwargs):
+    open(os.environ["FAULT"], "w").write(str(time.time()))
+    raise (ValueError if where == "the corpora" else manifest.CheckpointError)(f"planted in {where}")
 
 def raises(function, when):
     calls = 0
@@ -45,6 +51,10 @@ if os.environ["RANK"] == "1":
     elif where == "the recipe":
         sys.argv[1] += ".elsewhere"
         open(os.environ["FAULT"], "w").write(str(time.time()))
+elif where == "the corpora":
+    loader.build_corpora = refuses
+elif where.endswith("tier's set-aside"):
+    directory.set_aside = refuses
 elif where == "every rank, and rank 0 is late":
     open(os.environ["FAULT"], "w").write(str(time.time()))
     time.sleep(3)
@@ -74,6 +84,14 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback_first(tmp_path: Path
     said = run(tmp_path, where)
     first = said[said.index("Traceback"):]
     assert f"RuntimeError: planted in {where}" in first.split("Traceback")[1], said[-4000:]
+
+
+@pytest.mark.parametrize("where", ["the corpora", "the shared tier's set-aside", "the local tier's set-aside"])
+def test_what_only_rank_0_does_at_a_start_ends_all_ranks_with_one_line(tmp_path: Path, where: str) -> None:
+    said = run(tmp_path, where, *([f"--checkpoint.local_dir={tmp_path}/fast"] if "local" in where else []))
+    (line,) = [line for line in said.splitlines() if line.startswith("zaya.train: ")]
+    assert line == f"zaya.train: rank 0: planted in {where}" and "exitcode  : 2 " in said
+    assert said.count("Traceback") == 1 and "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in said, "torchrun's own"
 
 
 def test_bad_input_is_said_once_however_late_rank_0_finds_it(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from zaya.checkpoint.directory import complete_steps
 from zaya.checkpoint.manifest import load
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
+from zaya.metrics import MetricsWriter, read_rows
 from zaya.preemption import SIGNALS
 from zaya.tiers import Tiers
 
@@ -141,6 +142,38 @@ def test_a_checkpoint_that_only_some_ranks_see_is_no_fresh_start(pools: Pools, s
     with pytest.raises(WorkerError, match=r"step 4: ranks \[2, 3\] see it nowhere"):
         again(pools, folder, tables)
     assert complete_steps(next((folder / "node0").iterdir()) / "checkpoints") == [2, 4], "nothing is set aside"
+
+
+def begin(rank: int, world_size: int, tables: dict[str, Any], folder: str) -> int:
+    """A start on two nodes, without a step; where it began."""
+    from zaya import train as entry
+
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    start_logging, entry.start_logging = entry.start_logging, lambda *_: None
+    try:
+        tables["checkpoint"]["local_dir"] = f"{folder}/node{rank // 2}"
+        trainer = tiny.trainer(tables, world_size)
+        trainer.restore()
+        record = entry.open_run(trainer)
+        if record is not None:
+            record.close()
+        return trainer.step
+    finally:
+        entry.start_logging = start_logging
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def test_the_record_is_kept_where_only_another_node_has_a_later_checkpoint(pools: Pools, start: tuple[Path, dict[str, Any], list[Any]]) -> None:
+    folder, tables, local, shared = copied(start)
+    record = MetricsWriter(folder / "run/metrics.jsonl", 0)
+    for step in (1, 2, 3, 4):
+        record.append({"step": step, "loss": 1.0})
+    record.close()
+    shutil.rmtree(shared / "step-00000004")
+    shutil.rmtree(local[0] / "step-00000004")
+    assert pools[4].run(begin, {**tables, "checkpoint": dict(tables["checkpoint"])}, str(folder)) == [2] * 4
+    assert complete_steps(local[1].parent / "set-aside-1/checkpoints") == [4] and complete_steps(local[1]) == [2]
+    assert [len(read_rows(folder / name)[0]) for name in ("run/metrics.jsonl", "run/set-aside-1/metrics.jsonl")] == [2, 4]
 
 
 def test_a_local_directory_that_all_nodes_share(pools: Pools, tmp_path: Path) -> None:

@@ -75,17 +75,22 @@ def prune(root: str | Path, sound: int, keep: int, keep_every: int = 0, spare: C
     return gone
 
 
-def set_aside(root: Path, step: int) -> Path | None:
-    """Move complete checkpoints beyond `step` to set-aside-K beside `root`, never over anything; None: there are none."""
+def free_aside(parent: Path) -> Path:
+    """The first set-aside-K of a directory that is not there."""
+    return next(path for path in (parent / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
+
+
+def set_aside(root: Path, step: int, target: Path | None = None) -> None:
+    """Move complete checkpoints beyond `step`, if there are any, to `target`, or to a new set-aside-K beside `root`; never over anything.
+    CheckpointError: the disk does not let it."""
     later = [number for number in complete_steps(root) if number > step]
     if not later:
-        return None
-    target = next(path for path in (root.parent / f"set-aside-{k}" for k in itertools.count(1)) if not path.exists())
+        return
+    target = target or free_aside(root.parent)
     with disk_errors("write", target):
         (target / root.name).mkdir(parents=True)
         for number in later:
             step_path(root, number).rename(step_path(target / root.name, number))
-    return target
 
 
 def identity(path: Path) -> str:

@@ -22,8 +22,10 @@ from zaya.checkpoint.boxes import Box
 from zaya.checkpoint.directory import sync_directory
 from zaya.checkpoint.manifest import (
     BITS,
+    CHUNK_BYTES,
     DTYPES,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     CheckpointError,
     FileEntry,
     Manifest,
@@ -36,7 +38,6 @@ from zaya.checkpoint.manifest import (
 
 MAX_FILE_BYTES = 4 << 30
 """A file that holds more than one box is no longer than this."""
-CHUNK_BYTES = 1 << 20  # hashed and written while it is in the cache of a core
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -159,7 +160,12 @@ def read_back(path: Path, entry: FileEntry, boxes: Sequence[tuple[Box, int]]) ->
 
 
 def manifest_text(manifest: Manifest) -> str:
+    """RefusedError where a reader would refuse it."""
     text = manifest.to_json()
+    if len(text) > MAX_MANIFEST_BYTES:
+        boxes = sum(len(entry.boxes) for entry in manifest.tensors.values())
+        raise RefusedError(f"the manifest of {boxes} boxes would have {len(text)} bytes, and readers take {MAX_MANIFEST_BYTES}; cut the "
+                           "state into fewer boxes (fewer ranks, or a smaller parallel.zero_size)")
     Manifest.from_json(text)  # as a reader will see it: we write nothing that we would refuse to read
     return text
 

@@ -30,7 +30,7 @@ COLUMNS_VERSION = 2
 PLAIN_BOXES = 512
 """A manifest of more boxes is written by column (version 2): a sixth of the bytes, a twentieth of the time, and hard to read by eye."""
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 1 << 20  # read and hashed while it is in the cache
+CHUNK_BYTES = 1 << 20  # read, hashed, converted and written while it is in the cache of a core
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -40,8 +40,9 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """An integer dtype of each width: bytes pass through numpy as these, because it has no bfloat16."""
 
 # Limits no real checkpoint comes near, so that a hostile or damaged manifest costs neither memory nor time.
-# 8B on 1,024 ranks, nothing but data parallel: 5,052 tensors in 641,444 boxes, by column 21 MB.
-MAX_MANIFEST_BYTES = 128 << 20
+# 8B on 1,024 ranks, nothing but data parallel: 5,052 tensors in 641,444 boxes, by column 21 MB, 33 bytes a box; boxes grow as ranks, so on
+# 16,384 ranks 16 * 21 = 336 MB. The next power of two; a reader takes at most 3 times as much memory (about 44 MB for 21).
+MAX_MANIFEST_BYTES = 512 << 20
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_VALUES = 1 << 22  # of JSON: as objects they take up to 25 bytes for each byte of text; by column there are few, box by box 15 a box
 MAX_DIMS = 16
@@ -242,10 +243,11 @@ def hash_bytes(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def hash_range(fd: int, begin: int, end: int, progress: Callable[[int], None] = lambda count: None) -> str:
-    """The hash of bytes [begin, end) of a file, through one small buffer."""
+def hash_range(fd: int, begin: int, end: int, progress: Callable[[int], None] = lambda count: None,
+               chunk_bytes: int = CHUNK_BYTES) -> str:
+    """The hash of bytes [begin, end) of a file, through one buffer of `chunk_bytes`."""
     digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, end - begin)))
+    buffer = memoryview(bytearray(min(chunk_bytes, end - begin)))
     while begin < end:
         count = os.preadv(fd, [buffer[:end - begin]], begin)
         if not count:

@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,6 +28,8 @@ from zaya.checkpoint.manifest import CHUNK_BYTES, MANIFEST, CheckpointError, Ref
 from zaya.checkpoint.read import Checkpoint
 
 RETRIES = 3
+MEET_S = 30.0
+"""While one copies, the others hear from it that often: a gather that waits for hours would be taken for a lost rank."""
 T = TypeVar("T")
 log = logging.getLogger("zaya")
 
@@ -36,7 +39,7 @@ class Mirror:
 
     `source`, `target`: the roots of the step directories. `gather`: an all-gather of objects that nothing but this mirror uses. The files
     of a source are copied by the ranks that see it, each its share: this one is the `place`-th of `places`. `bytes_per_s` limits what this
-    rank writes; 0 does not.
+    rank writes and reads back; 0 does not.
     """
 
     def __init__(self, source: Path, target: Path, *, gather: Callable[[object], list[object] | None], rank: int = 0, place: int = 0,
@@ -164,7 +167,7 @@ class Mirror:
         if len(set(manifests)) > 1:
             raise CheckpointError(f"the nodes' directories {source} hold checkpoints of different saves")
         self._together(lambda: _make_way(target) if leader else None)
-        self._together(lambda: self._copy(source, target))
+        self._together_long(lambda: self._copy(source, target))
         self._together(lambda: _commit(source, target) if leader else None)
         return True
 
@@ -181,6 +184,21 @@ class Mirror:
         raise_on_all([problem for _, problem in everyone])
         return [value for value, _ in everyone]
 
+    def _together_long(self, action: Callable[[], Any]) -> list[Any]:
+        """As `_together`, for what one rank may take hours longer over than another: ranks meet every MEET_S, so none waits longer."""
+        work: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                work.set_result(action())
+            except BaseException as error:  # noqa: BLE001 - raised again by result
+                work.set_exception(error)
+
+        threading.Thread(target=run, name="mirror", daemon=True).start()
+        while not all(cast(list[bool], self._gather(bool(wait([work], MEET_S).done)))):
+            pass
+        return self._together(work.result)
+
     def _copy(self, source: Path, target: Path) -> None:
         """This rank's share of the files that its source has, each compared with the manifest's hashes once it is there."""
         checkpoint = Checkpoint.open(source, partial=True)
@@ -188,7 +206,7 @@ class Mirror:
         budget = _Budget(self._bytes_per_s)
         for name in mine:
             _copy_file(source / name, target / name, budget)
-        for damage in Checkpoint(target, checkpoint.manifest).damages(files=mine):
+        for damage in Checkpoint(target, checkpoint.manifest).damages(files=mine, progress=budget.spend):
             raise damage
 
     def _prune(self, step: int) -> None:

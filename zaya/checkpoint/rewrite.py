@@ -40,7 +40,19 @@ from tqdm import tqdm
 from zaya import shard
 from zaya.checkpoint.directory import refuse_file, sync_directory
 from zaya.checkpoint.files import Piece, file_name, manifest_text, write_manifest
-from zaya.checkpoint.manifest import BITS, DTYPES, MAX_HEADER_BYTES, Box, CheckpointError, FileEntry, Manifest, TensorEntry, hash_bytes
+from zaya.checkpoint.manifest import (
+    BITS,
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Box,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    disk_errors,
+    hash_bytes,
+    hash_range,
+)
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import end_with_parent
 from zaya.shard import flat_boxes, intersect, shifted
@@ -225,18 +237,9 @@ class _Worker:
 
     def check(self, unit: _Check) -> _Check:
         """CheckpointError unless every box of the unit has its hash."""
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, self.memory)))
-        with open(unit.path, "rb", buffering=0) as file:
+        with disk_errors("read", unit.path), open(unit.path, "rb", buffering=0) as file:
             for box in unit.boxes:
-                digest, left = xxhash.xxh3_128(), box.end - box.begin
-                file.seek(box.begin)
-                while left:
-                    count = file.readinto(buffer[: min(left, len(buffer))])
-                    if not count:
-                        raise CheckpointError(f"cannot read {unit.path}: it ended early")
-                    digest.update(buffer[:count])
-                    left -= count
-                if digest.hexdigest() != box.xxh3:
+                if hash_range(file.fileno(), box.begin, box.end, chunk_bytes=min(CHUNK_BYTES, self.memory)) != box.xxh3:
                     raise CheckpointError(f"{unit.path}: tensor {box.name!r} (stored as {box.key!r}) does not match its hash; it is "
                                           "corrupt")
         return unit

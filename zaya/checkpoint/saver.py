@@ -63,6 +63,8 @@ class Saver:
         self._stall_s = 0.0
         self.failed = False
         """The last save did not come through and it is time for another."""
+        self._gives_up = False
+        """The last failure was a refusal, or that of the last retry."""
         self._save: dict[str, Any] = {"gather": gather, "rank": rank, "world_size": world_size, "leads": leads, "read_back": True}
         self._leads, self._speaks = rank == 0 if leads is None else leads, rank == 0
         self._keep, self._mirror = (keep, keep_every), mirror

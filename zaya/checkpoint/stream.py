@@ -19,10 +19,9 @@ import torch
 import xxhash
 
 from zaya.checkpoint.boxes import Box
-from zaya.checkpoint.manifest import BITS, DTYPES, CheckpointError, disk_errors
+from zaya.checkpoint.manifest import BITS, CHUNK_BYTES, DTYPES, CheckpointError, disk_errors
 from zaya.checkpoint.read import Checkpoint
 
-CHUNK_BYTES = 1 << 20  # read, hashed, converted and written while it is in a core's cache
 UNIT_BYTES = 64 << 20  # what a thread is given at a time, unless one box is larger
 WORKERS = min(len(os.sched_getaffinity(0)), 32)
 """Threads for a conversion, where nobody says: one per core. Two per core took a tenth more CPU time, no less time (2 cores, tmpfs)."""

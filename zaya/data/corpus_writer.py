@@ -48,7 +48,8 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
     """Temporary paths beside `paths`, renamed to them if the block succeeds, removed if it does not (or a signal ends it), with any
     directory made for them. Those of a process that was killed go as well.
 
-    The last path is the one without which the others mean nothing: it appears last. ValueError if a path exists (and may not be
+    The last path is the one without which the others mean nothing: it appears last. A rename that fails takes back those before it; a kill
+    between two leaves the first ones without the last, which `was_cut_short` tells. ValueError if a path exists (and may not be
     overwritten) or cannot be written.
     """
     folder = next((path for path in paths if path.is_dir()), None)
@@ -75,9 +76,10 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
                 except OSError as error:
                     raise ValueError(f"cannot write {path}: {error.strerror}; name an output in a directory that can be written") from None
             yield temporary
+            for temp in temporary:
+                _sync(temp)
             paths[-1].unlink(missing_ok=True)  # never a new .bin under an old .idx
-            for temp, path in zip(temporary, paths, strict=True):
-                os.replace(temp, path)
+            _rename(temporary, paths)
             made = []
         finally:
             for temp in temporary:
@@ -86,6 +88,39 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
             for parent in reversed(made):
                 with contextlib.suppress(OSError):  # not empty: someone else uses it by now
                     parent.rmdir()
+
+
+def was_cut_short(paths: list[Path]) -> bool:
+    """Whether a process that had them `staged` was killed between its renames: the last has not appeared, what has is that process'."""
+    for temp in paths[-1].parent.glob(f".{glob.escape(paths[-1].name)}.*.tmp"):
+        number = temp.name.split(".")[-2]
+        if all(path.exists() != path.with_name(f".{path.name}.{number}.tmp").exists() for path in paths):
+            with contextlib.suppress(OSError), open(temp, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: it is alive, or there are no locks
+                return True
+    return False
+
+
+def _rename(temporary: list[Path], paths: list[Path]) -> None:
+    """All of them, or none."""
+    try:
+        for temp, path in zip(temporary, paths, strict=True):
+            os.replace(temp, path)
+    except BaseException:
+        for temp, path in zip(temporary, paths, strict=True):
+            if not temp.exists():
+                path.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in paths}:
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _locked(path: Path) -> BinaryIO:

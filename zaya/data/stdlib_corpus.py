@@ -10,13 +10,14 @@ import sys
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from zaya.config import DataConfig
-from zaya.data.corpus_writer import staged, write_corpus
+from zaya.data.corpus_writer import staged, was_cut_short, write_corpus
 from zaya.data.tokenizer import end_token_id, load_tokenizer, train_bpe, vocabulary_size
 
 # Tests are half of the library where it has them; Debian and Ubuntu ship it without. What is installed on top is not of the library.
@@ -29,13 +30,15 @@ def build(data: DataConfig, vocab_size: int) -> None:
     """Make data.train[0] and data.valid where neither is there, and data.tokenizer where it is not: a byte-level BPE of `vocab_size`
     entries, of training files.
 
-    All appear together or not at all. ValueError where an existing tokenizer has another vocabulary, or a corpus lacks its tokenizer, the
-    other corpus (one of the names may be mistyped) or half of itself.
+    All appear together or not at all; where a process was killed between two of the last renames, the next makes them again. ValueError
+    where something cannot be written, an existing tokenizer has another vocabulary, or a corpus lacks its tokenizer, the other corpus (one
+    of the names may be mistyped) or half of itself.
     """
     tokenizer_path = Path(data.tokenizer)
     corpora = [(Path(f"{name}.bin"), Path(f"{name}.idx"), held_out) for name, held_out in ((data.valid, True), (data.train[0], False))]
-    missing = [row for row in corpora if not (row[0].exists() and row[1].exists())]
-    half = next((path for row in missing for path in row[:2] if path.exists()), None)
+    anew = was_cut_short([tokenizer_path, *(path for row in corpora for path in row[:2])])
+    missing = [row for row in corpora if anew or not (row[0].exists() and row[1].exists())]
+    half = next((path for row in missing for path in row[:2] if path.exists() and not anew), None)
     if half is not None:
         raise ValueError(f"{half} is half of a corpus; remove it, and the corpus is made of the standard library, or name new paths in "
                          "data.train and data.valid")
@@ -55,9 +58,17 @@ def build(data: DataConfig, vocab_size: int) -> None:
         raise ValueError(f"there is no corpus {absent}, though there is {present}; if both names are right, remove the latter, and both "
                          'are made again of the standard library; for corpora of your own set data.source = ""')
 
+    try:
+        _make(missing, tokenizer_path, tokenizer if have_tokenizer else None, vocab_size)
+    except OSError as error:
+        raise ValueError(f"cannot make {data.train[0]} and {data.valid}: {error.strerror}") from None
+    tqdm.write(f"made {', '.join(str(row[0].with_suffix('')) for row in missing)} of the standard library's source", file=sys.stderr)
+
+
+def _make(missing: Sequence[tuple[Path, Path, bool]], tokenizer_path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> None:
     outputs = [path for row in missing for path in row[:2]]
-    with staged(([] if have_tokenizer else [tokenizer_path]) + outputs, overwrite=True) as temporary:
-        if not have_tokenizer:
+    with staged(([] if tokenizer is not None else [tokenizer_path]) + outputs, overwrite=True) as temporary:
+        if tokenizer is None:
             tokenizer = train_bpe(_documents(held_out=False, task=f"training a tokenizer of {vocab_size} entries"), vocab_size)
             tokenizer.save(str(temporary[0]))
         end_id = end_token_id(tokenizer)
@@ -65,7 +76,6 @@ def build(data: DataConfig, vocab_size: int) -> None:
         for bin_path, _, held_out in missing:
             documents = _documents(held_out=held_out, task=f"tokenizing {bin_path.stem}")
             write_corpus(next(pairs), next(pairs), documents, tokenizer, end_id, plain_text=True)
-    tqdm.write(f"made {', '.join(str(row[0].with_suffix('')) for row in missing)} of the standard library's source", file=sys.stderr)
 
 
 def source_files() -> list[tuple[str, Path]]:
