@@ -51,11 +51,6 @@ class Loader:
         self._blend = Blend(data.train, data.weights or [c.num_tokens for c in self.corpora], seed)
 
     @property
-    def rows_per_epoch(self) -> dict[str, int]:
-        """Rows after which a corpus starts over."""
-        return {corpus.prefix: epochs.rows for corpus, epochs in zip(self.corpora, self._epochs, strict=True)}
-
-    @property
     def num_evaluation_rows(self) -> int:
         """Rows of data.valid, 0 without one."""
         return (self._valid.num_tokens - 1) // self.seq_len if self._valid else 0

@@ -129,24 +129,28 @@ def links(config: ModelConfig) -> list[Link]:
         ours, theirs = f"blocks.{block}.", f"model.layers.{block}."
         # Block 0 has no depth_scale.
         table += [one(ours + mine, theirs + yours) for mine, yours in _BLOCK.items() if ours + mine in shapes]
-        table += _projection_links(config, f"{ours}attention.", f"{theirs}self_attn.qkv_proj.", shapes)
+        qkv = f"{theirs}self_attn.qkv_proj."
+        table += projection_links(config, f"{ours}attention.", shapes, (f"{qkv}v_proj_current.weight", f"{qkv}v_proj_delayed.weight"),
+                                  {"depthwise": f"{qkv}conv_qk_depthwise", "grouped": f"{qkv}conv_qk_grouped"})
         bias = (config.num_router_classes,)
         table.append(Link((Named(f"{ours}moe.router.balance_bias", bias),), (Named(f"{theirs}mlp.gate.balancing_biases", bias),), True))
     table.append(one("final_norm.weight", _OUTSIDE["final_norm.weight"]))
     return table
 
 
-def _projection_links(config: ModelConfig, ours: str, theirs: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[Link]:
-    """The tensors that the two sides cut differently."""
+def projection_links(config: ModelConfig, ours: str, shapes: dict[str, tuple[int, ...]], values: tuple[str, str],
+                     convolutions: dict[str, str]) -> Iterator[Link]:
+    """The tensors of an attention `ours` that the two sides cut differently. Theirs: the matrices of current and delayed values, and the
+    convolutions of [q | k] by our names of them."""
     H, D = config.head_dim, config.hidden_size
     q_rows, kv_rows = config.num_heads * H, config.num_kv_heads * H
     value = Named(f"{ours}v.weight", shapes[f"{ours}v.weight"])
     # The border lies at half of the rows, inside a head where the number of KV heads is odd.
-    yield Link((value,), tuple(Named(f"{theirs}v_proj_{half}.weight", (kv_rows // 2, D)) for half in ("current", "delayed")))
+    yield Link((value,), tuple(Named(name, (kv_rows // 2, D)) for name in values))
     for conv, trailing in (("depthwise", (1, 2)), ("grouped", (H, 2))):
         for kind, shape in (("weight", trailing), ("bias", ())):
             pair = tuple(Named(name, shapes[name]) for name in (f"{ours}q_{conv}.{kind}", f"{ours}k_{conv}.{kind}"))
-            yield Link(pair, (Named(f"{theirs}conv_qk_{conv}.{kind}", (q_rows + kv_rows, *shape)),))
+            yield Link(pair, (Named(f"{convolutions[conv]}.{kind}", (q_rows + kv_rows, *shape)),))
 
 
 def from_hf_config(hf_config: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -169,7 +173,7 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[ModelConfig, dict[str, An
     kinds = _attention_kinds(rest.pop("layer_types", None), shape["num_layers"])
     full, sliding = (_rope_theta(rest.get("rope_parameters"), LAYER_TYPES[kind], kind in kinds) for kind in LAYER_TYPES)
     window = rest.pop("sliding_window", None)
-    model = ModelConfig(**shape, attention_pattern=_shortest_period(kinds), rope_theta=full, rope_theta_sliding=sliding,
+    model = ModelConfig(**shape, attention_pattern=shortest_period(kinds), rope_theta=full, rope_theta_sliding=sliding,
                         sliding_window=0 if window is None else _number("sliding_window", window, int))
     model.validate()
     if "torch_dtype" in rest:  # its name before transformers 5
@@ -236,7 +240,7 @@ def _rope_theta(rope_parameters: Any, layer_type: str, used: bool) -> float:
     return number
 
 
-def _shortest_period(kinds: list[str]) -> tuple[str, ...]:
+def shortest_period(kinds: list[str]) -> tuple[str, ...]:
     """The shortest pattern that repeats into `kinds`, as a person writes it in a recipe."""
     repeats = (n for n in range(1, len(kinds)) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
     return tuple(kinds[: next(repeats, len(kinds))])

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from zaya.config import ModelConfig
-from zaya.model.hf import MODEL_TYPE, OLD_LAYOUT_KEYS, Link, Named, _shortest_period
+from zaya.model.hf import MODEL_TYPE, OLD_LAYOUT_KEYS, Link, Named, projection_links, shortest_period
 from zaya.plan import plan
 
 # Keys that only transformers' layout has; with one of them a config is not of this layout, whatever else it holds.
@@ -78,7 +78,9 @@ def links(config: ModelConfig) -> list[Link]:
     for block in range(config.num_layers):
         ours, attention, experts = f"blocks.{block}.", f"model.layers.{2 * block}.", f"model.layers.{2 * block + 1}."
         table += [one(ours + mine, attention + yours) for mine, yours in _ATTENTION.items()]
-        table += _projection_links(config, f"{ours}attention.", f"{attention}self_attn.qkv.", shapes)
+        qkv = f"{attention}self_attn.qkv."
+        table += projection_links(config, f"{ours}attention.", shapes, (f"{qkv}val_proj1.weight", f"{qkv}val_proj2.weight"),
+                                  {"depthwise": f"{qkv}conv_qk.0", "grouped": f"{qkv}conv_qk.1"})
         table += scaling(f"{ours}attention_residual.", 2 * block + 1)
         # Block 0 has no depth_scale.
         table += [one(ours + mine, experts + yours) for mine, yours in _EXPERTS.items() if ours + mine in shapes]
@@ -92,19 +94,6 @@ def links(config: ModelConfig) -> list[Link]:
         table += scaling(f"{ours}moe_residual.", 2 * block + 2)
     table.append(one("final_norm.weight", "model.final_norm.weight"))
     return table
-
-
-def _projection_links(config: ModelConfig, ours: str, theirs: str, shapes: dict[str, tuple[int, ...]]) -> list[Link]:
-    """The tensors that the two sides cut differently: the values (current, delayed) and the convolutions over [q | k]."""
-    H, D = config.head_dim, config.hidden_size
-    q_rows, kv_rows = config.num_heads * H, config.num_kv_heads * H
-    value = Named(f"{ours}v.weight", shapes[f"{ours}v.weight"])
-    found = [Link((value,), tuple(Named(f"{theirs}val_proj{half}.weight", (kv_rows // 2, D)) for half in (1, 2)))]
-    for conv, index, trailing in (("depthwise", 0, (1, 2)), ("grouped", 1, (H, 2))):
-        for kind, shape in (("weight", trailing), ("bias", ())):
-            pair = tuple(Named(name, shapes[name]) for name in (f"{ours}q_{conv}.{kind}", f"{ours}k_{conv}.{kind}"))
-            found.append(Link(pair, (Named(f"{theirs}conv_qk.{index}.{kind}", (q_rows + kv_rows, *shape)),)))
-    return found
 
 
 def from_hf_config(hf_config: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -128,7 +117,7 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[ModelConfig, dict[str, An
         head_dim=_number(config, "head_dim", "kv_channels"), num_experts=experts or _number(config, "num_experts"),
         moe_intermediate_size=width // 2, router_hidden_size=_number(config, "zaya_mlp_expansion", stage=1, stages=stages),
         skip_expert=_flag(config, "zaya_use_mod"), sliding_window=max(windows),
-        attention_pattern=_shortest_period(["sliding" if window else "full" for window in windows]),
+        attention_pattern=shortest_period(["sliding" if window else "full" for window in windows]),
         rope_theta=_theta(config, "rope_theta", "rotary_base"),
         rope_theta_sliding=_theta(config, "swa_rotary_base") if any(windows) else 1e4)
     model.validate()

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -160,7 +160,8 @@ class _Experts(torch.autograd.Function):
     chunks (and, where these are given, over micro-batches): the number of chunks does not show in bf16's rounding."""
 
     @staticmethod
-    def forward(ctx, x_TD, gate_Tk, gate_up, down, gradient_sums, sent_A, parts_nSE, group, plan, training):
+    def forward(ctx: Any, x_TD: Tensor, gate_Tk: Tensor, gate_up: Tensor, down: Tensor, gradient_sums: ExpertSums | None, sent_A: Tensor,
+                parts_nSE: Tensor, group: Group, plan: Plan, training: bool) -> Tensor:
         T, k = gate_Tk.shape
         keep = training and any(ctx.needs_input_grad) and not plan.recompute
         graphs: list[_Graph] = []
@@ -182,7 +183,7 @@ class _Experts(torch.autograd.Function):
         return _sum_slots(out_AD, k)
 
     @staticmethod
-    def backward(ctx, dout_TD):
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.graphs is None:
             raise RuntimeError("Trying to backward through the graph a second time: what the experts keep is freed by the first, whatever "
                                "retain_graph says; run the forward again")
@@ -298,11 +299,11 @@ class _Entry(torch.autograd.Function):
     """The root of a chunk's graph. A leaf would do, but its node holds the tensor as long as the graph lives."""
 
     @staticmethod
-    def forward(ctx, anchor, *tensors):
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
         raise AssertionError("gradients are taken at this node, not below it")
 
 
