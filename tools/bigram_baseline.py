@@ -170,8 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, overrides)
         loss, tokens, smoothing = baseline(_load(recipe), recipe.model.vocab_size, recipe.train.eval_rows)
     except (ValueError, OSError) as error:
-        print(f"tools.bigram_baseline: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error)
     if args.json:
         print(json.dumps({"loss": loss, "tokens": tokens, "smoothing": vars(smoothing)}))
     else:

@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--step = {args.step} is beyond the run's last, train.steps = {recipe.train.steps}; raise that to see it")
         _write(args.out, _arrays(recipe, args.step))
     except (ValueError, OSError) as error:
-        print(f"tools.dump_batch: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error)
     print(f"wrote the {recipe.train.global_batch_size} rows of step {args.step} to {args.out}")
     return 0
 
