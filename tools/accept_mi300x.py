@@ -244,14 +244,16 @@ def run(step: Step, log: Path, say: Callable[[str], None]) -> Result:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM first: torchrun's workers are in sessions of their own, and only torchrun ends them. Then whatever the step has started and
-    left, also one that ended by itself."""
+    """End the step: SIGTERM first, because torchrun's workers are in sessions of their own and only torchrun ends them; then, by SIGKILL,
+    whatever is left in its process group, also of a step that ended by itself."""
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    finally:  # a second Ctrl-C does not wait
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _last_line(log: Path) -> str:

@@ -194,12 +194,8 @@ def main(argv: Sequence[str]) -> int:
         unfinished = out.with_name(out.name + ".tmp")
         figure.savefig(unfinished, format=out.suffix[1:].lower(), dpi=130)
         os.replace(unfinished, out)
-    except ValueError as error:
-        print(f"tools.plot_run: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"tools.plot_run: cannot write {out}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return parser.refused(error, "write", out)
     print(out)
     return 0
 

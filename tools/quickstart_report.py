@@ -86,8 +86,7 @@ def main() -> int:
         print(f"tools.quickstart_report: {options.run}: a row of metrics.jsonl lacks {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"tools.quickstart_report: {error}", file=sys.stderr)
-        return 2
+        return parser.refused(error)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> Written:
             with _bar("training the tokenizer", files) as bar:
                 tokenizer = train_bpe(read_documents(files, args.text_key, bar.update), args.train_bpe)
             end_id = end_token_id(tokenizer, args.end_token)
-            tokenizer.save(str(temporary[0]))
+            temporary[0].write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # not save, whose errors are no OSError
         with _bar("tokenizing", files) as bar:
             return write_corpus(temporary[-2], temporary[-1], read_documents(files, args.text_key, bar.update), tokenizer, end_id,
                                 workers=args.workers, plain_text=args.plain_text)

@@ -13,15 +13,16 @@ import os
 import select
 import signal
 import sys
-import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import util
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+AGAIN_S = 10.0
+"""A signal sooner than this after another is a repetition, and the cleaning up goes on; a later one interrupts again."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells count it."""
 
@@ -49,10 +50,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{option} {word or 'is empty'}: {none} has such a name; there are {there}")
         return [name for name in names if words is None or name.startswith(tuple(words))]
 
-    def refused(self, error: ValueError | OSError, doing: str = "read", path: Path | str = "a file") -> int:
-        """Say in one line what is wrong with the input; the exit code. Of an OSError: that its file, or else `path`, cannot be read
-        (written: `doing`)."""
-        words = str(error) if isinstance(error, ValueError) else f"cannot {doing} {error.filename or path}: {error.strerror or error}"
+    def refused(self, error: ValueError | OSError, verb: str = "read", path: Path | str = "a file") -> int:
+        """Say in one line why the call is refused; the exit code. A ValueError's own words, or "cannot VERB FILE: reason" of the file that an
+        OSError names, else of `path`."""
+        words = str(error) if isinstance(error, ValueError) else f"cannot {verb} {error.filename or path}: {error.strerror or error}"
         print(f"{self.prog}: {words}", file=sys.stderr)
         return 2
 
@@ -70,9 +71,12 @@ def end_in_one_line(prog: str) -> None:
     if running is None or running.name != prog:  # a test calls main
         return
     came: list[signal.Signals] = []
+    until = 0.0
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not came:  # the cleaning up goes on, however often it is sent
+        nonlocal until
+        if time.monotonic() > until:
+            until = time.monotonic() + AGAIN_S
             came.append(signal.Signals(number))
             raise KeyboardInterrupt
 
@@ -121,19 +125,6 @@ def _leave(prog: str, why: str, end: int | signal.Signals) -> NoReturn:
         signal.signal(end, signal.SIG_DFL)
         signal.raise_signal(end)
     os._exit(end)
-
-
-def end_with_parent() -> None:
-    """A process of a pool calls this first: it ends when its parent does, however that ends (a kill, no memory), instead of waiting for
-    work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 def replace_text(path: Path, text: str) -> None:

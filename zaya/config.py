@@ -74,12 +74,13 @@ class ModelConfig:
         return self.attention_pattern[block % len(self.attention_pattern)]
 
     def validate(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
-                     "moe_intermediate_size", "router_hidden_size", "sliding_window"):
-            _at_least(f"model.{name}", getattr(self, name), 0 if name == "sliding_window" else 1)
-            limit = 16 if name == "num_layers" else 31  # tables have a line per layer
-            if getattr(self, name) >= 2**limit:
-                raise ValueError(f"model.{name} = {getattr(self, name)} is beyond any machine; keep it below 2^{limit}")
+        sizes = ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_experts", "moe_intermediate_size",
+                 "router_hidden_size")
+        # Tables have a line per layer.
+        for name, least, bits in (*((name, 1, 31) for name in sizes), ("num_layers", 1, 16), ("sliding_window", 0, 31)):
+            _at_least(f"model.{name}", getattr(self, name), least)
+            if getattr(self, name) >= 2**bits:
+                raise ValueError(f"model.{name} = {getattr(self, name)} is beyond any machine; keep it below 2^{bits}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}; "
                              f"use num_heads = {_next_multiple(self.num_heads, self.num_kv_heads)}")

@@ -7,11 +7,13 @@ not wait. What is made before it (a corpus) is left at once, and cleaned up.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from types import FrameType
 
 GRACE_S = 25.0
@@ -58,6 +60,19 @@ class Preemption:
         # Once it is known that the job must go, whoever says so again (torchrun does) must not end it before it has left in order.
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.signal else handler)  # type: ignore[arg-type]  # what signal.signal gave
+
+
+def end_with_parent() -> None:
+    """A process of a pool calls this first: it ends when its parent does, however that ends (a kill, no memory), instead of waiting for
+    work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @contextlib.contextmanager

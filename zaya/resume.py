@@ -32,7 +32,7 @@ class Start(NamedTuple):
     resumed: Checkpoint | None = None
     """Whose counters the run goes on from."""
     hf_config: Mapping[str, Any] = {}
-    """What the checkpoint that the weights are of keeps for the next export."""
+    """The keys of config.json of the checkpoint that the weights came from; the next export writes them."""
 
 
 def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> Start:
@@ -43,18 +43,18 @@ def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> Start:
     resume, allow_missing = recipe.checkpoint.resume, recipe.checkpoint.allow_missing
     skipped: list[str] = []
 
-    def resumed(own: Checkpoint) -> Start:
+    def going_on(own: Checkpoint) -> Start:
         origin = f"resumed from {own.path} at step {own.manifest.step}{_changes(recipe, own)}{state.left_out}"
         return Start(origin, skipped, own, own.manifest.hf_config)
 
     if resume == "auto":
         found = _newest_sound(recipe, state, mesh, skipped)
         if found is not None:
-            return resumed(found)
+            return going_on(found)
     elif resume != "never":
         own = agreed(lambda: Checkpoint.open(_named("checkpoint.resume", resume, 'name one, or write "auto" or "never"')), mesh)
         _take(own, recipe, state, mesh)
-        return resumed(own)
+        return going_on(own)
     if recipe.init.checkpoint:
         otherwise = "name one (tools.import_hf makes one from a transformers directory)"
         given = agreed(lambda: Checkpoint.open(_named("init.checkpoint", recipe.init.checkpoint, otherwise)), mesh)
@@ -101,7 +101,7 @@ def _take(checkpoint: Checkpoint, recipe: Recipe, state: TrainState, mesh: Mesh,
     mine = here[mesh.rank % ranks_per_node() :: ranks_per_node()] + sorted(files.keys() - on_any_node)[mesh.rank :: mesh.world_size]
 
     def verify() -> None:
-        # allow_missing: a load that fails half-way leaves values, which a tensor that the next candidate lacks would keep as initial ones.
+        # allow_missing: a load that fails half-way has written into tensors; one that the next candidate lacks would keep that.
         config, size = recipe.checkpoint, sum(file.size for file in files.values())
         if config.verify == "all" or config.allow_missing or size <= SMALL_BYTES:
             for damage in checkpoint.damages(files=mine):

@@ -32,10 +32,11 @@ def open_saver(recipe: Recipe, mesh: Mesh, step: int, origin: Path | None = None
         place, places = _place(local, mesh)
         last = step - 1 if origin == step_path(tiers.shared, step) else step
         agreed(lambda: set_aside(local, last) if place == 0 else None, mesh)
+        is_here = agreed(lambda: step in complete_steps(local), mesh)
+        is_left = all(objects(is_here and not _is_at(step_path(tiers.shared, step), step_path(local, step)), mesh))
         mirror = Mirror(local, tiers.shared, gather=_gather(mesh, "mirror"), rank=mesh.rank, place=place, places=places,
                         bytes_per_s=config.mirror_mb_per_s * 1e6 / mesh.world_size, keep=config.keep, keep_every=config.keep_every)
-        is_here = agreed(lambda: step in complete_steps(local), mesh)
-        if all(objects(is_here and not _is_at(step_path(tiers.shared, step), step_path(local, step)), mesh)):
+        if is_left:
             mirror.offer(step_path(local, step))  # the last process did not come to it
     return Saver(tiers.roots[0], gather=_gather(mesh, "saver"), rank=mesh.rank, world_size=mesh.world_size, leads=place == 0,
                  asynchronous=config.asynchronous, staging_bytes=int(config.staging_gib * 2**30), ranks_per_node=ranks_per_node(),

@@ -69,9 +69,10 @@ def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str,
 
 
 def _listed(text: str, item: type) -> Any:
-    value = _toml_value(text if text.startswith("[") else f"[{text}]")
-    if value is None or (item is str and not text.startswith("[") and not all(isinstance(each, str) for each in value)):
-        return [_unquoted(part.strip()) for part in text.split(",")]
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    value = _toml_value(f"[{inner}]")
+    if value is None or (item is str and not all(isinstance(each, str) for each in value)):
+        return [_unquoted(part.strip()) for part in inner.split(",")]
     return value
 
 

@@ -121,8 +121,7 @@ def keep_record(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | N
     return agreed(keep, mesh)
 
 
-def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None = None,
-                       aside: Path | None = None) -> MetricsWriter | None:
+def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None, aside: Path | None) -> MetricsWriter | None:
     """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good;
     a finished run keeps the recipe.toml that it was made with, if it is still there.
 
@@ -154,7 +153,7 @@ def open_run(trainer: Trainer) -> MetricsWriter | None:
     ValueError, on every rank: something cannot be written, or is not this run's.
 
     1. The record is locked, checked, and copied where the run goes back. 2. Later checkpoints of the local tier are set aside, 3. then the
-    shared tier's. 4. The record is cut.
+    shared tier's. 4. The record is cut, the logs are opened, and recipe.toml is written last.
     """
     recipe, mesh = trainer.recipe, trainer.mesh
     record = agreed(lambda: open_record(recipe, mesh, trainer.step), mesh)
@@ -177,7 +176,7 @@ def start_logging(recipe: Recipe, mesh: Mesh) -> None:
 class _Dispensable(logging.Handler):
     """Lines that cannot be written (a full disk, a reader that went away) do not stop the training; the first one is told on stderr."""
 
-    place = "stdout"
+    place: str
     failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -197,6 +196,8 @@ class _LogFile(_Dispensable, logging.FileHandler):
 
 class _ConsoleHandler(_Dispensable):
     """Prints above tqdm's bar."""
+
+    place = "stdout"
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -237,7 +238,7 @@ def _readable(error: Exception) -> ValueError:
 
 def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE) if argv else print("zaya.train: name a recipe; see --help", file=sys.stderr)
+        print(USAGE) if argv else say("name a recipe; see --help")
         return 0 if argv else 2
     mesh = None
     try:

@@ -205,9 +205,11 @@ class Trainer:
 
     def restore(self) -> None:
         """Start from where the recipe says: the run's own newest sound checkpoint, a given one, other weights, or random ones."""
-        self.origin, self.skipped, checkpoint, self.hf_config = restore(self.recipe, self.state, self.mesh)
-        if checkpoint is not None:
-            self.step, self.position, self.resumed_from = checkpoint.manifest.step, checkpoint.manifest.position, checkpoint.path
+        start = restore(self.recipe, self.state, self.mesh)
+        self.origin, self.skipped, self.hf_config = start.origin, start.skipped, start.hf_config
+        if start.resumed is not None:
+            manifest = start.resumed.manifest
+            self.step, self.position, self.resumed_from = manifest.step, manifest.position, start.resumed.path
 
     def load(self, path: Path, *, weights_only: bool = False) -> None:
         """Take the state of a checkpoint, or its weights alone; see TrainState.load."""

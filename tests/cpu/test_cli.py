@@ -147,9 +147,10 @@ def test_a_reshape_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("error", "says"), [
-    (ValueError("2 is not 3"), "2 is not 3"), (FileNotFoundError(2, "No such file or directory", "a"), "cannot write a: No such file or "
-     "directory"), (OSError(28, "No space left on device"), "cannot write out: No space left on device"), (OSError("odd"),
-                                                                                                          "cannot write out: odd")])
+    (ValueError("2 is not 3"), "2 is not 3"),
+    (FileNotFoundError(2, "No such file or directory", "a"), "cannot write a: No such file or directory"),
+    (OSError(28, "No space left on device"), "cannot write out: No space left on device"),
+    (OSError("odd"), "cannot write out: odd")])
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], error: ValueError | OSError, says: str) -> None:
     assert Parser(prog="program").refused(error, "write", Path("out")) == 2
     assert capsys.readouterr() == ("", f"program: {says}\n")

@@ -215,7 +215,8 @@ def test_overrides(recipe_file: Path) -> None:
 
 @pytest.mark.parametrize(("override", "value"), [
     ("--data.weights=1,2.5", (1.0, 2.5)), ("--data.weights=1", (1.0,)), ("--data.weights=[3]", (3.0,)), ("--data.weights=", ()),
-    ("--data.train=a", ("a",)), ("--data.train=a, 7", ("a", "7")), ('--data.train="a,b"', ("a,b",)), ("--data.train='a',\"b\"", ("a", "b")),
+    ("--data.train=a", ("a",)), ("--data.train=a, 7", ("a", "7")), ("--data.train=[a,b]", ("a", "b")),
+    ('--data.train="a,b"', ("a,b",)), ("--data.train='a',\"b\"", ("a", "b")),
     ('--run.dir="my run"', "my run"), ('--run.dir="my run"x', '"my run"x')])
 def test_lists_need_no_brackets_and_strings_no_quotes(recipe_file: Path, override: str, value: object) -> None:
     tables = tomllib.loads(recipe_file.read_text())

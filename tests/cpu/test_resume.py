@@ -352,7 +352,7 @@ def test_a_half_loaded_checkpoint_leaves_nothing_in_a_tensor_that_may_be_missing
     manifest = Checkpoint.open(newer).manifest
     (run_dir / "checkpoints/step-00000002").rename(run_dir / "elsewhere")
     # The damage comes last of all that is read.
-    last = max((name for name in manifest.tensors if name.startswith("optim.") and "final_norm" in name), default="optim.step")
+    last = max(name for name in manifest.tensors if name.startswith("optim.") and "final_norm" in name)
     with CheckpointWriter(folder / "older", recipe=Checkpoint.open(older).manifest.recipe) as writer:
         for name in manifest.tensors:
             if not name.startswith("optim.momentum."):

@@ -183,7 +183,6 @@ def test_a_rank_that_waits_for_another_ends_at_once(path: Path, tmp_path: Path) 
         while other.connect_ex(("127.0.0.1", port)):
             assert time.monotonic() < deadline and rank.poll() is None
             time.sleep(0.1)
-        time.sleep(1.0)
         rank.terminate()
         _, err = rank.communicate(timeout=20)
     assert rank.returncode == -signal.SIGTERM and "interrupted" not in err

@@ -63,10 +63,11 @@ def test_the_table_names_groups_that_leave_their_node(pools: Pools) -> None:
     assert "   ep: [0 1 2 3]  [4 5 6 7]  (leaves its node of 2 ranks: slow)" in table.splitlines()
 
 
-def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("local_rank", ["0", "4"])  # all of them find it: those that wait would be told nothing
+def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch, local_rank: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="this node has 4 GPUs for 8 processes"):
         open_mesh("auto", Layout(8))

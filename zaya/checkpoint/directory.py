@@ -122,8 +122,7 @@ class NewDirectory:
         self.directory = Path(os.path.realpath(directory))  # a link stands for the directory that it names
         self.hidden = self.directory.with_name(f".{self.directory.name}.tmp")
         with disk_errors("write", self.directory):
-            refuse_file(self.directory)
-            if self._is_taken() and not (overwrite and (self.directory / mark).is_file()):
+            if is_taken(self.directory) and not (overwrite and (self.directory / mark).is_file()):
                 if overwrite:
                     raise CheckpointError(f"{self.directory} is not an older export, and --overwrite replaces only those; remove it, or "
                                           "choose another name")
@@ -136,7 +135,7 @@ class NewDirectory:
         with disk_errors("write", self.directory):
             old = self.directory.with_name(f".{self.directory.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            if self._is_taken():
+            if is_taken(self.directory):
                 os.replace(self.directory, old)
             os.replace(self.hidden, self.directory)
             sync_directory(self.directory.parent)
@@ -156,14 +155,12 @@ class NewDirectory:
         finally:
             self.abort()  # nothing is left to remove after a close that came through
 
-    def _is_taken(self) -> bool:
-        return self.directory.is_dir() and any(self.directory.iterdir())
 
-
-def refuse_file(target: Path) -> None:
-    """CheckpointError: something that is no directory stands where one is to be made."""
+def is_taken(target: Path) -> bool:
+    """Whether a directory is there that holds something. CheckpointError: it is no directory."""
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target} is there and is not a directory; choose another name")
+    return target.is_dir() and any(target.iterdir())
 
 
 def sync_directory(path: Path) -> None:

@@ -39,9 +39,9 @@ DTYPES = {
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """An integer dtype of each width: bytes pass through numpy as these, because it has no bfloat16."""
 
-# Limits no real checkpoint comes near, so that a hostile or damaged manifest costs neither memory nor time.
-# 8B on 1,024 ranks, nothing but data parallel: 5,052 tensors in 641,444 boxes, by column 21 MB, 33 bytes a box; boxes grow as ranks, so on
-# 16,384 ranks 16 * 21 = 336 MB. The next power of two; a reader takes at most 3 times as much memory (about 44 MB for 21).
+# Limits that real checkpoints keep, so that a hostile or damaged manifest costs neither memory nor time without end.
+# 8B on 1,024 ranks, nothing but data parallel: 5,052 tensors in 641,444 boxes, by column 21 MB, 33 bytes a box; boxes grow as ranks: 336 MB
+# on 16,384. The next power of two. Reading takes the text and about twice as much again (21 + 44 MB there), so 1.6 GB at the limit.
 MAX_MANIFEST_BYTES = 512 << 20
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_VALUES = 1 << 22  # of JSON: as objects they take up to 25 bytes for each byte of text; by column there are few, box by box 15 a box

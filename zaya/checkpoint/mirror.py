@@ -194,7 +194,7 @@ class Mirror:
             except BaseException as error:  # noqa: BLE001 - raised again by result
                 work.set_exception(error)
 
-        threading.Thread(target=run, name="mirror", daemon=True).start()
+        threading.Thread(target=run, name="mirror-copy", daemon=True).start()
         while not all(cast(list[bool], self._gather(bool(wait([work], MEET_S).done)))):
             pass
         return self._together(work.result)

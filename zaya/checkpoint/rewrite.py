@@ -38,7 +38,7 @@ import xxhash
 from tqdm import tqdm
 
 from zaya import shard
-from zaya.checkpoint.directory import refuse_file, sync_directory
+from zaya.checkpoint.directory import is_taken, sync_directory
 from zaya.checkpoint.files import Piece, file_name, manifest_text, write_manifest
 from zaya.checkpoint.manifest import (
     BITS,
@@ -54,7 +54,7 @@ from zaya.checkpoint.manifest import (
     hash_range,
 )
 from zaya.checkpoint.read import Checkpoint
-from zaya.cli import end_with_parent
+from zaya.preemption import end_with_parent
 from zaya.shard import flat_boxes, intersect, shifted
 
 CHUNK_BYTES = 8 << 20  # hashed and written while it is in the cache
@@ -316,8 +316,7 @@ def rewrite(job: Job, target: Path, *, workers: int, max_memory: int) -> int:
     are at most one per GiB. CheckpointError or OSError: nothing is left but, where files were finished, the hidden
     directory that the next run goes on from.
     """
-    refuse_file(target)
-    if target.is_dir() and any(target.iterdir()):
+    if is_taken(target):
         raise CheckpointError(f"{target} exists and is not empty; remove it or choose another name")
     hidden = target.with_name(f".{target.name}.reshape")
     total = sum(job.piece(*item).num_bytes for file in job.files for item in file)

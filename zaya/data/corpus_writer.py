@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from zaya.cli import end_with_parent
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.tokenizer import vocabulary_size
-from zaya.preemption import unwinding
+from zaya.preemption import end_with_parent, unwinding
 
 _PORTION_CHARS = 1 << 18  # characters sent to a process at once: about 0.1 s of work
 _WAITING_PORTIONS = 4  # per process, read ahead but not yet written: bounds memory on inputs of any size
@@ -91,7 +90,8 @@ def staged(paths: list[Path], *, overwrite: bool = False) -> Iterator[list[Path]
 
 
 def was_cut_short(paths: list[Path]) -> bool:
-    """Whether a process that had them `staged` was killed between its renames: the last has not appeared, what has is that process'."""
+    """Whether a process that had them `staged` was killed between its renames: of each path either the file or that process' temporary one
+    is there, and of the last the temporary one."""
     for temp in paths[-1].parent.glob(f".{glob.escape(paths[-1].name)}.*.tmp"):
         number = temp.name.split(".")[-2]
         if all(path.exists() != path.with_name(f".{path.name}.{number}.tmp").exists() for path in paths):
@@ -102,7 +102,7 @@ def was_cut_short(paths: list[Path]) -> bool:
 
 
 def _rename(temporary: list[Path], paths: list[Path]) -> None:
-    """All of them, or none."""
+    """All of them or, after an error, none: what an older file held that was replaced until then is gone."""
     try:
         for temp, path in zip(temporary, paths, strict=True):
             os.replace(temp, path)

@@ -61,7 +61,8 @@ def build(data: DataConfig, vocab_size: int) -> None:
     try:
         _make(missing, tokenizer_path, tokenizer if have_tokenizer else None, vocab_size)
     except OSError as error:
-        raise ValueError(f"cannot make {data.train[0]} and {data.valid}: {error.strerror}") from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise ValueError(f"cannot make {data.train[0]} and {data.valid}: {where}{error.strerror or error}") from None
     tqdm.write(f"made {', '.join(str(row[0].with_suffix('')) for row in missing)} of the standard library's source", file=sys.stderr)
 
 
@@ -70,7 +71,7 @@ def _make(missing: Sequence[tuple[Path, Path, bool]], tokenizer_path: Path, toke
     with staged(([] if tokenizer is not None else [tokenizer_path]) + outputs, overwrite=True) as temporary:
         if tokenizer is None:
             tokenizer = train_bpe(_documents(held_out=False, task=f"training a tokenizer of {vocab_size} entries"), vocab_size)
-            tokenizer.save(str(temporary[0]))
+            temporary[0].write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # not save, whose errors are no OSError
         end_id = end_token_id(tokenizer)
         pairs = iter(temporary[-len(outputs):])
         for bin_path, _, held_out in missing:

@@ -45,8 +45,8 @@ def _tiles_kernel(sizes, tiles, offsets, largest_first, num_rows, max_tiles, E: 
     tl.store(at + 1, first, mask=tile < max_tiles)
     tl.store(at + 2, last, mask=tile < max_tiles)
     # There are at least as many tiles in the grid as experts: each program ranks those that bear its tiles' numbers.
-    size, other = _size(sizes, tile, num_rows, E)[:, None], tl.where(groups < E, size, -1)[None, :]
-    ahead = (other > size) | ((other == size) & (groups[None, :] < tile[:, None]))
+    own, other = _size(sizes, tile, num_rows, E)[:, None], tl.where(groups < E, size, -1)[None, :]
+    ahead = (other > own) | ((other == own) & (groups[None, :] < tile[:, None]))
     tl.store(largest_first + tl.sum(ahead.to(tl.int32), axis=1), tile, mask=tile < E)
     if tl.program_id(0) == 0:
         tl.store(tiles, tl.sum(num_tiles, axis=0))

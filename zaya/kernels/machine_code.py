@@ -275,9 +275,15 @@ def all_figures(builds: Sequence[Build]) -> Iterator[dict[str, Any]]:
 
 
 def _end_with_parent() -> None:
+    """As zaya/preemption.py's (kernels import nothing of the rest): a process of the pool ends when its parent does, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: os._exit(len(wait([parent.sentinel]))), daemon=True).start()
+
+    def end() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from zaya.kernels.grouped_gemm import (
 )
 from zaya.kernels.launch import Config, config, launch, target
 
-FEW_EXPERTS = 31  # whose sizes and their end are 32 numbers: a program of the tile table compares them with all its tiles
+FEW_EXPERTS = 31  # with their end 32 numbers; more, and a table of 128 tiles by experts spills: configs.json has entries for "many"
 ALIGNED = 256  # the widest tile: other widths waste less of smaller ones, and those that 8 does not divide spill in it on gfx942
 RATES = {"wide": 1.0, "narrow": 0.95}  # speed of a CU by tiles, relative to the widest (supposed): a narrow one loads more for a product
 

@@ -31,7 +31,7 @@ from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.launch import Config, Target, config, launch, target
 from zaya.kernels.reference import NEWTON_SCHULZ
 
-MAX_MATRICES = 65535
+MAX_MATRICES = 65535  # the second and third side of a grid on CUDA
 # Speed of a compute unit by tile, relative to the largest: operations per byte that a tile loads grow with its side.
 RATES = {"large": 1.0, "medium": 0.8, "small": 0.45}
 
@@ -157,14 +157,15 @@ def newton_schulz(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Ten
         raise ValueError(f"matrices has shape {tuple(matrices.shape)}, expected (..., rows, cols), rows and cols at least 1")
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
-    result = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
     if matrices.numel() == 0:
-        return result
-    source, out = _on_wide_side(matrices), _on_wide_side(result)
+        return torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
+    source = _on_wide_side(matrices)
     size = _size(source, target(source.device))
     if math.prod(_padded(source.shape, target(source.device), size)) >= 2**31 or len(source) > MAX_MATRICES:
         raise ValueError(f"matrices has shape {tuple(matrices.shape)}, expected at most {MAX_MATRICES} matrices (a grid's side), each of "
                          "fewer than 2^31 elements in whole tiles (int32 offsets)")
+    result = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
+    out = _on_wide_side(result)  # a view
     x = _scaled(source, eps, size)
     for step in range(steps):
         gram = _gram(x, size)

@@ -24,7 +24,7 @@ from zaya.kernels.arguments import FLOATS, check
 from zaya.kernels.backend import MAX_CLASSES
 from zaya.kernels.launch import Config, config, launch, target
 
-FEW_CLASSES = 32  # up to which a program takes the rows of the table's plain entries
+FEW_CLASSES = 32  # more, and a table of 128 tokens or 512 rows by classes fits no program: configs.json has entries for "many"
 MAX_FP32 = tl.constexpr(3.4028234663852886e38)
 
 

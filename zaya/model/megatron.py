@@ -124,7 +124,8 @@ def to_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> ModelConfig:
-    """The model of a run whose arguments say it all: attention is full in every block. ValueError names an argument that does not fit."""
+    """The model of a run whose arguments say it all: attention is full in every block, `window_size` is refused. ValueError names an
+    argument that does not fit."""
     if arguments.get("window_size") is not None:
         raise ValueError(f"args.window_size = {reprlib.repr(arguments['window_size'])} is not supported: arguments have one rotary base, "
                          "and blocks that slide another than those that do not")

@@ -129,9 +129,11 @@ def open_mesh(device: str, layout: Layout) -> Mesh:
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
-        if here.index >= torch.cuda.device_count():
-            raise ValueError(f"this node has {torch.cuda.device_count()} GPUs for {ranks_per_node_from_environment()} processes; start one "
-                             "process per GPU (torchrun --nproc-per-node)")
+        num_gpus = torch.cuda.device_count()
+        # By torchrun's count, so that every rank of the node finds it; without one by this rank's own place.
+        if max(here.index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "0"))) > num_gpus:
+            raise ValueError(f"this node has {num_gpus} GPU{'s' * (num_gpus != 1)} for {ranks_per_node_from_environment()} processes; "
+                             "start one process per GPU (torchrun --nproc-per-node)")
         torch.cuda.set_device(here)
     if layout.world_size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
