@@ -51,8 +51,8 @@ class Parser(argparse.ArgumentParser):
         return [name for name in names if words is None or name.startswith(tuple(words))]
 
     def refused(self, error: ValueError | OSError, verb: str = "read", path: Path | str = "a file") -> int:
-        """Say in one line why the call is refused; the exit code. A ValueError's own words, or "cannot VERB FILE: reason" of the file that an
-        OSError names, else of `path`."""
+        """Say in one line why the call is refused; the exit code. A ValueError's own words, or "cannot VERB FILE: reason" of the file that
+        an OSError names, else of `path`."""
         words = str(error) if isinstance(error, ValueError) else f"cannot {verb} {error.filename or path}: {error.strerror or error}"
         print(f"{self.prog}: {words}", file=sys.stderr)
         return 2
