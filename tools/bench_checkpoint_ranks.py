@@ -39,6 +39,7 @@ from zaya.checkpoint.saver import Saver
 from zaya.config import ModelConfig
 from zaya.parallel.partition import make_buckets
 from zaya.plan import Muon, ParameterPlan, plan
+from zaya.preemption import end_with_parent
 from zaya.shard import Box, Layout, Shard
 
 CHUNK_BYTES = 8 << 20  # of a raw write, as `dd bs=8M`
@@ -353,6 +354,7 @@ def drop_page_cache(folder: Path) -> None:
 
 def run_rank(rank: int, world_size: int, model: ModelConfig, folder: Path, pairs: int, sections: Sequence[str]) -> None:
     """One process. Rank 0 leaves the times in FOLDER/seconds.json."""
+    end_with_parent()
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own has a semaphore, which would stay where this process is killed
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)

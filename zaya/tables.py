@@ -6,6 +6,7 @@ the key.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import difflib
 import json
@@ -60,7 +61,7 @@ def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str,
     if wanted[key] is str:
         value: Any = _unquoted(text)
     elif typing.get_origin(wanted[key]) is tuple:
-        value = _listed(text, typing.get_args(wanted[key])[0])
+        value = _listed(name, text, typing.get_args(wanted[key])[0])
     else:
         value = _toml_value(text, text)
     tables.setdefault(section, {})
@@ -68,19 +69,22 @@ def apply_override(tables: dict[str, Any], override: str, sections: Mapping[str,
         tables[section][key] = value
 
 
-def _listed(text: str, item: type) -> Any:
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+def _listed(name: str, text: str, item: type) -> Any:
+    if text.startswith("[") != text.endswith("]"):
+        raise ValueError(f"{name} = {text!r} has a bracket too few")
+    inner = text[1:-1] if text.startswith("[") else text
     value = _toml_value(f"[{inner}]")
     if value is None or (item is str and not all(isinstance(each, str) for each in value)):
-        return [_unquoted(part.strip()) for part in inner.split(",")]
+        return [_unquoted(part.strip()) for row in csv.reader([inner], skipinitialspace=True) for part in row]
     return value
 
 
 def _toml_value(text: str, otherwise: str | None = None) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # no TOML, more digits than Python reads, brackets without end
         return otherwise
+    return table["value"] if len(table) == 1 else otherwise  # more: it is several lines
 
 
 def _unquoted(text: str) -> str:

@@ -21,6 +21,12 @@ from pathlib import Path
 
 from zaya import runtime
 
+if __name__ == "__main__":
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed (>&-): the next file would get its number, and what is printed with it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(number, "w", closefd=False))
+
 # HIP reads its variables as torch loads: before the imports below.
 SETTINGS = runtime.start("zaya.train") if __name__ == "__main__" else []
 
@@ -87,7 +93,7 @@ def open_record(recipe: Recipe, mesh: Mesh, step: int) -> MetricsWriter | None:
     try:
         return MetricsWriter(path, resume_step=step) if mesh.rank == 0 and path.exists() else None
     except OSError as error:
-        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
+        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename or path}: {error.strerror}") from None
 
 
 def keep_record(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None) -> Path | None:
@@ -113,8 +119,10 @@ def keep_record(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | N
             os.replace(aside / f"{path.name}.tmp", aside / path.name)
             sync_directory(aside)
             sync_directory(path.parent)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise ValueError(f"cannot write {aside}: {error.strerror}; without a copy of {path.name} nothing is set aside") from None
         return aside
 
@@ -122,8 +130,8 @@ def keep_record(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | N
 
 
 def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None, aside: Path | None) -> MetricsWriter | None:
-    """Make run.dir, its log files, its record (on rank 0) and, last, its recipe.toml, once everything else about the recipe proved good;
-    a finished run keeps the recipe.toml that it was made with, if it is still there.
+    """Make run.dir, its log files and, on rank 0, its record and its recipe.toml, once everything else about the recipe proved good; a
+    finished run keeps the recipe.toml that it was made with, if it is still there.
 
     A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside, never mixed with it, never
     deleted. `record`, `aside`: what `open_record` and `keep_record` found. ValueError: something there cannot be written.
@@ -131,29 +139,38 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWri
     run_dir, metrics = Path(recipe.run.dir), None
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        start_logging(recipe, mesh)
         if mesh.rank == 0:
             metrics = record or MetricsWriter(run_dir / "metrics.jsonl", resume_step=step)
+            # Before checkpoints move: without them it must say that the run started from elsewhere.
+            if step < recipe.train.steps or not (run_dir / "recipe.toml").exists():
+                write_recipe(recipe, run_dir / "recipe.toml")
             set_aside(Tiers.of(recipe).shared, step, aside)
             metrics.cut()
-        start_logging(recipe, mesh)
-        if mesh.rank == 0 and (step < recipe.train.steps or not (run_dir / "recipe.toml").exists()):
-            temporary = run_dir / "recipe.toml.tmp"
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(recipe.to_toml())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, run_dir / "recipe.toml")
     except OSError as error:
-        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename}: {error.strerror}") from None
+        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename or run_dir}: {error.strerror}") from None
     return metrics
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Whole or not at all, on the disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(recipe.to_toml())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_run(trainer: Trainer) -> MetricsWriter | None:
     """Everything that a start writes, once it is known from which checkpoint the run goes on (all ranks); the record, on rank 0.
     ValueError, on every rank: something cannot be written, or is not this run's.
 
-    1. The record is locked, checked, and copied where the run goes back. 2. Later checkpoints of the local tier are set aside, 3. then the
-    shared tier's. 4. The record is cut, the logs are opened, and recipe.toml is written last.
+    1. The record is locked, checked, and copied where the run goes back. 2. Later checkpoints of the local tier are set aside. 3. The logs
+    are opened and recipe.toml is written. 4. Later checkpoints of the shared tier are set aside. 5. The record is cut.
     """
     recipe, mesh = trainer.recipe, trainer.mesh
     record = agreed(lambda: open_record(recipe, mesh, trainer.step), mesh)

@@ -216,6 +216,7 @@ def test_overrides(recipe_file: Path) -> None:
 @pytest.mark.parametrize(("override", "value"), [
     ("--data.weights=1,2.5", (1.0, 2.5)), ("--data.weights=1", (1.0,)), ("--data.weights=[3]", (3.0,)), ("--data.weights=", ()),
     ("--data.train=a", ("a",)), ("--data.train=a, 7", ("a", "7")), ("--data.train=[a,b]", ("a", "b")),
+    ('--data.train="a,b", c', ("a,b", "c")),
     ('--data.train="a,b"', ("a,b",)), ("--data.train='a',\"b\"", ("a", "b")),
     ('--run.dir="my run"', "my run"), ('--run.dir="my run"x', '"my run"x')])
 def test_lists_need_no_brackets_and_strings_no_quotes(recipe_file: Path, override: str, value: object) -> None:
@@ -229,6 +230,10 @@ def test_lists_need_no_brackets_and_strings_no_quotes(recipe_file: Path, overrid
 @pytest.mark.parametrize(("override", "message"), [
     ("--train.step=3", "unknown recipe key 'train.step'; did you mean 'train.steps'?"),
     ("--trian.steps=3", "unknown section 'trian'; did you mean 'train'?"),
+    ("--checkpoint.allow_missing=[", "checkpoint.allow_missing = '[' has a bracket too few"),
+    ("--train.steps=2\nfoo = 3", "train.steps = '2\\nfoo = 3' must be an int, not a str"),
+    ("--train.steps=" + "9" * 5000, f"train.steps = '{'9' * 5000}' must be an int, not a str"),
+    ("--optim.lr=" + "[" * 3000, f"optim.lr = '{'[' * 3000}' must be a float, not a str"),
     ("--train.steps=many", "train.steps = 'many' must be an int, not a str"),
     ("--train.steps=", "train.steps = '' must be an int, not a str"),
     ("--train.steps", "argument '--train.steps' is not of the form --section.key=value"),

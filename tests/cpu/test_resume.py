@@ -313,7 +313,8 @@ def test_a_start_that_goes_back_and_is_killed_loses_no_row(folder: Path, whole: 
     assert kill_at > 6
 
 
-@pytest.mark.parametrize("what", ["the record's copy", "a checkpoint of the shared tier", "a checkpoint of the local tier"])
+@pytest.mark.parametrize("what", ["the record's copy", "a new recipe.toml", "a checkpoint of the shared tier",
+                                  "a checkpoint of the local tier"])
 def test_going_back_on_a_full_disk_is_refused_and_costs_nothing(folder: Path, whole: Path, capsys: Capture,
                                                                 monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     name = f"full-{what.split()[-2]}"
@@ -328,13 +329,16 @@ def test_going_back_on_a_full_disk_is_refused_and_costs_nothing(folder: Path, wh
 
     if "record" in what:
         monkeypatch.setattr(shutil, "copyfileobj", full)
+    elif "recipe" in what:
+        monkeypatch.setattr("zaya.train.write_recipe", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
     capsys.readouterr()
     arguments = [recipe, f"--checkpoint.resume={step_path(run_dir / 'checkpoints', 2)}", "--train.steps=3"]
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "set-aside-" in message and "No space left on device" in message and message.count("\n") == 1
+    assert (str(run_dir) if "recipe" in what else "set-aside-") in message and "No space left on device" in message
+    assert message.count("\n") == 1 and "None" not in message
     assert (run_dir / "metrics.jsonl").read_bytes() == record and complete_steps(run_dir / "checkpoints") == [2, 4, 6]
     assert bool(list(run_dir.glob("set-aside-*"))) == ("record" not in what)
     monkeypatch.undo()
@@ -587,6 +591,14 @@ def test_lines_that_nobody_can_write_change_nothing(folder: Path, whole: Path) -
         assert losses(run_dir) == losses(whole)
         bad = subprocess.run([sys.executable, "-m", "zaya.train", str(recipe), "--train.steps=x"], stdout=full, stderr=full, cwd=ROOT)
         assert bad.returncode == 2
+
+
+def test_closed_outputs_change_nothing(folder: Path, whole: Path) -> None:
+    """Whatever is opened next would get their numbers."""
+    recipe = written(tiny.recipe(folder, checkpoint__interval=2, run__dir=str(folder / "closed")), "closed")
+    command = f"exec {sys.executable} -m zaya.train {recipe} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
+    assert losses(folder / "closed") == losses(whole)
 
 
 def test_that_a_log_cannot_be_written_is_said_once(folder: Path) -> None:
