@@ -311,9 +311,9 @@ def main(argv: Sequence[str]) -> int:
         return 1
     except (ValueError, OSError) as error:
         return parser.refused(error, "write", arguments.dir)
+    print("\n".join(lines(report)), flush=True)
     if arguments.json is not None:
         replace_text(arguments.json, json.dumps(report, indent=2) + "\n")
-    print("\n".join(lines(report)))
     return 0
 
 

@@ -198,13 +198,14 @@ def main(argv: Sequence[str]) -> int:
         return parser.refused(error, "write", options.dir)
     result = {"workers": options.workers, "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch": torch.__version__,
               "model": dataclasses.asdict(config), **{tool: summary(figures) for tool, figures in rounds.items()}, "rounds": rounds}
-    if options.json:
-        replace_text(options.json, json.dumps(result, indent=2) + "\n")
     for tool in rounds:
         of = summary(rounds[tool])
         print(f"{tool}: {of['gb_per_s']:.2f} GB/s, cp {of['copy_gb_per_s']:.2f} GB/s, ratio {of['ratio_median']:.2f} "
               f"({of['ratio_min']:.2f} to {of['ratio_max']:.2f}) in {len(rounds[tool])} pairs, of CPU time {of['cpu_ratio_median']:.2f}; "
-              f"peak {of['peak_bytes'] / 1e6:.0f} MB, {of['added_bytes'] / 1e6:.0f} MB with the conversion, {options.workers} threads")
+              f"peak {of['peak_bytes'] / 1e6:.0f} MB, {of['added_bytes'] / 1e6:.0f} MB with the conversion, {options.workers} threads",
+              flush=True)
+    if options.json:
+        replace_text(options.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -7,7 +7,7 @@ Reads RUN/metrics.jsonl, also while the run goes on, and writes RUN/plots/run.pn
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from zaya.cli import Parser
+from zaya.cli import Parser, replace_bytes
 from zaya.metrics import Row, read_rows
 
 BLUE, ORANGE, GREY, INK = "#2b6cb0", "#dd6b20", "#a0aec0", "#2d3748"
@@ -191,9 +191,9 @@ def main(argv: Sequence[str]) -> int:
         check_rows(options.run / "metrics.jsonl", train)
         figure = draw(headline(options.run, train, evaluation), train, evaluation)
         out.parent.mkdir(exist_ok=True)
-        unfinished = out.with_name(out.name + ".tmp")
-        figure.savefig(unfinished, format=out.suffix[1:].lower(), dpi=130)
-        os.replace(unfinished, out)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=out.suffix[1:].lower(), dpi=130)
+        replace_bytes(out, picture.getvalue())
     except (ValueError, OSError) as error:
         return parser.refused(error, "write", out)
     print(out)

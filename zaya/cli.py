@@ -128,10 +128,17 @@ def _leave(prog: str, why: str, end: int | signal.Signals) -> NoReturn:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: an interruption leaves the old one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: an interruption or a full disk leaves the old one, and nothing beside it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 MAX_WORKERS = 256  # threads; more than any machine has use for

@@ -1,4 +1,5 @@
-"""What a process does when the job must go (SIGTERM: Slurm, Kubernetes, torchrun; SIGUSR1; Ctrl-C). Standard library only.
+"""What a process does when the job must go (SIGTERM: Slurm, Kubernetes, torchrun; SIGUSR1; Ctrl-C; SIGHUP: a terminal that
+closes). Standard library only.
 
 In the training loop the handler only notes it: the loop looks between steps, so that a step is never cut in two; only a second Ctrl-C does
 not wait. What is made before it (a corpus) is left at once, and cleaned up.
@@ -36,8 +37,9 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if self._active and threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            interrupt = (signal.SIGINT,) if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else ()  # ignored behind a shell's &
-            self._before = {number: signal.signal(number, self._note) for number in (*SIGNALS, *interrupt)}
+            # Ignored behind a shell's &, or by nohup.
+            terminals = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in (*SIGNALS, *terminals)}
         return self
 
     def learn(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tools import reshape_checkpoint
 from zaya.checkpoint.read import Checkpoint
-from zaya.cli import Parser
+from zaya.cli import Parser, replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
@@ -154,3 +154,15 @@ def test_a_reshape_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], error: ValueError | OSError, says: str) -> None:
     assert Parser(prog="program").refused(error, "write", Path("out")) == 2
     assert capsys.readouterr() == ("", f"program: {says}\n")
+
+
+def test_a_file_that_cannot_be_replaced_stays_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_text(tmp_path / "f", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("f", "old")]

@@ -533,7 +533,8 @@ def test_a_last_state_that_cannot_be_saved_is_exit_code_1(folder: Path, capsys: 
     assert len(losses(folder / "unsaved")) == 6 and not complete_steps(folder / "unsaved/checkpoints")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+                                    pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.Signals) -> None:
     run_dir = folder / number.name
     recipe = written(tiny.recipe(folder, checkpoint__interval=100, run__dir=str(run_dir)), number.name)
