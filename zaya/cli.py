@@ -132,10 +132,13 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: an interruption or a full disk leaves the old one, and nothing beside it."""
+    """Write a file whole or not at all, onto the disk: an interruption or a full disk leaves the old one, and nothing beside it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

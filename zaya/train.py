@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from zaya.checkpoint.directory import free_aside, set_aside, sync_directory
 from zaya.checkpoint.manifest import CheckpointError
-from zaya.cli import INTERRUPTED
+from zaya.cli import INTERRUPTED, replace_text
 from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
@@ -144,25 +144,12 @@ def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWri
             metrics = record or MetricsWriter(run_dir / "metrics.jsonl", resume_step=step)
             # Before checkpoints move: without them it must say that the run started from elsewhere.
             if step < recipe.train.steps or not (run_dir / "recipe.toml").exists():
-                write_recipe(recipe, run_dir / "recipe.toml")
+                replace_text(run_dir / "recipe.toml", recipe.to_toml())
             set_aside(Tiers.of(recipe).shared, step, aside)
             metrics.cut()
     except OSError as error:
         raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename or run_dir}: {error.strerror}") from None
     return metrics
-
-
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Whole or not at all, on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(recipe.to_toml())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_run(trainer: Trainer) -> MetricsWriter | None:

@@ -330,7 +330,7 @@ def test_going_back_on_a_full_disk_is_refused_and_costs_nothing(folder: Path, wh
     if "record" in what:
         monkeypatch.setattr(shutil, "copyfileobj", full)
     elif "recipe" in what:
-        monkeypatch.setattr("zaya.train.write_recipe", full)
+        monkeypatch.setattr("zaya.train.replace_text", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
     capsys.readouterr()
