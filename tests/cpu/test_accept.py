@@ -184,7 +184,7 @@ def test_a_steps_own_processes_end_with_it(tmp_path: Path, leader: str) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
-def test_an_interruption_takes_the_step_with_it(tmp_path: Path, sent: signal.Signals) -> None:
+def test_an_interruption_takes_the_step_with_it(tmp_path: Path, terminal: None, sent: signal.Signals) -> None:
     """Else its processes would hold the GPUs, and the next acceptance would find them taken."""
     code = (f"import __main__, sys; from tools import accept_mi300x as accept; __main__.__spec__ = accept.__spec__;"  # as by -m
             f"sleep = [sys.executable, '-c', 'import time; time.sleep(1234.5)'];"

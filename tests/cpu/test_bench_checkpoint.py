@@ -107,7 +107,7 @@ def interrupt_after(path: Path) -> None:
     threading.Thread(target=interrupt, daemon=True).start()
 
 
-def test_an_interruption_ends_the_ranks_before_their_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_ends_the_ranks_before_their_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: None) -> None:
     monkeypatch.setattr(bench, "run_rank", sleeping_rank)
     others = multiprocessing.active_children()
     interrupt_after(tmp_path / "begun")
@@ -116,7 +116,7 @@ def test_an_interruption_ends_the_ranks_before_their_files_go(tmp_path: Path, mo
     assert multiprocessing.active_children() == others
 
 
-def test_an_interruption_ends_the_reshape_before_its_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_ends_the_reshape_before_its_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: None) -> None:
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nmv {tmp_path}/pid {tmp_path}/begun\nexec sleep 1234\n")
     script.chmod(0o755)

@@ -38,7 +38,7 @@ with tempfile.TemporaryDirectory(dir="."):
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def start(tmp_path: Path, terminal: None) -> Callable[..., subprocess.Popen[str]]:
     """`python -m program`, a tool whose work is `body`."""
 
     def start(body: str, **options: object) -> subprocess.Popen[str]:
@@ -85,11 +85,8 @@ except KeyboardInterrupt:
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    hung_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        program = start("signal.raise_signal(signal.SIGHUP)\nprint('goes on')")
-    finally:
-        signal.signal(signal.SIGHUP, hung_up)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    program = start("signal.raise_signal(signal.SIGHUP)\nprint('goes on')")
     assert program.communicate(timeout=60) == ("goes on\n", "") and program.returncode == 0
 
 

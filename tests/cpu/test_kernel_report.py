@@ -254,7 +254,7 @@ def test_an_unknown_op_is_one_line() -> None:
     *((command, moment, signal.SIGINT) for moment in ("starting", "compiling")
       for command in ("tools.kernel_report", "tools.tune_kernels --op attention --arch gfx942 --dry-run")),
     ("tools.kernel_report", "compiling", signal.SIGKILL)])
-def test_a_signal_leaves_no_process(tmp_path: Path, command: str, moment: str, number: signal.Signals) -> None:
+def test_a_signal_leaves_no_process(tmp_path: Path, terminal: None, command: str, moment: str, number: signal.Signals) -> None:
     """Ctrl-C, which a terminal sends to all processes (those of the pool start by importing torch), is one line; a kill is the tool's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     tool = subprocess.Popen([sys.executable, "-m", *command.split()], cwd=ROOT, env=environment, stdout=subprocess.PIPE,

@@ -30,7 +30,7 @@ from zaya.checkpoint.write import CheckpointWriter
 from zaya.config import Recipe, load_recipe
 from zaya.metrics import MetricsWriter, read_rows
 from zaya.parallel.mesh import open_mesh
-from zaya.preemption import AGAIN_S, SIGNALS, Preemption
+from zaya.preemption import AGAIN_S, Preemption
 from zaya.shard import Layout
 from zaya.tiers import Tiers
 from zaya.train import main, open_run
@@ -391,11 +391,7 @@ def test_a_signal_in_the_last_step_finishes_the_run(folder: Path, whole: Path, m
 
     monkeypatch.setattr(Trainer, "train_step", last)
     recipe = written(tiny.recipe(folder, checkpoint__interval=4, run__dir=str(folder / "last")), "last")
-    try:
-        assert main([str(recipe)]) == 0
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert main([str(recipe)]) == 0
     assert losses(folder / "last") == losses(whole) and complete_steps(folder / "last/checkpoints") == [4, 6]
 
 
@@ -421,11 +417,7 @@ def test_a_signal_in_the_last_step_leaves_no_checkpoint_on_the_local_tier_alone_
     monkeypatch.setattr(Mirror, "_bring", bring)
     base = tiny.recipe(folder, checkpoint__interval=6, checkpoint__local_dir=str(folder / "fast4"), run__dir=str(run_dir))
     recipe = written(base, run_dir.name)
-    try:
-        assert main([str(recipe)]) == 3
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert main([str(recipe)]) == 3
     monkeypatch.undo()
     assert main([str(recipe)]) == 0 and complete_steps(run_dir / "checkpoints") == [6]
 
@@ -450,12 +442,8 @@ def test_a_signal_ends_the_wait_for_the_mirror(folder: Path, capsys: Capture, mo
         shutil.rmtree(step_path(run_dir / "checkpoints", 6))
     monkeypatch.setattr(Mirror, "_bring", stuck)
     capsys.readouterr()
-    try:
-        assert main([recipe]) == 3
-        assert time.monotonic() - sent[0] < 1
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert main([recipe]) == 3
+    assert time.monotonic() - sent[0] < 1
     out, err = capsys.readouterr()
     assert f"step 6 | not mirrored yet: it is on the local tier only, {step_path(local, 6)}" in out
     assert err == "zaya.train: SIGTERM: saved at step 6; start it again to go on\n"
@@ -535,7 +523,7 @@ def test_a_last_state_that_cannot_be_saved_is_exit_code_1(folder: Path, capsys: 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
                                     pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.Signals) -> None:
+def test_preemption_saves_and_exits_3(folder: Path, whole: Path, terminal: None, number: signal.Signals) -> None:
     run_dir = folder / number.name
     recipe = written(tiny.recipe(folder, checkpoint__interval=100, run__dir=str(run_dir)), number.name)
     command = [sys.executable, "-c", SLOW_STEPS, str(recipe)]
@@ -559,8 +547,7 @@ def test_preemption_saves_and_exits_3(folder: Path, whole: Path, number: signal.
 
 
 SLOW_STEPS = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & would ignore
+import sys, time
 from zaya import train, trainer
 step = trainer.Trainer.train_step
 def slow(self, votes=(0, 0)):
@@ -622,7 +609,7 @@ def test_a_run_that_never_saves_ends_by_its_signal(folder: Path) -> None:
     assert job.returncode == -signal.SIGTERM
 
 
-def test_a_second_ctrl_c_ends_a_run_at_once(folder: Path) -> None:
+def test_a_second_ctrl_c_ends_a_run_at_once(folder: Path, terminal: None) -> None:
     """Where the step under way would take a minute."""
     recipe = written(tiny.recipe(folder, train__steps=1000, checkpoint__interval=100, run__dir=str(folder / "twice")), "twice")
     script = AS_A_PROGRAM.replace("time.sleep(0.4)", "time.sleep(60 if self.step else 0)")
@@ -639,9 +626,8 @@ def test_a_second_ctrl_c_ends_a_run_at_once(folder: Path) -> None:
     assert job.returncode == 130 and stderr.splitlines()[-1] == "zaya.train: interrupted" and "Traceback" not in stderr
 
 
-def test_a_ctrl_c_that_is_passed_on_is_no_second_one() -> None:
+def test_a_ctrl_c_that_is_passed_on_is_no_second_one(terminal: None) -> None:
     """Also where this rank has learnt of the first from another."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Preemption() as preemption:
         preemption.learn()
         try:
@@ -650,14 +636,12 @@ def test_a_ctrl_c_that_is_passed_on_is_no_second_one() -> None:
         except KeyboardInterrupt:
             pytest.fail("taken for a second one")
         assert preemption.signal == "a signal to another rank"
-    assert signal.signal(signal.SIGINT, signal.default_int_handler) == signal.SIG_IGN
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-def test_ctrl_c_before_the_first_step_is_one_line(folder: Path) -> None:
+def test_ctrl_c_before_the_first_step_is_one_line(folder: Path, terminal: None) -> None:
     recipe = written(tiny.recipe(folder, run__dir=str(folder / "early")), "early")
-    script = ("import zaya.parallel.mesh as mesh, os, runpy, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script = ("import zaya.parallel.mesh as mesh, os, runpy, signal\n"
               "mesh.open_mesh = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
               "runpy.run_module('zaya.train', run_name='__main__')")
     job = subprocess.run([sys.executable, "-c", script, str(recipe)], capture_output=True, text=True, cwd=ROOT)

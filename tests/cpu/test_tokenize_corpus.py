@@ -294,7 +294,7 @@ def test_an_interrupted_overwrite_keeps_the_old_corpus(tmp_path: Path, tokenizer
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_ctrl_c_is_one_line_and_leaves_no_process_and_no_file(tmp_path: Path, tokenizer: Path) -> None:
+def test_ctrl_c_is_one_line_and_leaves_no_process_and_no_file(tmp_path: Path, tokenizer: Path, terminal: None) -> None:
     """A terminal sends it to all processes; those that tokenise have just begun to import."""
     source = write_file(tmp_path / "d.jsonl", jsonl(TEXTS * 1500))
     options = [f"--output={tmp_path / 'c'}", f"--tokenizer={tokenizer}", "--workers=2"]
@@ -421,7 +421,7 @@ def test_stdlib_corpus_makes_both_or_says_what_is_missing(tmp_path: Path, few_fi
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_signal_leaves_nothing_and_what_a_kill_leaves_goes_at_the_next_start(tmp_path: Path, few_files: None,
+def test_a_signal_leaves_nothing_and_what_a_kill_leaves_goes_at_the_next_start(tmp_path: Path, few_files: None, terminal: None,
                                                                                number: signal.Signals) -> None:
     folder = tmp_path / "new" / "corpora"
     data = stdlib_data(folder)

@@ -145,7 +145,7 @@ def ranks_of(recipe: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
-def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, sent: signal.Signals) -> None:
+def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, terminal: None, sent: signal.Signals) -> None:
     """Ctrl-C of a terminal reaches all of the foreground's processes."""
     command = [sys.executable, "-m", "tools.bisect_layouts", str(path), "--a", "ranks=2", "--train.global_batch_size=100000"]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
