@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ from zaya.trainer import Trainer, open_data
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
 STEPS = 2
+REFUSED = "tools.bisect_layouts: "
+"""So a rank begins its one line about bad input, which torchrun surrounds with a report."""
 
 
 class Part(NamedTuple):
@@ -222,18 +225,22 @@ def _layout(text: str) -> tuple[int, list[str]]:
 
 
 def _run(side: str, recipe: str, ranks: int, overrides: list[str], timeout_s: float) -> list[Record]:
-    """What each rank noted. ValueError, with the option `side` that named the layout, where it fails or takes too long; an exception takes
-    its processes with it."""
+    """What each rank noted. ValueError, with the option `side` that named the layout, where it fails or takes too long; nothing that ends
+    this process leaves others behind."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                    "-m", "tools.bisect_layouts", "--worker", folder, recipe, *overrides]
-        # A session of its own: a terminal's Ctrl-C would be torchrun's first signal, and at a second one it leaves its workers running.
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
+        # The ranks read a pipe that nobody writes to: it ends when this process does, however that ends, and they with it. torchrun, sent a
+        # signal while it starts them, may leave some behind. A session of its own, for a terminal's Ctrl-C would be such a signal.
+        alive, ours = os.pipe()
+        with open(alive) as stdin, open(ours, "w") as until_closed, subprocess.Popen(
+                command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
             try:
                 _, stderr = job.communicate(timeout=timeout_s)
             except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
-                job.terminate()  # torchrun takes its workers with it
+                job.terminate()
+                until_closed.close()
                 stdout, _ = job.communicate()
                 if isinstance(end, KeyboardInterrupt):
                     raise
@@ -241,14 +248,16 @@ def _run(side: str, recipe: str, ranks: int, overrides: list[str], timeout_s: fl
                 where = f"in {begun[-1]} of {STEPS}" if begun else "before its first step"
                 raise ValueError(f"{side} took longer than --timeout {timeout_s:g}; it was stopped {where}") from None
         if job.returncode:
-            raise ValueError(f"{side} failed:\n{stderr[-2000:]}")
+            said = next((line.removeprefix(REFUSED) for line in stderr.splitlines() if line.startswith(REFUSED)), "")
+            raise ValueError(f"{side}: {said}" if said else f"{side} failed:\n{stderr[-2000:]}")
         by_rank = [pickle.loads((Path(folder) / f"rank-{rank}").read_bytes()) for rank in range(ranks)]  # written just now, by ourselves
         return [{key: [Part(*part) for part in parts] for key, parts in notes.items()} for notes in by_rank]
 
 
 def _worker(folder: str, recipe: Recipe) -> int:
-    """A rank. The first says on stdout which step it is at."""
+    """A rank, until stdin ends. The first says on stdout which step it is at."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, at once: a handler would wait until a collective returns
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, int(os.environ["WORLD_SIZE"])))
 
     def say(step: int) -> None:
@@ -285,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         for ranks, flags in layouts.values():
             load_recipe(options.recipe, [*overrides, *flags]).validate(ranks)
         a, b = (_run(side, options.recipe, ranks, [*overrides, *flags], options.timeout) for side, (ranks, flags) in layouts.items())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return parser.refused(error)
     tolerance = TOLERANCE[options.dtype] if options.tolerance is None else options.tolerance
     found = list(differences(a, b))

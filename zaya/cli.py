@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -35,11 +36,18 @@ class Parser(argparse.ArgumentParser):
         end_in_one_line(prog)
 
     def check_output(self, option: str, path: Path | None) -> None:
-        """Before the work, that its result can be written."""
-        if path is not None and not path.absolute().parent.is_dir():
+        """Before the work, that its result can be written: in a directory that is there and takes files."""
+        if path is None:
+            return
+        if not path.absolute().parent.is_dir():
             self.error(f"{option} {path}: there is no directory {path.absolute().parent}")
-        if path is not None and path.exists() and not path.is_file():
-            self.error(f"{option} {path} is a {'directory' if path.is_dir() else 'device or pipe'}; name a file")
+        try:
+            if path.exists() and not path.is_file():
+                self.error(f"{option} {path} is a {'directory' if path.is_dir() else 'device or pipe'}; name a file")
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
+        except OSError as error:
+            self.error(f"{option}: cannot write {path}: {error.strerror}")
 
     def starting_so(self, option: str, words: Sequence[str] | None, names: Sequence[str], none: str) -> list[str]:
         """The names that start with one of the words, in their order; all where there are no words. A word that fits none is an error that

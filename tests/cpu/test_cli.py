@@ -153,6 +153,25 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], error: ValueE
     assert capsys.readouterr() == ("", f"program: {says}\n")
 
 
+@pytest.mark.parametrize(("name", "says"), [
+    ("/proc/figures.json", "--json: cannot write /proc/figures.json: No such file or directory"),
+    ("{dir}/" + "n" * 256, "File name too long"), ("{dir}", "--json {dir} is a directory; name a file"),
+    ("{dir}/new/f.json", "there is no directory {dir}/new"), ("/dev/null", "device or pipe; name a file")])
+def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str,
+                                                                  says: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Parser(prog="program").check_output("--json", Path(name.format(dir=tmp_path)))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and says.format(dir=tmp_path) in message and message.count("\n") == 1
+
+
+def test_an_output_that_can_be_written_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("old")
+    for name in ("f", "new"):
+        Parser(prog="program").check_output("--json", tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("f", "old")]
+
+
 def test_a_file_that_cannot_be_replaced_stays_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_text("old")
 

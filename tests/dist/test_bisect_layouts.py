@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +119,22 @@ def test_bad_layouts_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]
 ])
 def test_a_layout_that_takes_too_long_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str,
                                                stuck: str, says: str) -> None:
-    """torchrun is played by a script: one of the layouts gets stuck, the other is done at once, with an empty record."""
+    """torchrun is played by a script: one of the layouts gets stuck, deaf to torchrun's signal, the other is done at once, with an empty
+    record."""
     torchrun = path.with_name("torchrun")
     torchrun.write_text(f"""#!{sys.executable}
-import pathlib, pickle, sys, time
+import pathlib, pickle, select, signal, sys
 if {stuck!r} in sys.argv[-1]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdout.write({words!r})
     sys.stdout.flush()
-    time.sleep(600)
+    select.select([sys.stdin], [], [], 60)
 (pathlib.Path(sys.argv[sys.argv.index("--worker") + 1]) / "rank-0").write_bytes(pickle.dumps({{}}))
 """)
     torchrun.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(torchrun))
-    assert main([str(path), "--b", "ranks=2,tp=2", "--timeout", "3"]) == 2
+    began = time.monotonic()
+    assert main([str(path), "--b", "ranks=2,tp=2", "--timeout", "3"]) == 2 and time.monotonic() - began < 30
     assert capsys.readouterr().err == f"tools.bisect_layouts: {says}\n"
 
 
@@ -144,40 +148,62 @@ def ranks_of(recipe: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
-def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, terminal: None, sent: signal.Signals) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "SIGHUP", "kill"])
+@pytest.mark.parametrize("processes", [2, 3], ids=["at torchrun's start of its ranks", "when all are there"])
+def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, terminal: None, sent: signal.Signals, processes: int) -> None:
     """Ctrl-C of a terminal reaches all of the foreground's processes."""
     command = [sys.executable, "-m", "tools.bisect_layouts", str(path), "--a", "ranks=2", "--train.global_batch_size=100000"]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 200
-    while len(ranks_of(path)) < 3:  # torchrun and its two
-        assert time.monotonic() < deadline and job.poll() is None
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        try:
+            deadline = time.monotonic() + 100
+            while len(ranks_of(path)) < processes:  # torchrun and its two
+                assert time.monotonic() < deadline and job.poll() is None
+                time.sleep(0.02)
+            os.killpg(job.pid, sent)
+            out, err = job.communicate(timeout=60)
+        finally:
+            job.kill()
+    said = "" if sent == signal.SIGKILL else "tools.bisect_layouts: interrupted\n"
+    assert (job.returncode, out, err) == (130 if sent == signal.SIGINT else -sent, "", said)
+    while left := ranks_of(path):  # at most until those that have just been started have come to reading
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    os.killpg(job.pid, sent)
-    out, err = job.communicate(timeout=200)
-    assert (job.returncode, out, err) == (130 if sent == signal.SIGINT else -sent, "", "tools.bisect_layouts: interrupted\n")
-    assert not ranks_of(path)
 
 
-def test_the_first_rank_says_which_step_it_is_at(path: Path, tmp_path: Path) -> None:
+def test_a_layout_that_is_refused_in_its_ranks_is_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(path), "--a", "ranks=1", "--data.train=nowhere"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("tools.bisect_layouts: --a ranks=1: ") and "nowhere" in message and message.count("\n") == 1
+
+
+@pytest.fixture
+def open_stdin() -> Iterator[int]:
+    """A rank ends when this does."""
+    read, write = os.pipe()
+    yield read
+    os.close(read)
+    os.close(write)
+
+
+def test_the_first_rank_says_which_step_it_is_at(path: Path, tmp_path: Path, open_stdin: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environ = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = subprocess.run([sys.executable, "-m", "tools.bisect_layouts", "--worker", str(tmp_path), str(path)], cwd=ROOT, env=environ,
-                          capture_output=True, text=True, timeout=250)
+                          stdin=open_stdin, capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stdout) == (0, "step 1\nstep 2\n"), done.stderr
     assert (tmp_path / "rank-0").is_file()
 
 
-def test_a_rank_that_waits_for_another_ends_at_once(path: Path, tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_another_ends_at_once(path: Path, tmp_path: Path, open_stdin: int) -> None:
     """By torchrun's SIGTERM, after which it waits 30 s."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environ = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rank = subprocess.Popen([sys.executable, "-m", "tools.bisect_layouts", "--worker", str(tmp_path), str(path)], cwd=ROOT, env=environ,
-                            stderr=subprocess.PIPE, text=True)
+                            stdin=open_stdin, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     with socket.socket() as other:
         while other.connect_ex(("127.0.0.1", port)):
