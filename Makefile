@@ -25,7 +25,12 @@ help:
 	@echo "make clean        remove caches and build leftovers; .venv, runs/ and corpora/ stay"
 
 # The stamp lies inside .venv, so deleting .venv is all it takes to start over.
+# A PYTHON that is named must be the one that .venv was built from.
 setup: .venv/.ready
+ifeq ($(origin PYTHON),command line)
+	@command -v $(PYTHON) >/dev/null && [ "$$($(PYTHON) -VV 2>/dev/null)" = "$$($(BIN)/python -VV)" ] || \
+	    { echo "setup: .venv is of $$($(BIN)/python -V), not of $(PYTHON); delete .venv to build it anew" >&2; exit 2; }
+endif
 .venv/.ready: setup.py tools/setup_env.py
 	@command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON); sudo apt-get install python3 python3-venv, or name one: make setup PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m tools.setup_env
