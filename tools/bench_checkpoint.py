@@ -45,12 +45,13 @@ from tqdm import tqdm
 
 from tools.bench_checkpoint_ranks import STEP, WrongBytesError, drop_page_cache, run_rank, state_bytes, take_turns, tensors_of, zaya_of
 from zaya.checkpoint.files import file_name
-from zaya.checkpoint.manifest import DTYPES, FileEntry, Manifest, num_bytes
+from zaya.checkpoint.manifest import FileEntry, Manifest, num_bytes
 from zaya.checkpoint.planning import SavePlan, Table, pack
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.saver import available_bytes
 from zaya.cli import Parser, replace_text
 from zaya.config import ModelConfig, load_recipe
+from zaya.dtypes import STORED_NAMES
 from zaya.parallel.partition import saved_by_rank
 from zaya.plan import plan
 from zaya.shard import Layout
@@ -60,7 +61,6 @@ GOALS = {  # section -> (contender, least median of contender's seconds / ours)
     "save": (("raw", 0.9), ("dcp", 1.5)), "load": (("dcp", 1.5),), "reshard": (("dcp", 1.5),), "stall": (("copy", 1.0),)}
 RECIPE = Path(__file__).parents[1] / "recipes" / "zaya1_8b_pretrain1.toml"
 MANIFEST_RANKS, MANIFEST_SECONDS, MANIFEST_BYTES = 1024, 5.0, 50e6
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------ in one process
@@ -147,7 +147,7 @@ def memory_bytes(pid: int) -> dict[str, int]:
 def manifest_figures(recipe: Path, ranks: int) -> dict[str, Any]:
     """What rank 0 does for a save by so many ranks, phase by phase: seconds, and (in a second pass) what memory it adds at most."""
     table = plan(load_recipe(recipe).model)
-    tensors: Table = {name: (NAMES[dtype], row.shape) for row in table.values() for name, dtype in tensors_of(row)}
+    tensors: Table = {name: (STORED_NAMES[dtype], row.shape) for row in table.values() for name, dtype in tensors_of(row)}
     packed, sizes, hashes = [], [], []
     for rank, mine in enumerate(tqdm(saved_by_rank(table, Layout(ranks), True), desc="boxes", unit="rank", disable=None)):
         boxes = [(name, box) for parameter, parts in mine.items() for name, _ in tensors_of(table[parameter]) for box in parts]

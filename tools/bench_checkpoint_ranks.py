@@ -32,11 +32,13 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor import empty as empty_dtensor
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import BITS, CheckpointError, hash_bytes
+from zaya.checkpoint.errors import CheckpointError
+from zaya.checkpoint.hashing import hash_bytes
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share, save
 from zaya.checkpoint.saver import Saver
 from zaya.config import ModelConfig
+from zaya.dtypes import BITS
 from zaya.parallel.partition import make_buckets
 from zaya.plan import Muon, ParameterPlan, plan
 from zaya.preemption import end_with_parent

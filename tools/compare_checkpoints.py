@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import BITS, TensorEntry, num_bytes
+from zaya.checkpoint.manifest import TensorEntry, num_bytes
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser, worker_count
+from zaya.dtypes import BITS
 from zaya.shard import Box
 
 EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2

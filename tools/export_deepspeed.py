@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import DTYPES
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.universal import CLIENT_KEY, STATES, ParameterGroup, UniversalWriter
 from zaya.cli import Parser
 from zaya.config import Recipe, recipe_from_tables
+from zaya.dtypes import STORED_DTYPES
 from zaya.plan import ParameterPlan, plan
 from zaya.schedule import learning_rate
 
@@ -113,7 +113,7 @@ def export_deepspeed(path: Path, target: Path) -> Path:
     source = open_source(path)
     manifest = source.checkpoint.manifest
     buffers = {name.removeprefix("model."): tensor for name, tensor in source.rest.items() if name.startswith("model.")}
-    total = len(STATES) * sum(row.numel for row in source.table.values()) * DTYPES["F32"].itemsize
+    total = len(STATES) * sum(row.numel for row in source.table.values()) * STORED_DTYPES["F32"].itemsize
     with (UniversalWriter(target, step=manifest.step, optimizer_steps=source.optimizer_steps, groups=groups(source), buffers=buffers,
                           client_state=client_state(source)) as writer,
           tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True, desc="export") as bar):

@@ -25,15 +25,13 @@ from tqdm import tqdm
 
 from zaya.checkpoint import stream
 from zaya.checkpoint.directory import NewDirectory
-from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser, parse_bytes, worker_count
 from zaya.config import ModelConfig, model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
+from zaya.dtypes import DTYPES, STORED_DTYPES, STORED_NAMES
 from zaya.model import hf
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
 # Copied where they lie beside the tokenizer: what a directory that was imported brought along.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -80,7 +78,7 @@ def write_header(path: Path, shard: list[Item]) -> int:
     for item in shard:
         for named in item.link.theirs:
             begin, end = end, end + math.prod(named.shape) * item.dtype.itemsize
-            header[named.name] = {"dtype": SAFETENSORS_DTYPES[item.dtype], "shape": named.shape, "data_offsets": [begin, end]}
+            header[named.name] = {"dtype": STORED_NAMES[item.dtype], "shape": named.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:

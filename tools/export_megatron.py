@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import DTYPES as STORED_DTYPES
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from zaya.cli import Parser, parse_bytes
 from zaya.config import ModelConfig, model_from_tables
+from zaya.dtypes import DTYPES, STORED_DTYPES
 from zaya.model import megatron
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 CHECKPOINT_VERSION = 3.0  # of Megatron-LM's layouts; linear_qkv is interleaved by group since 2.0
 
 

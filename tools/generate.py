@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import DTYPES
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser
 from zaya.config import model_from_tables
 from zaya.data.tokenizer import end_token_id, load_tokenizer
+from zaya.dtypes import STORED_DTYPES
 from zaya.model.transformer import Zaya
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -34,7 +34,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Zaya:
     config = model_from_tables(checkpoint.manifest.recipe)
     embedding = checkpoint.manifest.tensors.get("model.embedding.weight")
     with device:
-        model = Zaya(config, dtype=DTYPES[embedding.dtype] if embedding else torch.float32)
+        model = Zaya(config, dtype=STORED_DTYPES[embedding.dtype] if embedding else torch.float32)
     for name, tensor in model.state_dict().items():
         value = checkpoint.read(f"model.{name}")
         if value.shape != tensor.shape:

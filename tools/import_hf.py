@@ -28,13 +28,14 @@ from tqdm import tqdm
 from zaya.checkpoint import stream
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.cli import Parser, worker_count
+from zaya.dtypes import STORED_DTYPES
 from zaya.model import hf, zyphra
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"  # tied to the embedding: some files store it all the same
 ARCHITECTURE = "ZayaForCausalLM"
 CONFIG_DTYPES = ("float32", "bfloat16", "float16", "float64")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {name: dtype for name, dtype in STORED_DTYPES.items() if dtype.is_floating_point}
 """By safetensors' names."""
 CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in a core's cache
 

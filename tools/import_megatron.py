@@ -16,7 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zaya.checkpoint.manifest import CheckpointError, parse_json
+from zaya.checkpoint.errors import CheckpointError
+from zaya.checkpoint.manifest import parse_json
 from zaya.checkpoint.torch_dist import COMMON, Record, TorchDistReader
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.cli import Parser

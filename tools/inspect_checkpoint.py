@@ -26,7 +26,8 @@ from typing import Any
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import step_directories
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError, ForeignError, Manifest, load, num_bytes
+from zaya.checkpoint.errors import CheckpointError, ForeignError
+from zaya.checkpoint.manifest import MANIFEST, Manifest, load, num_bytes
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser, format_bytes, worker_count
 

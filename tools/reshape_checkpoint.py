@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zaya.checkpoint.manifest import DTYPES, Manifest, TensorEntry
+from zaya.checkpoint.manifest import Manifest, TensorEntry
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.rewrite import Job, Target, cut_into_files, rewrite
 from zaya.cli import Parser, layout_sizes, parse_bytes
 from zaya.config import ModelConfig, ParallelConfig, model_from_tables
+from zaya.dtypes import STORED_DTYPES
 from zaya.parallel.partition import saved_by_rank
 from zaya.plan import ParameterPlan, plan
 from zaya.shard import Box, Layout
@@ -65,11 +66,11 @@ def plan_tensors(stored: Mapping[str, TensorEntry], table: Mapping[str, Paramete
             yield name, Target(name, entry.dtype, entry.shape)
             continue
         dtype = STORED[options.dtype] if options.dtype and kind == "model" else entry.dtype
-        wider = DTYPES[dtype].itemsize > DTYPES[entry.dtype].itemsize
+        wider = STORED_DTYPES[dtype].itemsize > STORED_DTYPES[entry.dtype].itemsize
         # What is widened or averaged is the masters; the rounded weights follow from them, as in a run.
         from_master = kind == "model" and master in stored and (wider or options.average)
         yield name, Target(master if from_master else name, dtype, row.shape)
-        if DTYPES[dtype].itemsize < DTYPES[entry.dtype].itemsize and master not in stored and not options.drop_optimizer:
+        if STORED_DTYPES[dtype].itemsize < STORED_DTYPES[entry.dtype].itemsize and master not in stored and not options.drop_optimizer:
             yield master, Target(name, entry.dtype, row.shape)  # a run in the narrow dtype goes on from the unrounded weights
 
 

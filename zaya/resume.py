@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zaya.checkpoint.directory import identity, locate, step_directories
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
 from zaya.parallel.mesh import Mesh

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zaya.checkpoint.directory import complete_steps, identity, set_aside, step_path
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.saver import Saver
 from zaya.config import Recipe

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from zaya.checkpoint.manifest import DTYPES, CheckpointError, raise_on_all
+from zaya.checkpoint.errors import CheckpointError, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share
+from zaya.dtypes import STORED_DTYPES
 from zaya.parallel.collectives import gather_objects
 from zaya.parallel.deepspeed_engine import DeepSpeedEngine
 from zaya.parallel.mesh import Mesh
@@ -100,8 +101,8 @@ class TrainState:
             if stored[source].shape != shape:
                 raise ValueError(f"checkpoint {path}: {source} has shape {stored[source].shape}, this recipe needs {shape}; "
                                  "it belongs to another model")
-            if DTYPES[stored[source].dtype].is_floating_point != dtype.is_floating_point:
-                raise ValueError(f"checkpoint {path}: {source} is {DTYPES[stored[source].dtype]}, this recipe needs {dtype}; "
+            if STORED_DTYPES[stored[source].dtype].is_floating_point != dtype.is_floating_point:
+                raise ValueError(f"checkpoint {path}: {source} is {STORED_DTYPES[stored[source].dtype]}, this recipe needs {dtype}; "
                                  "it was not written by this program")
             wanted[name] = source
         kept = sorted(needed.keys() - wanted.keys())
@@ -112,7 +113,7 @@ class TrainState:
 
 def _read_into(checkpoint: Checkpoint, name: str, box: tuple[tuple[int, ...], tuple[int, ...]], target: Tensor) -> None:
     """Straight into place, or by way of the stored dtype: at most one box of memory more."""
-    if DTYPES[checkpoint.manifest.tensors[name].dtype] == target.dtype:
+    if STORED_DTYPES[checkpoint.manifest.tensors[name].dtype] == target.dtype:
         checkpoint.read_into(name, box, target)
     else:
         target.copy_(checkpoint.read(name, *box).view(target.shape))

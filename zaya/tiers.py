@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from zaya.checkpoint.directory import complete_steps, step_path
-from zaya.checkpoint.manifest import CheckpointError, raise_on_all
+from zaya.checkpoint.errors import CheckpointError, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
 from zaya.parallel.collectives import gather_objects

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import free_aside, set_aside, sync_directory
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.cli import INTERRUPTED, replace_text
 from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError

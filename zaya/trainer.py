@@ -19,13 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import step_path
-from zaya.checkpoint.manifest import CheckpointError, raise_on_all
+from zaya.checkpoint.errors import CheckpointError, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import save
 from zaya.checkpoint.saver import Saver
 from zaya.config import Recipe
 from zaya.data.loader import IGNORE, Batch, Loader, build_corpora, open_loader
 from zaya.data.tokenizer import load_tokenizer, vocabulary_size
+from zaya.dtypes import DTYPES
 from zaya.kernels import backend
 from zaya.metrics import MetricsWriter, format_line, routing_metrics
 from zaya.model import flops
@@ -46,7 +47,6 @@ from zaya.tiers import agreed, objects
 log = logging.getLogger("zaya")
 MIRROR_POLL_S = 0.5
 """How often ranks that wait for the mirror tell one another of signals."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def open_data(recipe: Recipe, mesh: Mesh) -> Loader:

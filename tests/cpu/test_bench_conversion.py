@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tools import bench_conversion
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.model import hf
 

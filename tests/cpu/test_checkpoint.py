@@ -28,12 +28,15 @@ from zaya import shard
 from zaya.checkpoint import read
 from zaya.checkpoint import save as save_module
 from zaya.checkpoint.directory import complete_steps, newest, prune
+from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.files import File, Piece
-from zaya.checkpoint.manifest import BITS, DTYPES, MANIFEST, Box, CheckpointError, hash_range
+from zaya.checkpoint.hashing import hash_range
+from zaya.checkpoint.manifest import MANIFEST, Box
 from zaya.checkpoint.planning import SavePlan, pack
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share, save
 from zaya.checkpoint.write import CheckpointWriter
+from zaya.dtypes import BITS, STORED_DTYPES
 from zaya.shard import Layout, Replicate, Shard
 
 RECIPE: dict[str, Any] = {"train": {"steps": 10, "dtype": "fp32"}, "optim": {"lr": 6e-4, "name": "muon"}, "data": {"train": ["a", "b"]}}
@@ -52,7 +55,7 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torc
 
 def state(big_rows: int = 0) -> dict[str, torch.Tensor]:
     """All dtypes and odd shapes in an order that alternates wide and narrow elements; a large tensor if asked."""
-    tensors = {f"model.{name}.weight": random_tensor(dtype, (5, 3, 7), seed) for seed, (name, dtype) in enumerate(DTYPES.items())}
+    tensors = {f"model.{name}.weight": random_tensor(dtype, (5, 3, 7), seed) for seed, (name, dtype) in enumerate(STORED_DTYPES.items())}
     tensors["optim.scalar"] = random_tensor(torch.float64, (), 100)
     tensors["flag"] = torch.tensor(True)
     tensors["empty"] = torch.empty(0)
@@ -278,7 +281,7 @@ def placed_tensors(draw: st.DrawFn, ranks: tuple[Layout, ...]) -> tuple[dict[str
     tensors, placed = {}, {}
     for i in range(draw(st.integers(1, 4))):
         placement, shape = draw(placements(*ranks))
-        tensors[f"t{i}"] = random_tensor(draw(st.sampled_from(list(DTYPES.values()))), shape, draw(st.integers(0, 99)))
+        tensors[f"t{i}"] = random_tensor(draw(st.sampled_from(list(STORED_DTYPES.values()))), shape, draw(st.integers(0, 99)))
         placed[f"t{i}"] = placement
     return tensors, placed
 

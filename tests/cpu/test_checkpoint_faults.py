@@ -20,7 +20,7 @@ import torch
 from tests.cpu.failing_disk import FAULTS, FailingDisk
 from tests.cpu.test_checkpoint import STEP, assert_holds, cut, random_tensor, same
 from zaya.checkpoint.directory import complete_steps, step_path
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import save

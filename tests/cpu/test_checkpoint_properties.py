@@ -28,13 +28,13 @@ from tools import export_deepspeed, export_megatron, import_deepspeed, import_hf
 from zaya.checkpoint import rewrite
 from zaya.checkpoint.boxes import key_of
 from zaya.checkpoint.directory import step_path
-from zaya.checkpoint.manifest import DTYPES
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share, save
 from zaya.checkpoint.saver import Saver
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.config import model_from_tables
+from zaya.dtypes import STORED_DTYPES
 from zaya.shard import Layout, Replicate, Shard
 from zaya.train import main as train_main
 
@@ -71,7 +71,7 @@ def states(draw: st.DrawFn, ranks: tuple[Layout, ...]) -> tuple[dict[str, torch.
     placed: Placed = {}
     for i in range(draw(st.integers(1, 6))):
         placement, shape = draw(st.one_of(placements(*ranks), st.tuples(st.just(Replicate()), shapes())))
-        tensors[f"t{i}"] = random_tensor(draw(st.sampled_from(list(DTYPES.values()))), shape, draw(st.integers(0, 99)))
+        tensors[f"t{i}"] = random_tensor(draw(st.sampled_from(list(STORED_DTYPES.values()))), shape, draw(st.integers(0, 99)))
         placed[f"t{i}"] = placement
     return tensors, placed
 
@@ -84,7 +84,7 @@ def moved(source: Path, placed: Placed, layout: Layout, root: Path, limit: int) 
         shares = {}
         for name, entry in checkpoint.manifest.tensors.items():
             boxes, place, parts = list(owned(layout, placed[name], entry.shape, rank)), 0, []
-            flat = torch.empty(sum(math.prod(sizes) for _, sizes in boxes), dtype=DTYPES[entry.dtype])
+            flat = torch.empty(sum(math.prod(sizes) for _, sizes in boxes), dtype=STORED_DTYPES[entry.dtype])
             for box in boxes:
                 part = flat[place : place + math.prod(box[1])]
                 checkpoint.read_into(name, box, part)

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from tests.cpu.test_fidelity import draw
 from tests.dist.pool import WorkerPool
 from tools import export_megatron, import_megatron
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from zaya.checkpoint.write import CheckpointWriter

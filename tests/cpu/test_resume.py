@@ -23,7 +23,7 @@ import torch
 
 from tests import tiny
 from zaya.checkpoint.directory import complete_steps, step_path
-from zaya.checkpoint.manifest import hash_bytes
+from zaya.checkpoint.hashing import hash_bytes
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.write import CheckpointWriter

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.config import Recipe
 from zaya.data.corpus import CorpusError
 from zaya.metrics import read_rows

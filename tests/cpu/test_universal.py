@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tools import export_deepspeed, import_deepspeed
-from zaya.checkpoint.manifest import CheckpointError
+from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.universal import read_pt
 from zaya.checkpoint.write import CheckpointWriter

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 END_S = 20.0
 JOB = """
 import os, runpy, sys, time
-from zaya.checkpoint import directory, manifest
+from zaya.checkpoint import directory, errors
 from zaya.data import loader
 from zaya.parallel import collectives, zero1
 from zaya.state import TrainState
@@ -25,7 +25,7 @@ where = sys.argv.pop(1)
 
 def refuses(*args, **kwargs):
     open(os.environ["FAULT"], "w").write(str(time.time()))
-    raise (ValueError if where == "the corpora" else manifest.CheckpointError)(f"planted in {where}")
+    raise (ValueError if where == "the corpora" else errors.CheckpointError)(f"planted in {where}")
 
 def raises(function, when):
     calls = 0

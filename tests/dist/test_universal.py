@@ -21,6 +21,7 @@ from tests.dist.pool import WorkerPool
 from tests.dist.test_deepspeed import call
 from tools import export_deepspeed, import_deepspeed
 from zaya.checkpoint.read import Checkpoint
+from zaya.dtypes import DTYPES
 from zaya.config import Recipe, recipe_from_tables
 
 STEPS = 3  # with the one, and as many with the other
@@ -53,7 +54,7 @@ class DeepSpeedRun:
         from zaya.parallel.parallelize import build_model, pieces
         from zaya.plan import plan
         from zaya.shard import Layout
-        from zaya.trainer import DTYPES, open_data
+        from zaya.trainer import open_data
 
         self.recipe = recipe_from_tables(tables)
         self.mesh = make_mesh(Layout(world_size), torch.device("cpu"))

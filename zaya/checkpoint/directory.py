@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from zaya.checkpoint.manifest import MANIFEST, CheckpointError, disk_errors
+from zaya.checkpoint.errors import CheckpointError, disk_errors
+from zaya.checkpoint.manifest import MANIFEST
 
 _STEP = re.compile(r"step-([0-9]{8,18})")
 

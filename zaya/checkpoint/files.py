@@ -20,25 +20,13 @@ import xxhash
 
 from zaya.checkpoint.boxes import Box
 from zaya.checkpoint.directory import sync_directory
-from zaya.checkpoint.manifest import (
-    BITS,
-    CHUNK_BYTES,
-    DTYPES,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    CheckpointError,
-    FileEntry,
-    Manifest,
-    RefusedError,
-    check_name,
-    hash_bytes,
-    hash_range,
-    num_bytes,
-)
+from zaya.checkpoint.errors import CheckpointError, RefusedError
+from zaya.checkpoint.hashing import CHUNK_BYTES, hash_bytes, hash_range
+from zaya.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Manifest, check_name, num_bytes
+from zaya.dtypes import BITS, STORED_DTYPES, STORED_NAMES
 
 MAX_FILE_BYTES = 4 << 30
 """A file that holds more than one box is no longer than this."""
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class File:
 
     def reserve(self, piece: Piece) -> int:
         """The place of the piece's bytes."""
-        assert self.length % DTYPES[piece.dtype].itemsize == 0 and piece.key not in self.header, piece
+        assert self.length % STORED_DTYPES[piece.dtype].itemsize == 0 and piece.key not in self.header, piece
         begin, end = self.length, self.length + piece.num_bytes
         self.header[piece.key] = {"dtype": piece.dtype, "shape": piece.sizes, "data_offsets": [begin, end]}
         self.length = end
@@ -138,9 +126,9 @@ def whole(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Piece:
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:
-    if dtype not in _DTYPE_NAMES:
-        raise RefusedError(f"tensor {name!r} is {dtype}; a checkpoint holds {', '.join(DTYPES)}")
-    return _DTYPE_NAMES[dtype]
+    if dtype not in STORED_NAMES:
+        raise RefusedError(f"tensor {name!r} is {dtype}; a checkpoint holds {', '.join(STORED_DTYPES)}")
+    return STORED_NAMES[dtype]
 
 
 def file_name(index: int, count: int, suffix: str = "") -> str:

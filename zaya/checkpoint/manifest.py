@@ -6,7 +6,6 @@ Knows no model, no rank and no layout: a tensor is a name, a shape and boxes. do
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -14,30 +13,24 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from zaya.checkpoint.boxes import Box, Boxes, Cut, bounds_of, inside, tile
+from zaya.checkpoint.errors import CheckpointError, ForeignError, RefusedError
+from zaya.checkpoint.hashing import hash_bytes
+from zaya.dtypes import STORED_DTYPES
 
 FORMAT_VERSION = 1
 COLUMNS_VERSION = 2
 PLAIN_BOXES = 512
 """A manifest of more boxes is written by column (version 2): a sixth of the bytes, a twentieth of the time, and hard to read by eye."""
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 1 << 20  # read, hashed, converted and written while it is in the cache of a core
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
-"""safetensors' name of each dtype that a checkpoint can hold."""
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""An integer dtype of each width: bytes pass through numpy as these, because it has no bfloat16."""
 
 # Limits that real checkpoints keep, so that a hostile or damaged manifest costs neither memory nor time without end.
 # 8B on 1,024 ranks, nothing but data parallel: 5,052 tensors in 641,444 boxes, by column 21 MB, 33 bytes a box; boxes grow as ranks: 336 MB
@@ -56,22 +49,6 @@ _NUMBERS = re.compile(r"(?:(?:0|[1-9][0-9]{0,17})(?: (?:0|[1-9][0-9]{0,17}))*+)?
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,400}")
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,400}(\[[0-9:,]{1,700}\])?")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}\.safetensors")  # no separator can occur: a name is never a path
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written. One line that names the file, and the tensor where there is one."""
-
-    on_all_ranks = False
-    """Every rank has raised it: one of them should say it."""
-
-
-class RefusedError(CheckpointError):
-    """It is what was asked, not the disk: another attempt would end the same."""
-
-
-class ForeignError(RefusedError):
-    """The manifest's own hash is right, and this program cannot read what it says: another program's checkpoint (a newer one's, most
-    likely), not the remains of a save."""
 
 
 @dataclass(frozen=True)
@@ -216,50 +193,8 @@ def load_replaceable(directory: Path) -> Manifest | None:
         return None
 
 
-@contextlib.contextmanager
-def disk_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError: "cannot read PATH: No space left on device"."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot {verb} {path}: {error.strerror or error}") from error
-
-
-def raise_on_all(errors: Sequence[ValueError | None]) -> None:
-    """On every rank the first error that any had (by rank; None: none), with its rank and of its kind: a CheckpointError's, or ValueError.
-    Nothing if there is none."""
-    found = [(rank, error) for rank, error in enumerate(errors) if error is not None]
-    if found:
-        rank, first = found[0]
-        kind = type(first) if isinstance(first, CheckpointError) else ValueError
-        who, others = f"rank {rank}: " if len(errors) > 1 else "", f" (and {len(found) - 1} more ranks)" if found[1:] else ""
-        raised = kind(f"{who}{first}{others}")
-        raised.on_all_ranks = True  # type: ignore[attr-defined]  # a ValueError that is none of ours learns it here
-        raise raised
-
-
-def hash_bytes(data: bytes | bytearray | memoryview) -> str:
-    """The hash of this format: XXH3, 128 bits, as 32 lower-case hex digits (big-endian, as the xxhash tools print it)."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def hash_range(fd: int, begin: int, end: int, progress: Callable[[int], None] = lambda count: None,
-               chunk_bytes: int = CHUNK_BYTES) -> str:
-    """The hash of bytes [begin, end) of a file, through one buffer of `chunk_bytes`."""
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(chunk_bytes, end - begin)))
-    while begin < end:
-        count = os.preadv(fd, [buffer[:end - begin]], begin)
-        if not count:
-            raise OSError(0, "it ended early")
-        digest.update(buffer[:count])
-        begin += count
-        progress(count)
-    return digest.hexdigest()
-
-
 def num_bytes(dtype: str, sizes: Sequence[int]) -> int:
-    return math.prod(sizes) * DTYPES[dtype].itemsize
+    return math.prod(sizes) * STORED_DTYPES[dtype].itemsize
 
 
 def check_name(name: object) -> str:
@@ -366,8 +301,8 @@ def _file(name: str, raw: object) -> FileEntry:
 
 
 def _dtype(what: str, dtype: object) -> str:
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{what}: dtype {reprlib.repr(dtype)} is not one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
+        raise CheckpointError(f"{what}: dtype {reprlib.repr(dtype)} is not one of {', '.join(STORED_DTYPES)}")
     return dtype
 
 
@@ -441,7 +376,7 @@ def _check_files(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEnt
         assert isinstance(entry.boxes, Boxes)
         cut = entry.boxes.cut
         cuts[id(cut)] = cut
-        element_bytes[id(cut)] = element_bytes.get(id(cut), 0) + DTYPES[entry.dtype].itemsize
+        element_bytes[id(cut)] = element_bytes.get(id(cut), 0) + STORED_DTYPES[entry.dtype].itemsize
     places = np.concatenate([np.empty(0, dtype=np.int32), *(cut.files for cut in cuts.values())])
     payload, count = np.zeros(len(files), dtype=np.int64), np.bincount(places, minlength=len(files))
     if cuts:

@@ -15,7 +15,8 @@ import numpy as np
 
 from zaya import shard
 from zaya.checkpoint.boxes import Boxes, Cut
-from zaya.checkpoint.manifest import TensorEntry, check_cover, hash_bytes
+from zaya.checkpoint.hashing import hash_bytes
+from zaya.checkpoint.manifest import TensorEntry, check_cover
 
 Table = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype and shape of every tensor by name, in an order that may differ from rank to rank."""

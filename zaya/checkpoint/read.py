@@ -21,21 +21,10 @@ import torch
 from zaya import shard
 from zaya.checkpoint.boxes import Box, Boxes, bounds_of
 from zaya.checkpoint.directory import locate
-from zaya.checkpoint.manifest import (
-    BITS,
-    CHUNK_BYTES,
-    DTYPES,
-    MANIFEST,
-    CheckpointError,
-    Manifest,
-    TensorEntry,
-    disk_errors,
-    hash_bytes,
-    hash_range,
-    load,
-    num_bytes,
-    parse_json,
-)
+from zaya.checkpoint.errors import CheckpointError, disk_errors
+from zaya.checkpoint.hashing import CHUNK_BYTES, hash_bytes, hash_range
+from zaya.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, load, num_bytes, parse_json
+from zaya.dtypes import BITS, STORED_DTYPES
 
 RUN_BYTES = 64 << 20  # small boxes that one thread checks in a row
 OPEN_FILES = 64  # mapped at a time; each costs a file descriptor
@@ -133,7 +122,7 @@ class Checkpoint:
         wider copy means."""
         model, master = f"model.{name}", f"optim.master.{name}"
         tensors = self.manifest.tensors
-        return master if master in tensors and dtype.itemsize > DTYPES[tensors[model].dtype].itemsize else model
+        return master if master in tensors and dtype.itemsize > STORED_DTYPES[tensors[model].dtype].itemsize else model
 
     def check_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """ValueError unless the tensors model.* are exactly these, by name without "model."."""
@@ -157,7 +146,7 @@ class Checkpoint:
         start = tuple(offsets) if offsets is not None else (0,) * len(entry.shape)
         shape = tuple(sizes) if sizes is not None else tuple(n - o for n, o in zip(entry.shape, start, strict=False))
         _check_inside(name, entry, (start, shape))
-        out = torch.empty(shape, dtype=DTYPES[entry.dtype])
+        out = torch.empty(shape, dtype=STORED_DTYPES[entry.dtype])
         self.read_into(name, (start, shape), out)
         return out
 
@@ -168,7 +157,7 @@ class Checkpoint:
         CheckpointError: no such tensor, another dtype, or damage. ValueError: the box is not inside the tensor or not of the target's size.
         """
         entry = self._entry(name)
-        (start, shape), dtype = box, DTYPES[entry.dtype]
+        (start, shape), dtype = box, STORED_DTYPES[entry.dtype]
         _check_inside(name, entry, box)
         if target.dtype != dtype:
             raise CheckpointError(f"{self.path}: tensor {name!r} is stored as {dtype}, not as {target.dtype}")

@@ -39,21 +39,12 @@ from tqdm import tqdm
 
 from zaya import shard
 from zaya.checkpoint.directory import is_taken, sync_directory
+from zaya.checkpoint.errors import CheckpointError, disk_errors
 from zaya.checkpoint.files import Piece, file_name, manifest_text, write_manifest
-from zaya.checkpoint.manifest import (
-    BITS,
-    DTYPES,
-    MAX_HEADER_BYTES,
-    Box,
-    CheckpointError,
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    disk_errors,
-    hash_bytes,
-    hash_range,
-)
+from zaya.checkpoint.hashing import hash_bytes, hash_range
+from zaya.checkpoint.manifest import MAX_HEADER_BYTES, Box, FileEntry, Manifest, TensorEntry
 from zaya.checkpoint.read import Checkpoint
+from zaya.dtypes import BITS, STORED_DTYPES
 from zaya.preemption import end_with_parent
 from zaya.shard import flat_boxes, intersect, shifted
 
@@ -104,7 +95,7 @@ def cut_into_files(job: Job, by_writer: Iterable[Sequence[tuple[str, shard.Box]]
     files: list[list[tuple[str, shard.Box]]] = []
     for boxes in by_writer:
         room = -1
-        for name, box in sorted(boxes, key=lambda item: -DTYPES[job.tensors[item[0]].dtype].itemsize):
+        for name, box in sorted(boxes, key=lambda item: -STORED_DTYPES[job.tensors[item[0]].dtype].itemsize):
             size = job.piece(name, box).num_bytes
             if room < size:
                 files.append([])
@@ -150,7 +141,7 @@ class _Fill:
 
     @property
     def num_bytes(self) -> int:
-        return sum(math.prod(box[1]) * DTYPES[target.dtype].itemsize for target, box in self.boxes)
+        return sum(math.prod(box[1]) * STORED_DTYPES[target.dtype].itemsize for target, box in self.boxes)
 
 
 class _Source(Checkpoint):
@@ -185,8 +176,8 @@ class _Worker:
 
     def chunk_elements(self, target: Target) -> int:
         """How many elements are in flight at a time: as read, as summed (with torch's copy of the addend), as written."""
-        read = max(DTYPES[source.manifest.tensors[target.source].dtype].itemsize for source in self.sources)
-        written = DTYPES[target.dtype].itemsize
+        read = max(STORED_DTYPES[source.manifest.tensors[target.source].dtype].itemsize for source in self.sources)
+        written = STORED_DTYPES[target.dtype].itemsize
         if len(self.sources) > 1:
             each = read + 8 + 8 + written
         else:
@@ -195,7 +186,7 @@ class _Worker:
 
     def elements(self, target: Target, box: shard.Box, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a box, row-major, as they will be written."""
-        dtype = DTYPES[target.dtype]
+        dtype = STORED_DTYPES[target.dtype]
         if len(self.sources) == 1:
             return self._read(self.sources[0], target, box, start, stop).to(dtype)
         total = torch.zeros(stop - start, dtype=torch.float64)
@@ -206,8 +197,8 @@ class _Worker:
     def _read(self, source: _Source, target: Target, box: shard.Box, start: int, stop: int) -> torch.Tensor:
         entry = source.manifest.tensors[target.source]
         stored = (0,) * len(entry.shape), entry.shape
-        out = torch.zeros(stop - start, dtype=DTYPES[entry.dtype]) if entry.shape != target.shape else torch.empty(
-            stop - start, dtype=DTYPES[entry.dtype])
+        out = torch.zeros(stop - start, dtype=STORED_DTYPES[entry.dtype]) if entry.shape != target.shape else torch.empty(
+            stop - start, dtype=STORED_DTYPES[entry.dtype])
         filled = 0
         for part in flat_boxes(start, stop, box[1]):
             inside = intersect(shifted(part, box[0]), stored)

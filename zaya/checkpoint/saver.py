@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from zaya.checkpoint.directory import prune
-from zaya.checkpoint.manifest import CheckpointError, RefusedError
+from zaya.checkpoint.errors import CheckpointError, RefusedError
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.save import Share, in_file_order, save, with_tensors
 

@@ -19,8 +19,10 @@ import torch
 import xxhash
 
 from zaya.checkpoint.boxes import Box
-from zaya.checkpoint.manifest import BITS, CHUNK_BYTES, DTYPES, CheckpointError, disk_errors
+from zaya.checkpoint.errors import CheckpointError, disk_errors
+from zaya.checkpoint.hashing import CHUNK_BYTES
 from zaya.checkpoint.read import Checkpoint
+from zaya.dtypes import BITS, STORED_DTYPES
 
 UNIT_BYTES = 64 << 20  # what a thread is given at a time, unless one box is larger
 WORKERS = min(len(os.sched_getaffinity(0)), 32)
@@ -94,7 +96,7 @@ def _copy_box(checkpoint: Checkpoint, copy: Copy, box: Box, fd: int) -> int:
     done = 0
     for chunk in _chunks(checkpoint, box):
         digest.update(chunk)
-        data = _converted(chunk, DTYPES[entry.dtype], copy.dtype)
+        data = _converted(chunk, STORED_DTYPES[entry.dtype], copy.dtype)
         while data:
             run, inside = divmod(done, length)
             count = min((length - inside) * width, len(data))

@@ -42,14 +42,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from zaya.checkpoint.directory import NewDirectory, sync_directory
-from zaya.checkpoint.manifest import DTYPES, MAX_DIMS, MAX_INT, Box, CheckpointError, TensorEntry, check_cover, disk_errors
+from zaya.checkpoint.errors import CheckpointError, disk_errors
+from zaya.checkpoint.manifest import MAX_DIMS, MAX_INT, Box, TensorEntry, check_cover
+from zaya.dtypes import STORED_DTYPES, STORED_NAMES
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 # 74B in 17,000 chunks, with the plans of all processes that Megatron adds, is 5 MB of .metadata (and 2 s of reading).
 MAX_PICKLE_BYTES = 256 << 20
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}\.distcp")  # no separator can occur: a name is never a path
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _SETS = {"builtins": ("set",), "__builtin__": ("set",)}  # never looked into
 # What a pickle of the format may name. DCP's own classes (torch 2.0 to 2.13), and what Megatron adds to .metadata: its processes' plans.
@@ -230,8 +231,8 @@ class TorchDistReader:
         properties, chunks = fields.get("properties"), fields.get("chunks")
         state = properties.state if isinstance(properties, Record) else None
         dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
-        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPE_NAMES:
-            raise CheckpointError(f"{self.path}: tensor {name} is of dtype {reprlib.repr(dtype)}; only {', '.join(DTYPES)} are supported")
+        if not isinstance(dtype, torch.dtype) or dtype not in STORED_NAMES:
+            raise CheckpointError(f"{self.path}: tensor {name} is of dtype {reprlib.repr(dtype)}, none of {', '.join(STORED_DTYPES)}")
         shape = self._ints(name, fields.get("size"))
         if math.prod(shape) * dtype.itemsize > MAX_INT or not isinstance(chunks, list):
             raise self._damaged(name)
@@ -241,7 +242,7 @@ class TorchDistReader:
         if any(not len(shape) == len(box.offsets) == len(box.sizes) for box in boxes) or any(
                 o + s > n for box in boxes for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)):
             raise self._damaged(name)
-        check_cover(f"{self.path}: tensor {name}", TensorEntry(_DTYPE_NAMES[dtype], shape, boxes))
+        check_cover(f"{self.path}: tensor {name}", TensorEntry(STORED_NAMES[dtype], shape, boxes))
         return StoredTensor(dtype, shape, tuple(found))
 
     def read(self, name: str) -> torch.Tensor:
@@ -392,7 +393,7 @@ class TorchDistWriter(NewDirectory):
         super().__init__(directory, overwrite=overwrite, mark=METADATA)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        if name in self._entries or tensor.dtype not in _DTYPE_NAMES:
+        if name in self._entries or tensor.dtype not in STORED_NAMES:
             raise CheckpointError(f"tensor {name} is added twice, or is {tensor.dtype}")
         tensor = tensor.detach().cpu().contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from zaya.checkpoint.directory import NewDirectory
-from zaya.checkpoint.manifest import CheckpointError, check_name, disk_errors
+from zaya.checkpoint.errors import CheckpointError, disk_errors
+from zaya.checkpoint.manifest import check_name
 from zaya.checkpoint.torch_dist import save_pickle
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")

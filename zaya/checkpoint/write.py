@@ -19,8 +19,10 @@ import torch
 
 from zaya.checkpoint.boxes import Box
 from zaya.checkpoint.directory import NewDirectory
+from zaya.checkpoint.errors import CheckpointError, disk_errors
 from zaya.checkpoint.files import MAX_FILE_BYTES, File, Piece, checked, file_name, manifest_text, whole, write_manifest
-from zaya.checkpoint.manifest import DTYPES, CheckpointError, FileEntry, Manifest, TensorEntry, disk_errors
+from zaya.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from zaya.dtypes import STORED_DTYPES
 
 HEADER_ROOM = 1 << 16  # kept free for the header of a file, about 400 tensors; then a new one begins
 
@@ -104,7 +106,7 @@ class CheckpointWriter(NewDirectory):
         if piece.name in self._tensors:
             raise CheckpointError(f"tensor {piece.name!r} is added twice")
         if self._file is not None:
-            misaligned = self._file.length % DTYPES[piece.dtype].itemsize
+            misaligned = self._file.length % STORED_DTYPES[piece.dtype].itemsize
             if misaligned or self._file.length + piece.num_bytes > self.max_file_bytes or piece.header_bytes > self._room_left:
                 self._finish_file()
         if self._file is None:
