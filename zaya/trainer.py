@@ -12,10 +12,9 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from zaya.checkpoint.directory import step_path
@@ -42,6 +41,7 @@ from zaya.runtime import GarbageCollection
 from zaya.saving import open_saver
 from zaya.schedule import learning_rate
 from zaya.state import TrainState
+from zaya.step import StepResult, Sums
 from zaya.tiers import agreed, objects
 
 log = logging.getLogger("zaya")
@@ -77,21 +77,6 @@ def choose_kernels(recipe: Recipe, mesh: Mesh) -> backend.Choice:
         raise_on_all([ValueError(f"kernels would be {choices[0]} on rank 0 and {choices[apart]} on rank {apart}; make their nodes alike, "
                                  'or set train.kernels = "reference"')])
     return choice
-
-
-class StepResult(NamedTuple):
-    """Device tensors of one optimizer step, over the global batch."""
-
-    loss: Tensor
-    """Mean nats per labelled token, before the update."""
-    grad_norm: Tensor
-    """Of the mean loss, before clipping."""
-    committed: Tensor
-    """False where loss or gradient was not finite and nothing was updated."""
-    shares_LE: Tensor
-    """p_e per block, over the real experts."""
-    votes: Tensor
-    """What the ranks passed to the step as votes, summed."""
 
 
 class Trainer:
@@ -145,24 +130,23 @@ class Trainer:
             labelled += (batch.labels_BT != IGNORE).sum()
             counts_LC += output.counts_LC
         self.optimizer.finish_gradients()
-        # One small fp64 tensor carries loss, token count, gradient norm, votes and routing counts: integers up to 2^53 are exact in it.
         own = self.mesh.tp.rank == 0  # all tp ranks computed this loss
-        sums = torch.cat([torch.stack([loss_sum * own, labelled * own, self.optimizer.squared_norm()]),
+        flat = torch.cat([torch.stack([loss_sum * own, labelled * own, self.optimizer.squared_norm()]),
                           torch.tensor(votes, dtype=torch.float64).to(self.mesh.device, non_blocking=True), counts_LC.double().flatten()])
-        all_reduce_sum(sums, self.mesh.world)
-        loss_sum, labelled, counts_LC = sums[0], sums[1].clamp_min(1), sums[5:].view_as(counts_LC)
+        all_reduce_sum(flat, self.mesh.world)
+        result = StepResult(flat, len(counts_LC), loss.dtype, self.balance.shares)
 
         # Gradients are those of the summed loss; the mean over the global token count enters here, with the clipping.
-        grad_norm = (sums[2].sqrt() / labelled).to(loss.dtype)
-        committed = grad_norm.isfinite() & loss_sum.isfinite()
+        sums = Sums.of(flat, len(counts_LC))
+        grad_norm, committed = sums.grad_norm(loss.dtype), sums.is_sound(loss.dtype)
         clip = recipe.optim.clip
         clip_scale = (clip / (grad_norm + 1e-6)).clamp_max(1.0) if clip else torch.ones_like(grad_norm)
         lr = learning_rate(self.step + 1, recipe.train.steps, recipe.optim)
-        self.optimizer.update(lr=lr, grad_scale=(clip_scale / labelled).to(grad_norm.dtype), commit=committed)
-        self.balance.update(counts_LC, commit=committed)
+        self.optimizer.update(lr=lr, grad_scale=(clip_scale / sums.labelled).to(grad_norm.dtype), commit=committed)
+        self.balance.update(sums.counts_LC, commit=committed)
         self.step += 1
         self.position += recipe.train.global_batch_size
-        return StepResult(loss_sum / labelled, grad_norm, committed, self.balance.shares(counts_LC), sums[3:5])
+        return result
 
     def _micro_batches(self) -> list[tuple[int, int]]:
         """(first row, rows) of each forward pass of this step on this rank."""
@@ -251,7 +235,6 @@ class Trainer:
                 result = self.train_step((bool(preemption.signal), saver is not None and saver.wants_retry))
                 if metrics is not None:
                     self._record(metrics, self._row(result, started, saver))
-                # Read on every rank: rank 0 has waited for the step anyway, and all wait for rank 0.
                 stopping, retrying = result.votes.tolist()
                 stop = saver is not None and stopping > 0 and self.step < recipe.train.steps
                 if stop:
@@ -335,14 +318,13 @@ class Trainer:
             self._evaluate_when_due(metrics)
 
     def _row(self, result: StepResult, started: float, saver: Saver | None) -> dict[str, object]:
-        """One line of metrics.jsonl. Waits for the step first, so that its time is the device's, not the launches'."""
-        train, device = self.recipe.train, self.mesh.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        """One line of metrics.jsonl. Waits for the step's sums first, so that its time is the device's, from one step's sums to the next's:
+        behind them updates go on, and parameters are on their way, while the host prepares the next step."""
+        train, loss = self.recipe.train, result.loss.item()
         seconds = time.perf_counter() - started
         tokens_per_second = train.global_batch_size * train.seq_len / seconds
         return {
-            "step": self.step, "tokens": self.position * train.seq_len, "loss": result.loss.item(), "grad_norm": result.grad_norm.item(),
+            "step": self.step, "tokens": self.position * train.seq_len, "loss": loss, "grad_norm": result.grad_norm.item(),
             "lr": learning_rate(self.step, train.steps, self.recipe.optim), "tokens_per_second": tokens_per_second,
             "step_time_s": seconds, "mfu": tokens_per_second / self._peak_tokens_per_second if self._peak_tokens_per_second else None,
             **routing_metrics(result.shares_LE.tolist()), "committed": bool(result.committed),

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zaya",),  # the package's own __init__, which everything imports
     ("zaya.cli", "zaya.preemption", "zaya.runtime", "zaya.tables"),
     ("zaya.config",),
-    ("zaya.shard",),
+    ("zaya.shard", "zaya.dtypes"),
     ("zaya.plan",),
     ("zaya.schedule",),
     ("zaya.kernels",),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zaya.model", "zaya.data", "zaya.metrics", "zaya.checkpoint", "zaya.parallel"),  # siblings: strangers to one another
     ("zaya.parallel.parallelize", "zaya.resilience"),
     ("zaya.state",),
-    ("zaya.tiers",),
+    ("zaya.tiers", "zaya.step"),
     ("zaya.resume", "zaya.saving"),
     ("zaya.trainer",),
     ("zaya.train", "tools"),

@@ -32,7 +32,11 @@ class Batch:
         return Batch(*(getattr(self, field.name)[:, index_T] for field in fields(self)))
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        """In one copy, which the host does not wait for: from memory that is not pinned it would, until the device has done what it has."""
+        together = torch.stack([getattr(self, field.name) for field in fields(self)])
+        if device.type == "cuda":
+            together = together.pin_memory()
+        return Batch(*together.to(device, non_blocking=True))
 
 
 def pack(tokens_BS: NDArray[np.int64], starts_BS: NDArray[np.bool_], targets_BS: NDArray[np.bool_]) -> Batch:

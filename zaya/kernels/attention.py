@@ -20,6 +20,7 @@ Letters: B batch, T queries of the sequence on this device, S keys of the whole 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -385,10 +386,9 @@ def _keys_gradients(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets:
     enough = PROGRAMS_PER_CU * chip.num_cus
     parts = next((p for p in _divisors(N // G) if num_blocks * B * G * p >= enough), N // G)
     dtype = q.dtype if parts == 1 else torch.float32
-    dk, dv = (torch.empty(parts, B, S, G, H, dtype=dtype, device=q.device) for _ in range(2))
+    dk, dv = both = torch.empty(2, parts, B, S, G, H, dtype=dtype, device=q.device)
     # Per block of keys and chunk, how many queries have no later first key than the block's first, and than its last key.
-    first = torch.arange(0, S, size, device=q.device, dtype=first_key.dtype)
-    bounds = torch.cat((first, first + (size - 1))).expand(B * len(offsets), -1).contiguous()
+    bounds = _bounds(S, size, B * len(offsets), first_key.dtype, q.device)
     ends = torch.searchsorted(first_key.view(B * len(offsets), -1), bounds, right=True, out_int32=True)
     heads = _bundle(B, G * parts, parts, chip)
     per_die = triton.cdiv(num_blocks * B * G * parts, chip.num_xcds)
@@ -398,7 +398,15 @@ def _keys_gradients(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets:
         "per_die": per_die, "PARTS": parts, "HEADS": heads, "NUM_CHUNKS": len(offsets)}, chosen)
     if parts == 1:
         return dk[0], dv[0]
-    return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+    dk, dv = both.sum(1).to(k.dtype)
+    return dk, dv
+
+
+@functools.cache
+def _bounds(num_keys: int, size: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, 2 * blocks): the first keys of all blocks, then their last ones. The same for all layers and steps."""
+    first = torch.arange(0, num_keys, size, device=device, dtype=dtype)
+    return torch.cat((first, first + (size - 1))).expand(rows, -1).contiguous()
 
 
 def _common(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, offsets: tuple[int, ...], chip: Target) -> dict[str, Any]:

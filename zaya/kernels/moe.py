@@ -65,25 +65,25 @@ def rows_times_weights(rows_RK: Tensor, sizes_E: Tensor, weights_ENK: Tensor) ->
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, gradient_sums):
-        out_TD, h_RF = forward(x_TD, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
+        tiles = _Tiles(sizes_E, _rows(x_TD, gate_Tk)[0], down_EDF.shape[1:])
+        out_TD, h_RF = forward(tiles, x_TD, gate_up_EFD, down_EDF, order_R, gate_Tk)
         ctx.save_for_backward(x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
-        ctx.gradient_sums = gradient_sums
+        ctx.tiles, ctx.gradient_sums = tiles, gradient_sums
         return out_TD
 
     @staticmethod
     def backward(ctx, dout_TD):
-        x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk = ctx.saved_tensors
+        x_TD, h_RF, _sizes, gate_up_EFD, down_EDF, order_R, gate_Tk = ctx.saved_tensors
         sums = ctx.gradient_sums or ExpertSums.temporary(gate_up_EFD, down_EDF)
-        dx_TD, dgate_Tk = backward(dout_TD.contiguous(), x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk, sums)
+        dx_TD, dgate_Tk = backward(ctx.tiles, dout_TD.contiguous(), x_TD, h_RF, gate_up_EFD, down_EDF, order_R, gate_Tk, sums)
         return dx_TD, None, *(gradient_sum.for_autograd(x_TD.dtype) for gradient_sum in sums), None, dgate_Tk, None
 
 
-def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
+def forward(tiles: _Tiles, x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
             gate_Tk: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (T, D) and h (R, 2F), which the backward needs."""
     E, D, F = down_EDF.shape
     R, slots = _rows(x_TD, gate_Tk)
-    tiles = _Tiles(sizes_E, R, down_EDF.shape[1:])
     h_RF, act_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     tiles.launch(_gate_up_fwd_kernel, 2 * F, {"x": x_TD, "weights": gate_up_EFD, "order": order_R, "h": h_RF, "act": act_RF,
                                               "D": D, "F": F, "TOP_K": slots})
@@ -92,12 +92,11 @@ def forward(x_TD: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
     return _sum_slots(y_RD, slots), h_RF
 
 
-def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
+def backward(tiles: _Tiles, dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, order_R: Tensor | None,
              gate_Tk: Tensor | None, gradient_sums: ExpertSums) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and gate; those of gate_up and down enter their sums."""
     E, D, F = down_EDF.shape
     R, slots = _rows(x_TD, gate_Tk)
-    tiles = _Tiles(sizes_E, R, down_EDF.shape[1:])
     dh_RF, act_RF, dx_RD = torch.empty_like(h_RF), x_TD.new_empty(R, F), x_TD.new_empty(R, D)
     parts = None
     if gate_Tk is not None:
@@ -116,7 +115,7 @@ def backward(dout_TD: Tensor, x_TD: Tensor, h_RF: Tensor, sizes_E: Tensor, gate_
 
 
 class _Tiles:
-    """The table of row tiles of one call, for each height of tile that its kernels are configured with."""
+    """The table of row tiles of one call and its backward, for each height of tile that their kernels are configured with."""
 
     def __init__(self, sizes_E: Tensor, num_rows: int, widths: tuple[int, ...]) -> None:
         self.sizes_E, self.num_rows, self.E = sizes_E, num_rows, len(sizes_E)
