@@ -143,12 +143,15 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left.float(), right.float(), out=out)
 
 
-def _add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
-    """total += left @ right, total fp32."""
-    if left.device.type == "cuda" and _writes_fp32(left.device, left.dtype):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+def _add_product(left: Tensor, right: Tensor, total: Tensor, is_first: bool) -> None:
+    """total += left @ right, total fp32; is_first: total = left @ right, whatever it held."""
+    if left.device.type == "cuda" and left.dtype != torch.float32 and not _writes_fp32(left.device, left.dtype):
+        product = torch.mm(left, right)
+        total.copy_(product) if is_first else total.add_(product)
+    elif is_first:
+        _product(left, right, total)
     elif left.device.type == "cuda" and left.dtype != torch.float32:
-        total += torch.mm(left, right)
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         torch.addmm(total, left.float(), right.float(), out=total)
 
@@ -177,10 +180,16 @@ class _Chunks:
 
 def _add_gradients(chunks: _Chunks, chunk: slice, logits: Tensor, labels: Tensor, lse: Tensor, vocab_start: int, z_loss: float,
                    dhidden_TD: Tensor, dweight_VD: Tensor) -> None:
-    """Write the chunk's rows of dhidden and add to dweight (fp32), both for dloss = 1."""
+    """Write the chunk's rows of dhidden and add to dweight (fp32), which the first chunk begins, both for dloss = 1."""
     dlogits = _dlogits(logits, labels, lse, vocab_start, z_loss, chunks.dlogits_RV[: len(labels)])
     _product(dlogits, chunks.weight_VD, dhidden_TD[chunk])
-    _add_product(dlogits.t(), chunks.hidden_TD[chunk], dweight_VD)
+    _add_product(dlogits.t(), chunks.hidden_TD[chunk], dweight_VD, is_first=chunk.start == 0)
+
+
+def _gradient_buffers(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Unwritten dhidden and dweight (fp32), which `_add_gradients` fills; without rows it never runs, and dweight is zero."""
+    make = torch.empty_like if len(hidden_TD) else torch.zeros_like
+    return torch.empty_like(hidden_TD), make(weight_VD, dtype=torch.float32)
 
 
 def _scaled(gradient: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,7 +229,7 @@ def gradients(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, lse_T: Ten
     check("lse_T", lse_T, shape=labels_T.shape, dtypes=(torch.float32,), device=hidden_TD.device)
     with torch.no_grad():
         chunks = _Chunks(hidden_TD, weight_VD, training=True)
-        dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
+        dhidden_TD, dweight_VD = _gradient_buffers(hidden_TD, weight_VD)
         for chunk, logits in chunks:
             _add_gradients(chunks, chunk, logits, labels_T[chunk], lse_T[chunk], vocab_start, z_loss, dhidden_TD, dweight_VD)
         return _scaled(dhidden_TD, dloss, hidden_TD.dtype), _scaled(dweight_VD, dloss, weight_VD.dtype)
@@ -249,7 +258,7 @@ class _CrossEntropy(torch.autograd.Function):
         chunks = _Chunks(hidden_TD, weight_VD, training)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         if training:
-            dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
+            dhidden_TD, dweight_VD = _gradient_buffers(hidden_TD, weight_VD)
         for chunk, logits in chunks:
             labels = labels_T[chunk]
             largest, total, at_label = combine(_row_partials(logits, labels, vocab_start))

@@ -144,6 +144,7 @@ class _Route(torch.autograd.Function):
         counts_C = counts.sum(0, dtype=torch.int64)
         ctx.save_for_backward(logits_TC, choice_Tk)
         ctx.mark_non_differentiable(choice_Tk, counts_C)
+        ctx.set_materialize_grads(False)  # zeros for those two
         return choice_Tk, gate_Tk, counts_C
 
     @staticmethod
