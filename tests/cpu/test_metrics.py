@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,33 @@ def write(path: Path, resume_step: int, last_step: int, eval_every: int = 0) -> 
 def steps(path: Path) -> tuple[list[int], list[int]]:
     train, evaluation = read_rows(path)
     return [r["step"] for r in train], [r["step"] for r in evaluation]
+
+
+def test_a_row_does_not_wait_for_the_disk_that_makes_the_ones_before_it_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The saving thread syncs, the training goes on; and whoever syncs has had every row before it written."""
+    reached, is_done = threading.Event(), threading.Event()
+    synced: list[int] = []
+
+    def slow(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        reached.set()
+        assert is_done.wait(60)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    writer = MetricsWriter(tmp_path / "m", 0)
+    writer.append(row(1))
+    size = (tmp_path / "m").stat().st_size
+    saving = threading.Thread(target=writer.sync)
+    saving.start()
+    assert reached.wait(60)
+    appending = threading.Thread(target=writer.append, args=(row(2),))
+    appending.start()
+    appending.join(10)
+    waited = appending.is_alive()
+    is_done.set()
+    saving.join()
+    writer.close()
+    assert not waited and synced == [size] and steps(tmp_path / "m")[0] == [1, 2]
 
 
 def test_rows_come_back_exactly(tmp_path: Path) -> None:
