@@ -13,9 +13,10 @@ Memory, in rows, where a rank has A = T k assignments of its own (the mean over 
   segment's part being rounded up to a row. Nothing received is kept: backward sends each chunk again and computes it again.
 - Transient, two chunks being on the way at a time: see `buffers_bytes`.
 
-Waiting: chunk i + 1 is sent before the experts of chunk i are computed, and the results of chunk i are waited for after those of chunk
-i + 1 have been computed; so only the first dispatch and the last return are bare. On every rank the order of collectives follows from
-the plan alone, so a rank without rows takes part like any other.
+Waiting: while the counts travel the device brings together all A rows, of which one chunk sends a first part; when the host has the counts,
+only views stand between it and the first dispatch. Chunk i + 1 is sent before the experts of chunk i are computed, and the results of
+chunk i are waited for after those of chunk i + 1 have been computed; so only the first dispatch and the last return are bare. On every
+rank the order of collectives follows from the plan alone, so a rank without rows takes part like any other.
 
 Letters: S ranks of the ep group, T tokens of this rank, k slots, A = T k, C router classes, E experts of all ranks, D hidden, F width, n
 chunks, R rows of a chunk. A name's suffix tells the rank that has the tensor's rows where it matters: `sent`, `received`.
@@ -91,26 +92,38 @@ class ExpertParallel:
             if self.recompute:
                 return checkpoint(ops().experts, *inputs, use_reentrant=False, preserve_rng_state=False)
             return ops().experts(*inputs)
-        counts_SC = all_gather(sizes_C[None], self.ep, "counts").wait()
-        plan, parts_nSE = self._plan(counts_SC, num_local)
+        counts = all_gather(sizes_C[None], self.ep, "counts")
+        # While the counts travel: the rows in the order in which one chunk sends them. If there turn out to be several, it was for nothing.
+        order_A, k = order_A.long(), choice_Tk.shape[1]  # int64: index_copy_ takes no other
+        ahead = [_rows_of(x_TD.detach(), order_A, k), _rows_of(gate_Tk.detach().reshape(-1, 1), order_A, 1)] if self.min_chunks == 1 else []
+        counts_SC = counts.wait()
+        plan = self._plan(_on_host(counts_SC, self.ep), num_local)
         self.last_rows, self.last_chunks = plan.most_rows, len(plan.send)
+        if self.last_chunks > 1:
+            ahead.clear()
+        parts_nSE = _cut(counts_SC[:, : self.ep.size * num_local], self.last_chunks)
         sent_A = _in_order_sent(order_A, parts_nSE, self.ep.rank, sum(map(sum, plan.send)))
-        return _Experts.apply(x_TD, gate_Tk, experts.gate_up, experts.down, experts.gradient_sums, sent_A, parts_nSE, self.ep, plan,
+        return _Experts.apply(x_TD, gate_Tk, experts.gate_up, experts.down, experts.gradient_sums, sent_A, parts_nSE, self.ep, plan, ahead,
                               torch.is_grad_enabled())
 
-    def _plan(self, counts_SC: Tensor, num_local: int) -> tuple[Plan, Tensor]:
-        """The plan, and on the device the rows of each chunk by source and expert (n, S, E)."""
+    def _plan(self, host_SC: Tensor, num_local: int) -> Plan:
         S, rank, E = self.ep.size, self.ep.rank, self.ep.size * num_local
-        assert counts_SC.shape[1] >= E, (counts_SC.shape, E)
-        host_SC = _on_host(counts_SC, self.ep)
-        limit = max(int(self.chunk_factor * int(host_SC.sum()) / S), 1)
-        received_S = host_SC[:, :E].sum(0).view(S, num_local).sum(1)
-        needed = math.ceil(int(received_S.max()) / limit)
-        num_chunks = max(needed, self.min_chunks)
-        host_nSE, parts_nSE = (_cut(counts[:, :E], num_chunks) for counts in (host_SC, counts_SC))
-        rows_nSS = host_nSE.view(num_chunks, S, S, num_local).sum(-1)  # [chunk, from, to]
-        plan = Plan(rows_nSS[:, rank].tolist(), rows_nSS[:, :, rank].tolist(), int(rows_nSS.sum(1).max()), self.recompute or needed > 1)
-        return plan, parts_nSE
+        assert host_SC.shape[1] >= E, (host_SC.shape, E)
+        counts_SC = host_SC.tolist()
+
+        def by_owner(row_C: Sequence[int]) -> list[int]:
+            return [sum(row_C[first : first + num_local]) for first in range(0, E, num_local)]
+
+        def received(part_SC: list[list[int]]) -> list[int]:
+            return by_owner(list(map(sum, zip(*part_SC))))
+
+        limit = max(int(self.chunk_factor * sum(map(sum, counts_SC)) / S), 1)
+        needed = math.ceil(max(received(counts_SC)) / limit)
+        n = max(needed, self.min_chunks)
+        parts = [counts_SC] if n == 1 else _cut(host_SC, n).tolist()
+        own = slice(rank * num_local, (rank + 1) * num_local)
+        return Plan([by_owner(part[rank]) for part in parts], [[sum(row[own]) for row in part] for part in parts],
+                    max(max(received(part)) for part in parts), self.recompute or needed > 1)
 
 
 def most_rows(assignments: int, num_experts: int, chunk_factor: float = CHUNK_FACTOR) -> int:
@@ -137,12 +150,16 @@ def _on_host(counts_SC: Tensor, group: Group) -> Tensor:
 
 def _cut(counts_SE: Tensor, num_chunks: int) -> Tensor:
     """Each count in n nearly equal parts (n, S, E); part i of c rows ends at c (i + 1) / n, rounded down."""
+    if num_chunks == 1:
+        return counts_SE[None]
     cuts = torch.arange(num_chunks + 1, device=counts_SE.device)[:, None, None]
     return (counts_SE * cuts // num_chunks).diff(dim=0)
 
 
 def _in_order_sent(order_A: Tensor, parts_nSE: Tensor, rank: int, num_rows: int) -> Tensor:
     """Assignments (token * k + slot) by chunk, then by expert; `order` brings them together by expert, the skipped ones last."""
+    if len(parts_nSE) == 1:
+        return order_A[:num_rows]
     parts_nE = parts_nSE[:, rank]
     count_E = parts_nE.sum(0)
     starts_nE = count_E.cumsum(0) - count_E + parts_nE.cumsum(0) - parts_nE  # of each part, in `order`
@@ -153,6 +170,11 @@ def _in_order_sent(order_A: Tensor, parts_nSE: Tensor, rank: int, num_rows: int)
     return order_A.index_select(0, place)
 
 
+def _rows_of(source: Tensor, assignments: Tensor, slots: int) -> Tensor:
+    """The source's rows for these assignments; it has one for each `slots` of them."""
+    return source.index_select(0, assignments if slots == 1 else assignments // slots)
+
+
 class _Experts(torch.autograd.Function):
     """Keeps the chunks' graphs, or nothing that was received (`Plan.recompute`). Inputs of the graphs are no leaves, which would hold on
     to their tensors, and whatever the experts' op saves in them is saved by this function instead: so it is seen, and let go, by whoever
@@ -161,8 +183,8 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gate_Tk: Tensor, gate_up: Tensor, down: Tensor, gradient_sums: ExpertSums | None, sent_A: Tensor,
-                parts_nSE: Tensor, group: Group, plan: Plan, training: bool) -> Tensor:
-        T, k = gate_Tk.shape
+                parts_nSE: Tensor, group: Group, plan: Plan, ahead: list[Tensor], training: bool) -> Tensor:
+        k = gate_Tk.shape[1]
         keep = training and any(ctx.needs_input_grad) and not plan.recompute
         graphs: list[_Graph] = []
         sums = gradient_sums
@@ -175,8 +197,8 @@ class _Experts(torch.autograd.Function):
             graphs.append(_Graph(group, plan, chunk, parts_nSE, x_RD, gate_R1, gate_up, down, sums))
             return [graphs[-1].take_result()]
 
-        out_AD = x_TD.new_zeros(T * k, x_TD.shape[1])
-        _pipeline(group, plan, sent_A, [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)], compute, [("y", out_AD)])
+        sources = [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)]
+        (out_AD,) = _pipeline(group, plan, sent_A, sources, compute, ["y"], ahead)
         ctx.group, ctx.plan, ctx.graphs, ctx.sums = group, plan, graphs, sums
         again = (x_TD, gate_Tk, gate_up, down) if plan.recompute else (None, gate_Tk, gate_up, down)
         ctx.save_for_backward(*again, sent_A, parts_nSE, *(tensor for graph in graphs for tensor in graph.take_saved()))
@@ -206,27 +228,31 @@ class _Experts(torch.autograd.Function):
         sources = [("dy", dout_TD, k)]
         if plan.recompute:
             sources += [("x", x_TD, k), ("gate", gate_Tk.reshape(-1, 1), 1)]
-        dx_AD, dgate_A1 = dout_TD.new_zeros(gate_Tk.numel(), dout_TD.shape[1]), torch.zeros_like(gate_Tk).view(-1, 1)
-        _pipeline(group, plan, sent_A, sources, compute, [("dx", dx_AD), ("dgate", dgate_A1)])
+        dx_AD, dgate_A1 = _pipeline(group, plan, sent_A, sources, compute, ["dx", "dgate"], [])
         dweights = [gradient_sum.for_autograd(gate_up.dtype) for gradient_sum in ctx.sums]
-        return _sum_slots(dx_AD, k), dgate_A1.view_as(gate_Tk), *dweights, *[None] * 6
+        return _sum_slots(dx_AD, k), dgate_A1.view_as(gate_Tk), *dweights, *[None] * 7
 
 
 def _pipeline(group: Group, plan: Plan, sent_A: Tensor, sources: Sequence[tuple[str, Tensor, int]],
-              compute: Callable[..., Sequence[Tensor]], targets: Sequence[tuple[str, Tensor]]) -> None:
+              compute: Callable[..., Sequence[Tensor]], targets: Sequence[str], ahead: list[Tensor]) -> list[Tensor]:
     """For every chunk: rows of each source to the experts' ranks, compute(chunk, *received), its results back to rows of the targets.
 
-    A source has a row for each `slots` assignments, a target one for each; rows that went nowhere stay as they are.
+    A source has a row for each `slots` assignments, a target one for each, zero where nothing went. ahead: of each source, rows that start
+    with the first chunk's, where these have been gathered already; taken out of the list, so that they live no longer than others.
     """
-    last = len(plan.send) - 1
-    sent = [part.long() for part in sent_A.split([sum(rows) for rows in plan.send])]
+    last, num_assignments = len(plan.send) - 1, len(sources[0][1]) * sources[0][2]
+    sent = sent_A.split([sum(rows) for rows in plan.send])
+    out: list[Tensor] = []
+
+    def gather(chunk: int, source: Tensor, slots: int) -> Tensor:
+        return ahead.pop(0)[: len(sent[chunk])] if ahead else _rows_of(source, sent[chunk], slots)
 
     def dispatch(chunk: int) -> list[Pending]:
-        return [all_to_all(source.index_select(0, sent[chunk] // slots), plan.send[chunk], plan.receive[chunk], group, f"{name} {chunk}")
+        return [all_to_all(gather(chunk, source, slots), plan.send[chunk], plan.receive[chunk], group, f"{name} {chunk}")
                 for name, source, slots in sources]
 
     def collect(chunk: int, returning: Sequence[Pending]) -> None:
-        for pending, (_, target) in zip(returning, targets, strict=True):
+        for pending, target in zip(returning, out, strict=True):
             target.index_copy_(0, sent[chunk], pending.wait())
 
     arriving, returning = dispatch(0), list[Pending]()
@@ -235,11 +261,14 @@ def _pipeline(group: Group, plan: Plan, sent_A: Tensor, sources: Sequence[tuple[
         arriving = dispatch(chunk + 1) if chunk < last else []
         results = compute(chunk, *received)
         leaving = [all_to_all(rows, plan.receive[chunk], plan.send[chunk], group, f"{name} {chunk}")
-                   for rows, (name, _) in zip(results, targets, strict=True)]
+                   for rows, name in zip(results, targets, strict=True)]
         if chunk:
             collect(chunk - 1, returning)
+        else:
+            out = [rows.new_zeros(num_assignments, rows.shape[1]) for rows in results]  # while the results travel
         returning = leaving
     collect(last, returning)
+    return out
 
 
 def _compute_chunk(group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD: Tensor, gate_R1: Tensor, gate_up: Tensor,
@@ -248,8 +277,7 @@ def _compute_chunk(group: Group, plan: Plan, chunk: int, parts_nSE: Tensor, x_RD
     group.ledger.note("compute", "experts", str(chunk))
     num_local = len(gate_up)
     parts_SE = parts_nSE[chunk, :, group.rank * num_local : (group.rank + 1) * num_local]
-    experts = torch.arange(num_local, dtype=torch.int32, device=parts_SE.device).repeat(group.size)
-    expert_R = experts.repeat_interleave(parts_SE.flatten(), output_size=len(x_RD))
+    expert_R = torch.repeat_interleave(parts_SE.flatten(), output_size=len(x_RD)) % num_local  # from the segment: source * experts + expert
     order_R, sizes_E = ops().sort_by_expert(expert_R[:, None], num_local)
     return ops().experts(x_RD, sizes_E, gate_up, down, order_R, gate_R1, sums)
 
