@@ -41,6 +41,8 @@ class Group:
     ranks: tuple[int, ...] = ()
     """Global ranks in order."""
     ledger: Ledger = field(default_factory=Ledger, compare=False)
+    control: dist.ProcessGroup | None = None
+    """The same ranks over gloo, for objects and barriers, where `handle` would take them to the GPU. None: `handle` does it."""
 
 
 ALONE = Group(None, 0, 1)
@@ -136,18 +138,18 @@ def all_reduce_sum(tensor: Tensor, group: Group) -> None:
 
 
 def gather_objects(value: T, group: Group) -> list[T]:
-    """Every rank's picklable value, in rank order, on every rank. Small things only."""
+    """Every rank's picklable value, in rank order, on every rank. Small things only. RuntimeError (of gloo): a rank is gone."""
     if group.handle is None:
         return [value]
     values: list[Any] = [None] * group.size
-    dist.all_gather_object(values, value, group=group.handle)
+    dist.all_gather_object(values, value, group=group.control or group.handle)
     return values
 
 
 def barrier(group: Group) -> None:
-    """Nobody leaves before everybody came."""
+    """Nobody leaves before everybody came. RuntimeError (of gloo): a rank is gone."""
     if group.handle is not None:
-        dist.barrier(group=group.handle)
+        dist.barrier(group=group.control or group.handle)
 
 
 # torch 2.13 renamed the two; older ones know only the old names.

@@ -1,8 +1,9 @@
 """The mesh: which ranks exist, which axis each lies on, which of them work together, and the device of this one.
 
 Where a run learns its rank and the number of ranks from torchrun's environment. Dense parameters live on tp x (cp x dp), experts on
-ep x edp, folded over the same ranks in Megatron-core's order (its rank generator enumerates them). Groups are made once, in one order, on
-every rank; axes of the same ranks share one group.
+ep x edp, folded over the same ranks in Megatron-core's order (its rank generator enumerates them). Groups are made in one order on every
+rank. Those of the same ranks share one communicator, but over RCCL two, one per `Purpose`: a communicator has one stream, in which an
+all-to-all that a block's forward waits for would queue behind the optimizer's reduce-scatters.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from zaya.shard import Layout, Replicate, Shard
 
 BACKGROUND_TIMEOUT_S = 7200.0  # a rank may wait for another's disk, not for its GPU
 TIMEOUT_S = 600.0  # of a collective that a rank never joins; torch's own default for RCCL
+Purpose = Literal["model", "state"]
+"""Who waits for a group's collectives: forward and backward of a block (tp, cp, ep, KV replicas), or the optimizer and the loop."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class Mesh:
     token: Group
     device: torch.device
     ledger: Ledger
-    make: Callable[[str, Callable[[int], Sequence[int]]], Group]
-    """make(name, ranks that a rank shares the group with) -> this rank's group; collective."""
+    make: Callable[[Purpose, str, Callable[[int], Sequence[int]]], Group]
+    """make(purpose, name, ranks that a rank shares the group with) -> this rank's group; collective."""
     _holdings: dict[tuple[str, int], Holding] = field(default_factory=dict)
 
     @property
@@ -69,15 +73,15 @@ class Mesh:
                 return layout.holders(placement, rank)[layout.shard(placement, rank) :: layout.shard_size(placement)]
 
             name = kind[0] if kind[1] == 1 else f"{kind[0]}/{kind[1]}"
-            self._holdings[kind] = Holding(self.make(f"{name} holders", lambda rank: layout.shard_ranks(placement, rank)),
-                                           self.make(f"{name} replicas", replicas),
-                                           self.make(f"{name} exchange", lambda rank: layout.exchange_ranks(placement, rank)))
+            self._holdings[kind] = Holding(self.make("state", f"{name} holders", lambda rank: layout.shard_ranks(placement, rank)),
+                                           self.make("state", f"{name} replicas", replicas),
+                                           self.make("state", f"{name} exchange", lambda rank: layout.exchange_ranks(placement, rank)))
         return self._holdings[kind]
 
     def kv_replicas(self, num_kv_heads: int) -> Group:
         """The neighbours on tp that hold this rank's KV head (collective): alone unless tp exceeds the number of KV heads."""
         copies = Shard(0, "tp", num_kv_heads).replicas(self.layout.tp)
-        return self.make("kv replicas", lambda rank: range(rank // copies * copies, (rank // copies + 1) * copies))
+        return self.make("model", "kv replicas", lambda rank: range(rank // copies * copies, (rank // copies + 1) * copies))
 
     def __str__(self) -> str:
         layout = self.layout
@@ -140,32 +144,41 @@ def open_mesh(device: str, layout: Layout) -> Mesh:
     return make_mesh(layout, here)
 
 
-def make_mesh(layout: Layout, device: torch.device) -> Mesh:
-    """The mesh of a job whose processes have joined (collective: every rank makes all groups, in one order)."""
+def make_mesh(layout: Layout, device: torch.device, apart: bool | None = None) -> Mesh:
+    """The mesh of a job whose processes have joined (collective: every rank makes all groups, in one order).
+
+    apart: a communicator per purpose, and one over gloo for objects and barriers of the world; by default where the backend is nccl. gloo
+    has no streams, its objects need no device, and its groups cost time to start.
+    """
     ledger = Ledger()
     rank = dist.get_rank() if layout.world_size > 1 else 0
-    made: dict[tuple[tuple[int, ...], ...], tuple[dist.ProcessGroup | None, tuple[int, ...]]] = {}
+    if apart is None:
+        apart = layout.world_size > 1 and dist.get_backend() == "nccl"
+    made: dict[tuple[Purpose, tuple[tuple[int, ...], ...]], tuple[dist.ProcessGroup | None, tuple[int, ...]]] = {}
 
-    def make_one(name: str, groups: Iterable[Sequence[int]]) -> Group:
-        partition = tuple(sorted(map(tuple, groups)))
-        if partition not in made:
+    def make_one(purpose: Purpose, name: str, groups: Iterable[Sequence[int]]) -> Group:
+        purpose, partition = purpose if apart else "state", tuple(sorted(map(tuple, groups)))
+        key = purpose, partition
+        if key not in made:
             mine = next(ranks for ranks in partition if rank in ranks)
             handle = None
-            if len(mine) == layout.world_size > 1:
+            if len(mine) == layout.world_size > 1 and purpose == "state":
                 handle = dist.group.WORLD
             elif max(map(len, partition)) > 1:
                 handle, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition],
                                                               timeout=datetime.timedelta(seconds=TIMEOUT_S))
-            made[partition] = (handle if len(mine) > 1 else None, mine)
-        handle, mine = made[partition]
+            made[key] = (handle if len(mine) > 1 else None, mine)
+        handle, mine = made[key]
         return Group(handle, mine.index(rank), len(mine), name, mine, ledger)
 
-    def make(name: str, ranks_of: Callable[[int], Sequence[int]]) -> Group:
-        return make_one(name, {tuple(ranks_of(r)) for r in range(layout.world_size)})
+    def make(purpose: Purpose, name: str, ranks_of: Callable[[int], Sequence[int]]) -> Group:
+        return make_one(purpose, name, {tuple(ranks_of(r)) for r in range(layout.world_size)})
 
-    axes = {axis: make_one(axis, groups) for axis, groups in _axes(layout).items()}
-    return Mesh(layout, make_one("world", [range(layout.world_size)]), axes["tp"], axes["cp"], axes["dp"], axes["ep"], axes["edp"],
-                axes["token"], device, ledger, make)
+    axes = {axis: make_one("model" if axis in ("tp", "cp", "ep") else "state", axis, groups) for axis, groups in _axes(layout).items()}
+    world = make_one("state", "world", [range(layout.world_size)])
+    if apart and world.handle is not None:
+        world = replace(world, control=_over_gloo(TIMEOUT_S))
+    return Mesh(layout, world, axes["tp"], axes["cp"], axes["dp"], axes["ep"], axes["edp"], axes["token"], device, ledger, make)
 
 
 def _axes(layout: Layout) -> dict[str, list[list[int]]]:
@@ -185,16 +198,22 @@ def _axes(layout: Layout) -> dict[str, list[list[int]]]:
     return axes
 
 
+def _over_gloo(timeout_s: float) -> dist.ProcessGroup:
+    """A group of all ranks that needs no GPU (collective): a call on it ends as soon as one of them is gone."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
 def open_background(mesh: Mesh, name: str) -> Group:
     """A group of all ranks over gloo, for objects that a thread exchanges beside the training (collective)."""
     if mesh.world.handle is None:
         return mesh.world
-    handle = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=BACKGROUND_TIMEOUT_S))
-    return Group(handle, mesh.rank, mesh.world_size, name, mesh.world.ranks, mesh.ledger)
+    return Group(_over_gloo(BACKGROUND_TIMEOUT_S), mesh.rank, mesh.world_size, name, mesh.world.ranks, mesh.ledger)
 
 
 def close_mesh(mesh: Mesh) -> None:
     """Leave in order (last collective call of every rank): nobody tears its connections down while another still uses them."""
     if mesh.world.handle is not None:
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize(mesh.device)  # the barrier waits for processes, not for what they have launched
         barrier(mesh.world)
         dist.destroy_process_group()
