@@ -11,6 +11,7 @@ Tensors travel by value. Must know nothing of zaya: whatever a test needs, its f
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -169,6 +170,8 @@ def _work(rank: int, world_size: int, pipe: Connection, folder: str) -> None:
         try:
             if renew_group:
                 _leave_group()
+            else:
+                _leave_subgroups()
             if not torch.distributed.is_initialized():
                 _join_group(rank, world_size, folder, call=number)
             fn, args = pickle.loads(call)
@@ -188,8 +191,20 @@ def _join_group(rank: int, world_size: int, folder: str, call: int) -> None:
 def _leave_group() -> None:
     import torch.distributed as dist
 
+    _leave_subgroups()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave_subgroups() -> None:
+    """All that earlier calls made: a group of gloo has three threads, one of which wakes a hundred times a second."""
+    import torch.distributed as dist
+
     megatron_groups = sys.modules.get("megatron.core.parallel_state")
     if megatron_groups:
         megatron_groups.destroy_model_parallel()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        for group in dist.distributed_c10d._world.pg_map.copy():
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+    gc.collect()  # trainers and meshes are in cycles, and hold groups
