@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import math
 import os
 import re
+import resource
 import sys
 from collections.abc import MutableMapping, Set
 from dataclasses import dataclass
@@ -69,6 +71,7 @@ NUMA_SWITCH = "ZAYA_NUMA_BINDING"
 COLLECT_SWITCH = "ZAYA_GC_STEPS"
 """Steps between garbage collections; 0 leaves them to Python. 50 is torchtitan's interval."""
 COLLECT_STEPS = 50
+MAX_OPEN_FILES = 1 << 17
 GFX942 = 90402
 """KFD's number of the MI300X: major * 10000 + minor * 100 + stepping."""
 
@@ -141,7 +144,7 @@ def apply(environ: MutableMapping[str, str] = os.environ, machine: Machine | Non
         is_users = setting.name in environ
         value = environ.setdefault(setting.name, setting.value)
         outcomes.append(Outcome(setting.name, value, "kept" if is_users else "set", setting.reason))
-    outcomes.append(_bind(environ, machine))
+    outcomes += [_bind(environ, machine), _open_files()]
     steps = collect_steps(environ)
     what = "one garbage collection every so many steps, on all ranks at once" if steps else "Python collects when it likes"
     outcomes.append(Outcome(COLLECT_SWITCH, str(steps), "kept" if COLLECT_SWITCH in environ else "set", what))
@@ -259,6 +262,19 @@ def _visible(gpus: list[Gpu], environ: MutableMapping[str, str]) -> list[Gpu] | 
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _open_files() -> Outcome:
+    """As many as the machine lets this process have, up to MAX_OPEN_FILES: each group of all ranks over gloo holds one to every other."""
+    before, most = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    wanted = min(most, MAX_OPEN_FILES)
+    if before < wanted:
+        hard = resource.RLIM_INFINITY if most == math.inf else int(most)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), hard))
+        except (ValueError, OSError) as error:  # the kernel's own limit is lower
+            return Outcome("open files", f"{before:g}", "left out", str(error))
+    return Outcome("open files", f"{max(before, wanted)}", "set", "as many as this process may have: groups connect it to every other rank")
 
 
 def _find_torch_version_file() -> Path | None:

@@ -103,6 +103,15 @@ def test_torchs_build_is_read_without_torch(tmp_path: Path, line: str, hip: str 
     assert Machine(tmp_path, tmp_path / "version.py").hip == hip
 
 
+@pytest.mark.parametrize(("soft", "hard", "after"), [(64, 4096, "4096"), (4096, 4096, "4096")])
+def test_a_process_may_open_as_many_files_as_the_machine_allows(soft: int, hard: int, after: str) -> None:
+    """1,024 ranks need 3,100; many systems start a process with 1,024."""
+    code = (f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\nfrom zaya import runtime\n"
+            "print([o for o in runtime.apply({}) if o.name == 'open files'][0].value, *resource.getrlimit(resource.RLIMIT_NOFILE))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.split() == [after, after, str(hard)], done.stderr
+
+
 def test_nothing_heavy_is_imported_and_torch_is_found() -> None:
     code = ("import sys; from zaya import runtime; runtime.apply({}); m = runtime.Machine(); "
             "print('torch' in sys.modules, runtime._find_torch_version_file().is_file())")
