@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.needs import needs_compiler
 from tests.tiny import recipe
@@ -123,6 +124,46 @@ def test_what_kernels_get_in_training_is_aligned(tmp_path: Path, optimizer: str)
     assert not crooked
     shipped = {kernel for kernel in json.loads(TABLE.read_text()) if optimizer == "muon" or "newton_schulz" not in kernel}
     assert kernels == shipped, "training launches every kernel that has a configuration"
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch computes: not views, nor memory that nobody has written to, nor what only asks."""
+
+    FREE = ("view", "expand", "slice", "select", "split", "unbind", "transpose", "permute", "t", "unsqueeze", "squeeze", "detach", "alias",
+            "as_strided", "_unsafe_view", "_reshape_alias", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
+            "_indices", "_values", "_sparse_coo_tensor_with_dims", "unfold")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._schema.name.removeprefix("aten::").partition(".")[0] not in self.FREE
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recompute", "kernels", "calls"), [("none", 30, 79), ("selective", 36, 79), ("full", 42, 91)])
+def test_a_block_costs_the_host_no_more_launches_than_it_did(tmp_path: Path, recompute: str, kernels: int, calls: int) -> None:
+    """Of a later micro-batch, forward and backward with the hooks that collect gradients. Small kernels take a GPU about 4 us each, and the
+    host as long or longer: what needs more of them must be worth it."""
+    def costs(layers: int) -> tuple[int, int]:
+        parts = recipe(tmp_path, model__head_dim=32, model__num_layers=layers, model__attention_pattern=["full"], train__dtype="bf16",
+                       train__global_batch_size=4, train__micro_batch_size=2, train__kernels="triton", train__recompute=recompute)
+        mesh = open_mesh("cpu", Layout(1))
+        trainer = Trainer(parts, mesh, open_data(parts, mesh))
+        launched: list[str] = []
+        with launching_through(lambda kernel, *_: launched.append(kernel.__name__)):
+            trainer.optimizer.start_step(2)
+            for first in (0, 2):
+                batch = trainer.loader.batch(first, 2)
+                launched.clear()
+                with Calls() as torchs:
+                    hidden_BTD = trainer.model(batch.tokens_BT, batch.positions_BT).hidden_BTD
+                    trainer.optimizer.backward(trainer.model.loss(hidden_BTD, batch.labels_BT))
+        return len(launched), torchs.count
+
+    (two_kernels, two_calls), (three_kernels, three_calls) = costs(2), costs(3)
+    assert three_kernels - two_kernels == kernels and three_calls - two_calls <= calls
 
 
 @pytest.mark.parametrize(("width", "classes", "says"), [
