@@ -170,7 +170,7 @@ def _work(rank: int, world_size: int, pipe: Connection, folder: str) -> None:
         try:
             if renew_group:
                 _leave_group()
-            else:
+            elif "deepspeed" not in sys.modules:  # which keeps the groups that it makes first
                 _leave_subgroups()
             if not torch.distributed.is_initialized():
                 _join_group(rank, world_size, folder, call=number)
