@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from zaya.preemption import SIGNALS
+
 # Whatever a test loads lies on the disk; a missing file must fail at once instead of asking a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -29,7 +31,7 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
     """A training run that was signalled ignores these from then on, and so would every process that later tests start."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

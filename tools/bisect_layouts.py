@@ -41,7 +41,7 @@ from zaya.trainer import Trainer, open_data
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
 STEPS = 2
 REFUSED = "tools.bisect_layouts: "
-"""So a rank begins its one line about bad input, which torchrun surrounds with a report."""
+"""How a rank's one line about bad input begins; torchrun surrounds it with a report."""
 
 
 class Part(NamedTuple):

@@ -26,18 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zaya.checkpoint import stream
+from zaya.checkpoint.hashing import CHUNK_BYTES
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.cli import Parser, worker_count
-from zaya.dtypes import STORED_DTYPES
+from zaya.dtypes import STORED_FLOATS
 from zaya.model import hf, zyphra
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"  # tied to the embedding: some files store it all the same
 ARCHITECTURE = "ZayaForCausalLM"
 CONFIG_DTYPES = ("float32", "bfloat16", "float16", "float64")
-DTYPES = {name: dtype for name, dtype in STORED_DTYPES.items() if dtype.is_floating_point}
-"""By safetensors' names."""
-CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +123,9 @@ class HFDirectory:
         for name, entry in header.items():
             if name in self.tensors:
                 raise ValueError(f"tensor {name} is in {self.tensors[name].file.name} and in {file.name}")
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"tensor {name} has dtype {entry['dtype']}; only {', '.join(DTYPES)} are supported")
-            self.tensors[name] = Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            if entry["dtype"] not in STORED_FLOATS:
+                raise ValueError(f"tensor {name} has dtype {entry['dtype']}; only {', '.join(STORED_FLOATS)} are supported")
+            self.tensors[name] = Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), STORED_FLOATS[entry["dtype"]])
 
     def check(self, table: Sequence[hf.Link]) -> None:
         """Exactly the table's tensors, in the table's shapes; a stored head must equal the embedding it is tied to."""

@@ -25,13 +25,12 @@ from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.rewrite import Job, Target, cut_into_files, rewrite
 from zaya.cli import Parser, layout_sizes, parse_bytes
 from zaya.config import ModelConfig, ParallelConfig, model_from_tables
-from zaya.dtypes import STORED_DTYPES
+from zaya.dtypes import DTYPES, STORED_DTYPES, STORED_FLOATS, STORED_NAMES
 from zaya.parallel.partition import saved_by_rank
 from zaya.plan import ParameterPlan, plan
 from zaya.shard import Box, Layout
 
-STORED = {"bf16": "BF16", "fp32": "F32"}
-FLOATS = ("F64", "F32", "BF16", "F16")
+STORED = {name: STORED_NAMES[DTYPES[name]] for name in ("bf16", "fp32")}
 LEAST_MEMORY = 10**6
 
 
@@ -99,7 +98,7 @@ def check_alike(checkpoints: Sequence[Checkpoint], targets: Mapping[str, Target]
             ours, theirs = first.manifest.tensors[name], other.manifest.tensors[name]
             if ours.shape != theirs.shape:
                 raise ValueError(f"{what}: {name} has shape {list(ours.shape)} and {list(theirs.shape)}")
-            if ours.dtype not in FLOATS or theirs.dtype not in FLOATS:
+            if ours.dtype not in STORED_FLOATS or theirs.dtype not in STORED_FLOATS:
                 raise ValueError(f"{what}: {name} is {ours.dtype} and {theirs.dtype}")
 
 

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             with tempfile.TemporaryFile(dir=path.absolute().parent):
                 pass
         except OSError as error:
-            self.error(f"{option}: cannot write {path}: {error.strerror}")
+            self.error(f"{option} {path}: cannot write there: {error.strerror}")
 
     def starting_so(self, option: str, words: Sequence[str] | None, names: Sequence[str], none: str) -> list[str]:
         """The names that start with one of the words, in their order; all where there are no words. A word that fits none is an error that

@@ -182,11 +182,11 @@ class MetricsWriter:
         OSError: they do not."""
         with self._writing:
             self._write()
-            rows = os.dup(self._file.fileno())
+            descriptor = os.dup(self._file.fileno())  # outlives the lock: the next row need not wait for the disk
         try:
-            os.fsync(rows)  # the next row need not wait for the disk
+            os.fsync(descriptor)
         finally:
-            os.close(rows)
+            os.close(descriptor)
 
     def close(self) -> None:
         """OSError: the last rows could not be written."""

@@ -11,16 +11,21 @@ from torch import Tensor
 
 
 class Sums(NamedTuple):
-    """What all ranks together found in a step: views of one small fp64 tensor, in which integers up to 2^53 are exact."""
+    """What all ranks together found in a step: parts of one small fp64 tensor, in which integers up to 2^53 are exact."""
 
     loss: Tensor
     labelled: Tensor
-    """Tokens that count in the loss."""
+    """Tokens that count in the loss; 1 where none does."""
     squared_norm: Tensor
     """Of the summed loss' gradient."""
     votes: Tensor
-    """(2,)"""
+    """(2,): how many ranks want to stop, and how many to save again."""
     counts_LC: Tensor
+
+    @staticmethod
+    def flat(loss: Tensor, labelled: Tensor, squared_norm: Tensor, votes: Tensor, counts_LC: Tensor) -> Tensor:
+        """What `of` takes apart, once it is summed."""
+        return torch.cat([torch.stack([loss, labelled, squared_norm]), votes, counts_LC.double().flatten()])
 
     @staticmethod
     def of(flat: Tensor, num_layers: int) -> Sums:
@@ -35,8 +40,8 @@ class Sums(NamedTuple):
 
 
 class StepResult:
-    """One optimizer step over the global batch, as the host sees it: its numbers exist before the update, and whoever reads one first waits
-    for them, not for the update. Tensors on the CPU."""
+    """One optimizer step over the global batch, as the host sees it: its numbers are there before the update, and the first to read one
+    waits for them alone. All tensors are on the CPU."""
 
     def __init__(self, flat: Tensor, num_layers: int, dtype: torch.dtype, shares: Callable[[Tensor], Tensor]) -> None:
         self._num_layers, self._dtype, self._shares = num_layers, dtype, shares

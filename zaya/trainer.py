@@ -131,8 +131,9 @@ class Trainer:
             counts_LC += output.counts_LC
         self.optimizer.finish_gradients()
         own = self.mesh.tp.rank == 0  # all tp ranks computed this loss
-        flat = torch.cat([torch.stack([loss_sum * own, labelled * own, self.optimizer.squared_norm()]),
-                          torch.tensor(votes, dtype=torch.float64).to(self.mesh.device, non_blocking=True), counts_LC.double().flatten()])
+        voted = torch.tensor(votes, dtype=torch.float64, pin_memory=self.mesh.device.type == "cuda")
+        flat = Sums.flat(loss_sum * own, labelled * own, self.optimizer.squared_norm(), voted.to(self.mesh.device, non_blocking=True),
+                         counts_LC)
         all_reduce_sum(flat, self.mesh.world)
         result = StepResult(flat, len(counts_LC), loss.dtype, self.balance.shares)
 
@@ -318,8 +319,8 @@ class Trainer:
             self._evaluate_when_due(metrics)
 
     def _row(self, result: StepResult, started: float, saver: Saver | None) -> dict[str, object]:
-        """One line of metrics.jsonl. Waits for the step's sums first, so that its time is the device's, from one step's sums to the next's:
-        behind them updates go on, and parameters are on their way, while the host prepares the next step."""
+        """One line of metrics.jsonl. Waits for the step's sums, not for its update, which runs into the next step's time, or into that
+        of an evaluation between them."""
         train, loss = self.recipe.train, result.loss.item()
         seconds = time.perf_counter() - started
         tokens_per_second = train.global_batch_size * train.seq_len / seconds

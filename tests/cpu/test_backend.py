@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.needs import needs_compiler
 from tests.tiny import recipe
+from zaya import trainer as trainer_module
 from zaya.kernels import backend
 from zaya.kernels.cpu import compiler
 from zaya.kernels.launch import TABLE, Config, launching_through
@@ -164,6 +165,35 @@ def test_a_block_costs_the_host_no_more_launches_than_it_did(tmp_path: Path, rec
 
     (two_kernels, two_calls), (three_kernels, three_calls) = costs(2), costs(3)
     assert three_kernels - two_kernels == kernels and three_calls - two_calls <= calls
+
+
+class NoReading(TorchDispatchMode):
+    """On a GPU the host would wait for what it reads."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_reads_nothing_and_has_its_result_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    parts = recipe(tmp_path, model__head_dim=32, train__dtype="bf16", train__kernels="triton", optim__name=optimizer, train__steps=9)
+    mesh = open_mesh("cpu", Layout(1))
+    trainer = Trainer(parts, mesh, open_data(parts, mesh))
+    order: list[str] = []
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*arguments: Any, **named: Any) -> Any:
+            order.append(name)
+            return call(*arguments, **named)
+
+        return noting
+
+    monkeypatch.setattr(trainer.optimizer, "update", noted("update", trainer.optimizer.update))
+    monkeypatch.setattr(trainer_module, "StepResult", noted("result", trainer_module.StepResult))
+    with launching_through(lambda *_: None), NoReading():
+        step = trainer.train_step((1.0, 0.0))
+    assert order == ["result", "update"] and step.votes.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(("width", "classes", "says"), [

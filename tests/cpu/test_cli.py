@@ -154,7 +154,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], error: ValueE
 
 
 @pytest.mark.parametrize(("name", "says"), [
-    ("/proc/figures.json", "--json: cannot write /proc/figures.json: No such file or directory"),
+    ("/proc/figures.json", "--json /proc/figures.json: cannot write there: No such file or directory"),
     ("{dir}/" + "n" * 256, "File name too long"), ("{dir}", "--json {dir} is a directory; name a file"),
     ("{dir}/new/f.json", "there is no directory {dir}/new"), ("/dev/null", "device or pipe; name a file")])
 def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str,

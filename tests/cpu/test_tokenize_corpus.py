@@ -233,7 +233,7 @@ BAD: dict[str, tuple[str, bytes | None, list[str], str]] = {  # input's name, it
     "tokenizer not json": ("d.txt", b"a", ["--tokenizer", "{in}"], "is not JSON"),
     "tokenizer_config": ("d.jsonl", b'{"text": "a"}', ["--tokenizer", "{in}"], "it is not a tokenizer.json"),
     "tokenizer broken": ("d.jsonl", b'{"text": "a", "model": {"type": "X"}}', ["--tokenizer", "{in}"], "is not a valid tokenizer.json"),
-    "unwritable": ("d.txt", b"a", ["--output", "/proc/c"], "cannot write /proc/c.bin"),
+    "unwritable": ("d.txt", b"a", ["--output", "/proc/c"], "/proc/c.bin: cannot write there"),
     "no directory": ("d.txt", b"a", ["--output", "{dir}/new/c"], "--output {dir}/new/c.bin: there is no directory {dir}/new"),
     "no directory for a tokenizer": ("d.txt", b"a", ["--tokenizer", "{dir}/new/t.json", "--train-bpe", "300"],
                                      "--tokenizer {dir}/new/t.json: there is no directory {dir}/new"),

@@ -149,14 +149,14 @@ def ranks_of(recipe: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "SIGHUP", "kill"])
-@pytest.mark.parametrize("processes", [2, 3], ids=["at torchrun's start of its ranks", "when all are there"])
+@pytest.mark.parametrize("processes", [2, 3], ids=["as soon as a rank is there", "when all are there"])
 def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, terminal: None, sent: signal.Signals, processes: int) -> None:
     """Ctrl-C of a terminal reaches all of the foreground's processes."""
     command = [sys.executable, "-m", "tools.bisect_layouts", str(path), "--a", "ranks=2", "--train.global_batch_size=100000"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
         try:
             deadline = time.monotonic() + 100
-            while len(ranks_of(path)) < processes:  # torchrun and its two
+            while len(ranks_of(path)) < processes:  # torchrun and its first rank, or both
                 assert time.monotonic() < deadline and job.poll() is None
                 time.sleep(0.02)
             os.killpg(job.pid, sent)
@@ -165,6 +165,7 @@ def test_an_interruption_is_one_line_and_takes_the_ranks_with_it(path: Path, ter
             job.kill()
     said = "" if sent == signal.SIGKILL else "tools.bisect_layouts: interrupted\n"
     assert (job.returncode, out, err) == (130 if sent == signal.SIGINT else -sent, "", said)
+    deadline = time.monotonic() + 60
     while left := ranks_of(path):  # at most until those that have just been started have come to reading
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 
 from zaya.checkpoint.boxes import Box
 from zaya.checkpoint.directory import sync_directory
 from zaya.checkpoint.errors import CheckpointError, RefusedError
-from zaya.checkpoint.hashing import CHUNK_BYTES, hash_bytes, hash_range
+from zaya.checkpoint.hashing import CHUNK_BYTES, hash_bytes, hash_range, new_hash
 from zaya.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Manifest, check_name, num_bytes
 from zaya.dtypes import BITS, STORED_DTYPES, STORED_NAMES
 
@@ -88,7 +87,7 @@ class File:
             return self._fill(piece, begin, tensors, file)
 
     def _fill(self, piece: Piece, begin: int, tensors: Iterable[torch.Tensor], file: io.FileIO) -> Box:
-        digest, length = xxhash.xxh3_128(), 0
+        digest, length = new_hash(), 0
         file.seek(8 + self.room + begin)
         for tensor in tensors:
             flat = tensor.detach().to("cpu").contiguous()

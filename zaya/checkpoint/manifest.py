@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from zaya.checkpoint.boxes import Box, Boxes, Cut, bounds_of, inside, tile
 from zaya.checkpoint.errors import CheckpointError, ForeignError, RefusedError
-from zaya.checkpoint.hashing import hash_bytes
+from zaya.checkpoint.hashing import hash_bytes, new_hash
 from zaya.dtypes import STORED_DTYPES
 
 FORMAT_VERSION = 1
@@ -94,7 +93,7 @@ class Manifest:
             body["files"] = {name: vars(entry) for name, entry in self.files.items()}
             body["format_version"] = FORMAT_VERSION
         parts = ["", '"manifest": ', *_spell(body), "}\n"]
-        digest = xxhash.xxh3_128()
+        digest = new_hash()
         for part in parts:
             digest.update(part.encode("ascii"))
         parts[0] = f'{{"xxh3": "{digest.hexdigest()}",\n'

@@ -34,14 +34,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import xxhash
 from tqdm import tqdm
 
 from zaya import shard
 from zaya.checkpoint.directory import is_taken, sync_directory
 from zaya.checkpoint.errors import CheckpointError, disk_errors
 from zaya.checkpoint.files import Piece, file_name, manifest_text, write_manifest
-from zaya.checkpoint.hashing import hash_bytes, hash_range
+from zaya.checkpoint.hashing import hash_bytes, hash_range, new_hash
 from zaya.checkpoint.manifest import MAX_HEADER_BYTES, Box, FileEntry, Manifest, TensorEntry
 from zaya.checkpoint.read import Checkpoint
 from zaya.dtypes import BITS, STORED_DTYPES
@@ -214,7 +213,7 @@ class _Worker:
         with open(unit.path, "r+b", buffering=0) as file:
             file.seek(unit.begin)
             for target, box in unit.boxes:
-                digest, numel = xxhash.xxh3_128(), math.prod(box[1])
+                digest, numel = new_hash(), math.prod(box[1])
                 step = self.chunk_elements(target)
                 for start in range(0, numel, step):
                     flat = self.elements(target, box, start, min(start + step, numel))

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 
 from zaya.checkpoint.boxes import Box
 from zaya.checkpoint.errors import CheckpointError, disk_errors
-from zaya.checkpoint.hashing import CHUNK_BYTES
+from zaya.checkpoint.hashing import CHUNK_BYTES, new_hash
 from zaya.checkpoint.read import Checkpoint
 from zaya.dtypes import BITS, STORED_DTYPES
 
@@ -91,7 +90,7 @@ def copy_boxes(checkpoint: Checkpoint, copy: Copy) -> int:
 
 
 def _copy_box(checkpoint: Checkpoint, copy: Copy, box: Box, fd: int) -> int:
-    entry, digest, width = checkpoint.manifest.tensors[copy.name], xxhash.xxh3_128(), copy.dtype.itemsize
+    entry, digest, width = checkpoint.manifest.tensors[copy.name], new_hash(), copy.dtype.itemsize
     length, starts = runs(box, entry.shape)
     done = 0
     for chunk in _chunks(checkpoint, box):

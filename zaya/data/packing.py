@@ -32,7 +32,8 @@ class Batch:
         return Batch(*(getattr(self, field.name)[:, index_T] for field in fields(self)))
 
     def to(self, device: torch.device) -> Batch:
-        """In one copy, which the host does not wait for: from memory that is not pinned it would, until the device has done what it has."""
+        """In one copy, from pinned memory, so that the host goes on: from other memory it would wait until the device has done all that it
+        was given."""
         together = torch.stack([getattr(self, field.name) for field in fields(self)])
         if device.type == "cuda":
             together = together.pin_memory()

@@ -154,15 +154,17 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
 _built: dict[tuple[Any, ...], tuple[Any, Config]] = {}
 """Triton's compiled kernel of each launch so far; its configuration with it, so that no other gets its id.
 
-Triton's own way from a launch to its kernel takes 40 us of the host's time on average, which a training step pays some 1,500 times."""
+Triton's own way from a launch to its kernel takes the host three times as long: docs/kernels.md."""
 
 
 def specialisation(kernel: Any, values: Sequence[Any]) -> Iterator[Any]:
-    """What Triton compiles another kernel for, of a launch with these values of all its parameters: constexprs, dtypes, tensors that start
-    at multiples of 16 bytes or are under 2 GiB (with their storage), integers that are 1 or that 16 divides, and their widths."""
+    """What Triton compiles another kernel for, of a launch with these values of all its parameters: constexprs; a tensor's dtype, whether
+    it starts at a multiple of 16 bytes, whether its storage is under 2 GiB; whether an integer is 1, whether 16 divides it, its width."""
     for value, parameter in zip(values, kernel.params, strict=True):
-        if parameter.is_constexpr or value is None:
-            yield value
+        if parameter.is_constexpr:
+            yield type(value), value  # 1, True and 1.0 are one key to a dict, three to Triton
+        elif value is None:
+            yield None
         elif isinstance(value, torch.Tensor):
             yield value.dtype, value.data_ptr() % 16 == 0, value.untyped_storage().nbytes() < 2**31
         elif isinstance(value, int):

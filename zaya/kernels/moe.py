@@ -6,8 +6,9 @@ Backward, with d = W_down[e]^T dout_t per row:
   ds = <d, a>   (= <dout_t, y_r / s>, so y need not be kept)
   dg = s d u silu'(g),  du = s d silu(g),  dx_t = sum over slots of [dg | du] W_gate_up[e]
   dW_gate_up[e] = sum_r [dg | du]^T x_t,   dW_down[e] = sum_r dout_t^T (s a)
-Saves x, h, order and gate; a is computed again in the epilogue of d. Neither the gathered rows nor y are ever written. With several slots
-per token each slot's row is written and summed afterwards, in a fixed order. The kernels stand in grouped_gemm.py. Knows no router.
+Saves x, h, order, gate and the tables of tiles; a is computed again in the epilogue of d. Neither the gathered rows nor y are ever written.
+With several slots per token each slot's row is written and summed afterwards, in a fixed order. The kernels stand in grouped_gemm.py. Knows
+no router.
 
 Letters: T tokens, k slots (experts per token), R = T k assignments, D hidden, F expert width, E experts.
 """
@@ -68,7 +69,7 @@ class _Experts(torch.autograd.Function):
         tiles = _Tiles(sizes_E, _rows(x_TD, gate_Tk)[0], down_EDF.shape[1:])
         out_TD, h_RF = forward(tiles, x_TD, gate_up_EFD, down_EDF, order_R, gate_Tk)
         ctx.save_for_backward(x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
-        ctx.tiles, ctx.gradient_sums = tiles, gradient_sums
+        ctx.tiles, ctx.gradient_sums = tiles, gradient_sums  # the tables: some KB. The sizes are saved too, lest somebody overwrite them
         return out_TD
 
     @staticmethod

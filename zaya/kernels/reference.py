@@ -11,6 +11,7 @@ device, n tokens of a halo, Q queries of a block.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -144,6 +145,18 @@ def fold_convolutions(depthwise: tuple[Tensor, Tensor], grouped: tuple[Tensor, T
     kernel = torch.cat((W1 * w1, W1 * w0 + W0 * w1, W0 * w0), dim=-1).mT
     constant = ((W0 + W1) * depthwise[1].view(heads, 1, head_dim)).sum(-1) + grouped[1].view(heads, head_dim)
     return kernel, constant
+
+
+def no_halos(parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """For each (x (B, T, C), n) the n tokens before a row that is whole (B, 1, n, C): zeros, as before any document."""
+    return [_zeros((x_BTC.shape[0], 1, n, x_BTC.shape[-1]), x_BTC.dtype, x_BTC.device) for x_BTC, n in parts]
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One tensor for all blocks and steps: nobody writes to a halo."""
+    with torch.inference_mode(False):  # made in it, it could never be saved for a backward pass
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def shift(x_BTC: Tensor, halo_BKnC: Tensor, keep_BT1: Tensor, by: int, out_BTC: Tensor) -> None:

@@ -144,7 +144,7 @@ class _Route(torch.autograd.Function):
         counts_C = counts.sum(0, dtype=torch.int64)
         ctx.save_for_backward(logits_TC, choice_Tk)
         ctx.mark_non_differentiable(choice_Tk, counts_C)
-        ctx.set_materialize_grads(False)  # zeros for those two
+        ctx.set_materialize_grads(False)  # else backward is given zeros for these two, a launch each
         return choice_Tk, gate_Tk, counts_C
 
     @staticmethod

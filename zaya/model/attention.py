@@ -10,7 +10,6 @@ Letters: B batch, T tokens on this device, S tokens of the sequence, D hidden, C
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,17 +82,10 @@ class LocalContext:
 
     def halos(self, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
         """For each (x (B, T, C), n) the n tokens before each chunk (B, K, n, C): zeros, as before any document."""
-        return [_zeros((x_BTC.shape[0], 1, n, x_BTC.shape[-1]), x_BTC.dtype, x_BTC.device) for x_BTC, n in parts]
+        return reference.no_halos(parts)
 
     def attend(self, q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:
         return ops().attention(q_BTNH, k_BTGH, v_BTGH, first_key_BT, offsets)
-
-
-@functools.cache
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same ones for all blocks and steps: nobody writes to a halo."""
-    with torch.inference_mode(False):  # made in it, they could never be saved for a backward pass
-        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def project(x_BTD: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from zaya.config import ModelConfig, Recipe
+from zaya.dtypes import DTYPES
 from zaya.parallel.partition import BucketPlan, Matrix, make_buckets
 from zaya.parallel.tensor import delayed_rows
 from zaya.plan import ParameterPlan
 from zaya.shard import Layout, Shard
 
-BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 Traffic = Counter[tuple[str, str]]
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from zaya.kernels.backend import ops
+from zaya.kernels.reference import no_halos
 from zaya.parallel.collectives import Group, Pending, all_gather, reduce_scatter, send_receive
 
 HALO = 2  # tokens: what the two convolutions of width 2 see before a chunk; a shorter chunk could not give them to the next one
@@ -57,6 +58,8 @@ class ContextParallel:
         """For each (x (B, T, C), n) the n <= 2 tokens before each chunk (B, K, n, C), zeros before the row. All x have one dtype."""
         K = len(self.chunks)
         self._chunk_length(parts[0][0].shape[1], K)
+        if self.num_chunks == 1:
+            return no_halos(parts)
         return list(_Halos.apply(self, *(x_BTC.unflatten(1, (K, -1))[:, :, -n:] for x_BTC, n in parts)))
 
     def attend(self, q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, first_key_BT: Tensor, offsets: tuple[int, ...]) -> Tensor:

@@ -13,10 +13,11 @@ Memory, in rows, where a rank has A = T k assignments of its own (the mean over 
   segment's part being rounded up to a row. Nothing received is kept: backward sends each chunk again and computes it again.
 - Transient, two chunks being on the way at a time: see `buffers_bytes`.
 
-Waiting: while the counts travel the device brings together all A rows, of which one chunk sends a first part; when the host has the counts,
-only views stand between it and the first dispatch. Chunk i + 1 is sent before the experts of chunk i are computed, and the results of
-chunk i are waited for after those of chunk i + 1 have been computed; so only the first dispatch and the last return are bare. On every
-rank the order of collectives follows from the plan alone, so a rank without rows takes part like any other.
+Waiting: while the counts travel the device gathers all A rows in the order of their experts; a call of one chunk sends the first of them
+as they lie (those of the skip class are last), so that only views stand between the counts' arrival and the first dispatch. Chunk i + 1
+is sent before the experts of chunk i are computed, and the results of chunk i are waited for after those of chunk i + 1 have been
+computed; so only the first dispatch and the last return are bare. On every rank the order of collectives follows from the plan alone, so
+a rank without rows takes part like any other.
 
 Letters: S ranks of the ep group, T tokens of this rank, k slots, A = T k, C router classes, E experts of all ranks, D hidden, F width, n
 chunks, R rows of a chunk. A name's suffix tells the rank that has the tensor's rows where it matters: `sent`, `received`.
@@ -177,9 +178,10 @@ def _rows_of(source: Tensor, assignments: Tensor, slots: int) -> Tensor:
 
 class _Experts(torch.autograd.Function):
     """Keeps the chunks' graphs, or nothing that was received (`Plan.recompute`). Inputs of the graphs are no leaves, which would hold on
-    to their tensors, and whatever the experts' op saves in them is saved by this function instead: so it is seen, and let go, by whoever
-    takes care of saved tensors (recomputation of a whole block does). The weights get their gradients outside the graphs, in sums over the
-    chunks (and, where these are given, over micro-batches): the number of chunks does not show in bf16's rounding."""
+    to their tensors, and whatever the experts' op saves in them, but for its small tables, is saved by this function instead: so it is
+    seen, and let go, by whoever takes care of saved tensors (recomputation of a whole block does). The weights get their gradients outside
+    the graphs, in sums over the chunks (and, where these are given, over micro-batches): the number of chunks does not show in bf16's
+    rounding."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gate_Tk: Tensor, gate_up: Tensor, down: Tensor, gradient_sums: ExpertSums | None, sent_A: Tensor,

@@ -2,7 +2,7 @@
 
 Where a run learns its rank and the number of ranks from torchrun's environment. Dense parameters live on tp x (cp x dp), experts on
 ep x edp, folded over the same ranks in Megatron-core's order (its rank generator enumerates them). Groups are made in one order on every
-rank. Those of the same ranks share one communicator, but over RCCL two, one per `Purpose`: a communicator has one stream, in which an
+rank. Those of the same ranks share one communicator. Over RCCL they have two, one per `Purpose`: a communicator has one stream, in which an
 all-to-all that a block's forward waits for would queue behind the optimizer's reduce-scatters.
 """
 
@@ -154,15 +154,15 @@ def make_mesh(layout: Layout, device: torch.device, apart: bool | None = None) -
     rank = dist.get_rank() if layout.world_size > 1 else 0
     if apart is None:
         apart = layout.world_size > 1 and dist.get_backend() == "nccl"
-    made: dict[tuple[Purpose, tuple[tuple[int, ...], ...]], tuple[dist.ProcessGroup | None, tuple[int, ...]]] = {}
+    made: dict[tuple[Purpose | None, tuple[tuple[int, ...], ...]], tuple[dist.ProcessGroup | None, tuple[int, ...]]] = {}
 
     def make_one(purpose: Purpose, name: str, groups: Iterable[Sequence[int]]) -> Group:
-        purpose, partition = purpose if apart else "state", tuple(sorted(map(tuple, groups)))
-        key = purpose, partition
+        partition = tuple(sorted(map(tuple, groups)))
+        key = purpose if apart else None, partition
         if key not in made:
             mine = next(ranks for ranks in partition if rank in ranks)
             handle = None
-            if len(mine) == layout.world_size > 1 and purpose == "state":
+            if len(mine) == layout.world_size > 1 and not (apart and purpose == "model"):
                 handle = dist.group.WORLD
             elif max(map(len, partition)) > 1:
                 handle, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition],

@@ -1,8 +1,8 @@
 """Where the model meets the mesh: a rank's pieces of the parameters, and what stands in the model's seams.
 
-The only file that knows both sides. Every seam but one gets its parallel object whatever the sizes: over a group of one each computes what
-the local default does. Two skip what would be pure cost there: experts (no counts to the host), group_mean (the op's own); the context of
-whole rows stays local (its halos are zeros, without gradients). The last two are ZeRO-1's; with DeepSpeed autograd has all gradients.
+The only file that knows both sides. Every seam gets its parallel object whatever the sizes: over a group of one each computes what the
+local default does. Three skip what would be pure cost there: experts (no counts to the host), context (one chunk), group_mean (the
+op's own). The last two are ZeRO-1's; with DeepSpeed autograd has all gradients.
 
     seam                                   object                                 over
     attention.project, attention.o         column / row parallel + sequence       tp
@@ -71,9 +71,7 @@ def _fill_seams(model: Zaya, config: ModelConfig, mesh: Mesh, table: Mapping[str
         (start, *_), (size, *_) = mesh.layout.piece(row.placement, row.shape, mesh.rank)
         attention = block.attention
         attention.project, attention.o.apply_weight = project, output
-        attention.group_mean = group_mean
-        if mesh.cp.size > 1:
-            attention.context = context
+        attention.group_mean, attention.context = group_mean, context
         attention.delayed_rows = tensor.delayed_rows(row.shape[0], start, start + size)
         block.moe.dispatcher = dispatcher
     model.embedding.lookup = tensor.vocabulary_lookup(mesh.tp)
@@ -99,7 +97,7 @@ def build_optimizer(model: Zaya, recipe: Recipe, mesh: Mesh, table: Mapping[str,
     if recipe.parallel.engine == "zaya":
         zero1 = Zero1({name: model.get_parameter(name) for name in table}, table, recipe.optim, mesh, reduce_dtype=reduce_dtype)
         if mesh.device.type == "cuda":
-            torch.cuda.empty_cache()  # the parameters lie in the buckets now: what build_model allocated for them is free, and as large
+            torch.cuda.empty_cache()  # the parameters lie in the buckets now; what build_model allocated for them, as much again, is free
         install_waits(model, zero1)
         model.embedding.gradient_sum = zero1.gradient_sum("embedding.weight")
         for index, block in enumerate(model.blocks):
