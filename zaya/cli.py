@@ -39,9 +39,9 @@ class Parser(argparse.ArgumentParser):
         """Before the work, that its result can be written: in a directory that is there and takes files."""
         if path is None:
             return
-        if not path.absolute().parent.is_dir():
-            self.error(f"{option} {path}: there is no directory {path.absolute().parent}")
         try:
+            if not path.absolute().parent.is_dir():
+                self.error(f"{option} {path}: there is no directory {path.absolute().parent}")
             if path.exists() and not path.is_file():
                 self.error(f"{option} {path} is a {'directory' if path.is_dir() else 'device or pipe'}; name a file")
             with tempfile.TemporaryFile(dir=path.absolute().parent):

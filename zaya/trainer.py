@@ -276,6 +276,8 @@ class Trainer:
                         "last checkpoint; lower checkpoint.interval or train.eval_rows", needed_s, GRACE_S)
 
     def _start_save(self, saver: Saver, metrics: MetricsWriter | None) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)  # the copy waits for the update in any case; the stall is the copy's alone
         # A checkpoint never reaches the disk before the rows that it follows.
         saver.start(self.state.owned(), first=metrics.sync if metrics is not None else lambda: None, **self.counters())
 
@@ -320,7 +322,7 @@ class Trainer:
 
     def _row(self, result: StepResult, started: float, saver: Saver | None) -> dict[str, object]:
         """One line of metrics.jsonl. Waits for the step's sums, not for its update, which runs into the next step's time, or into that
-        of an evaluation between them."""
+        of an evaluation or a save between them."""
         train, loss = self.recipe.train, result.loss.item()
         seconds = time.perf_counter() - started
         tokens_per_second = train.global_batch_size * train.seq_len / seconds

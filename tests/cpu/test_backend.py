@@ -143,7 +143,7 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("recompute", "kernels", "calls"), [("none", 30, 79), ("selective", 36, 79), ("full", 42, 91)])
+@pytest.mark.parametrize(("recompute", "kernels", "calls"), [("none", 30, 79), ("selective", 36, 79), ("full", 43, 91)])
 def test_a_block_costs_the_host_no_more_launches_than_it_did(tmp_path: Path, recompute: str, kernels: int, calls: int) -> None:
     """Of a later micro-batch, forward and backward with the hooks that collect gradients. Small kernels take a GPU about 4 us each, and the
     host as long or longer: what needs more of them must be worth it."""

@@ -155,7 +155,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], error: ValueE
 
 @pytest.mark.parametrize(("name", "says"), [
     ("/proc/figures.json", "--json /proc/figures.json: cannot write there: No such file or directory"),
-    ("{dir}/" + "n" * 256, "File name too long"), ("{dir}", "--json {dir} is a directory; name a file"),
+    ("{dir}/" + "n" * 256, "File name too long"), ("{dir}/" + "n" * 256 + "/f.json", "File name too long"),
+    ("{dir}", "--json {dir} is a directory; name a file"),
     ("{dir}/new/f.json", "there is no directory {dir}/new"), ("/dev/null", "device or pipe; name a file")])
 def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str,
                                                                   says: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
 TABLE = Path(__file__).with_name("configs.json")
@@ -148,7 +149,9 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], con
         built, _ = _built[key]
         built[(*grid, 1, 1)[:3]](*values)
     else:
-        _built[key] = kernel[grid](**everything, **config.options(target(device))), config
+        built = kernel[grid](**everything, **config.options(target(device)))
+        if isinstance(built, CompiledKernel):  # not under a hook of Triton's that leaves the compiling to somebody else
+            _built[key] = built, config
 
 
 _built: dict[tuple[Any, ...], tuple[Any, Config]] = {}

@@ -69,14 +69,17 @@ class _Experts(torch.autograd.Function):
         tiles = _Tiles(sizes_E, _rows(x_TD, gate_Tk)[0], down_EDF.shape[1:])
         out_TD, h_RF = forward(tiles, x_TD, gate_up_EFD, down_EDF, order_R, gate_Tk)
         ctx.save_for_backward(x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk)
-        ctx.tiles, ctx.gradient_sums = tiles, gradient_sums  # the tables: some KB. The sizes are saved too, lest somebody overwrite them
+        ctx.tiles, ctx.gradient_sums = tiles, gradient_sums  # the tables: some KB
         return out_TD
 
     @staticmethod
     def backward(ctx, dout_TD):
-        x_TD, h_RF, _sizes, gate_up_EFD, down_EDF, order_R, gate_Tk = ctx.saved_tensors
+        x_TD, h_RF, sizes_E, gate_up_EFD, down_EDF, order_R, gate_Tk = ctx.saved_tensors
+        tiles = ctx.tiles
+        if sizes_E.data_ptr() != tiles.sizes_E.data_ptr():  # computed again, with the order: one token may have gone elsewhere
+            tiles = _Tiles(sizes_E, tiles.num_rows, down_EDF.shape[1:])
         sums = ctx.gradient_sums or ExpertSums.temporary(gate_up_EFD, down_EDF)
-        dx_TD, dgate_Tk = backward(ctx.tiles, dout_TD.contiguous(), x_TD, h_RF, gate_up_EFD, down_EDF, order_R, gate_Tk, sums)
+        dx_TD, dgate_Tk = backward(tiles, dout_TD.contiguous(), x_TD, h_RF, gate_up_EFD, down_EDF, order_R, gate_Tk, sums)
         return dx_TD, None, *(gradient_sum.for_autograd(x_TD.dtype) for gradient_sum in sums), None, dgate_Tk, None
 
 

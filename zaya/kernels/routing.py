@@ -149,6 +149,8 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _choice, dgate_Tk, _counts):
+        if dgate_Tk is None:
+            return None, None, None
         logits_TC, choice_Tk = ctx.saved_tensors
         T, C = logits_TC.shape
         dlogits_TC = torch.empty_like(logits_TC)
