@@ -232,7 +232,7 @@ class TorchDistReader:
         state = properties.state if isinstance(properties, Record) else None
         dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
         if not isinstance(dtype, torch.dtype) or dtype not in STORED_NAMES:
-            raise CheckpointError(f"{self.path}: tensor {name} is of dtype {reprlib.repr(dtype)}, none of {', '.join(STORED_DTYPES)}")
+            raise CheckpointError(f"{self.path}: tensor {name} is of dtype {reprlib.repr(dtype)}; supported: {', '.join(STORED_DTYPES)}")
         shape = self._ints(name, fields.get("size"))
         if math.prod(shape) * dtype.itemsize > MAX_INT or not isinstance(chunks, list):
             raise self._damaged(name)
