@@ -208,3 +208,4 @@ def _leave_subgroups() -> None:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
     gc.collect()  # trainers and meshes are in cycles, and hold groups
+    gc.freeze()  # what is left are modules: the next collection need not look at them again
