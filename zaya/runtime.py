@@ -273,8 +273,8 @@ def _open_files() -> Outcome:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), hard))
         except (ValueError, OSError) as error:  # the kernel's own limit is lower
-            return Outcome("open files", f"{before:g}", "left out", str(error))
-    return Outcome("open files", f"{max(before, wanted)}", "set", "as many as this process may have: groups connect it to every other rank")
+            return Outcome("open files", str(before), "left out", str(error))
+    return Outcome("open files", str(max(before, wanted)), "set", "as many as this process may have: groups connect it to every other rank")
 
 
 def _find_torch_version_file() -> Path | None:
