@@ -4,6 +4,9 @@
 #   make soak ROUNDS=3                     three rounds of the randomised tests; 0: until one fails or it is interrupted
 
 PYTHON ?= python3
+ifeq ($(strip $(PYTHON)),)
+$(error PYTHON= names no interpreter; for example: make setup PYTHON=python3.12)
+endif
 NPROC ?= 1
 ROUNDS ?= 0
 BIN := .venv/bin

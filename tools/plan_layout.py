@@ -4,8 +4,8 @@
     python -m tools.plan_layout RECIPE --ranks 128 --gpu-gb 192 --json
 
 Computed from the plan and the partition that a run uses (zaya/parallel/account.py, compared with real runs by tests); routing is taken to
-be level. Activations are what the blocks keep; a block's temporaries, the loss' blocks and the allocator's slack come on top. Exit code
-0: it fits, 1: it does not, 2: bad input.
+be level. Activations are what the blocks keep, with the rows that other ranks send to the experts; a block's temporaries, the loss'
+blocks and the allocator's slack come on top. Exit code 0: it fits, 1: it does not, 2: bad input.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def account(recipe: Recipe, ranks: int) -> dict[str, Any]:
     rank = layout.tp if layout.cp > 1 else 0
     memory = held_bytes(table, recipe, layout)
     tokens = rows * train.seq_len // (layout.cp * layout.tp)
-    memory["activations"] = recipe.model.num_layers * activation_bytes(recipe.model, tokens, train.recompute, train.dtype)
+    received = tokens if layout.ep > 1 else None
+    memory["activations"] = recipe.model.num_layers * activation_bytes(recipe.model, tokens, train.recompute, train.dtype, received)
     buckets = make_buckets(table.values(), layout, muon=recipe.optim.name == "muon")
     rounds = muon_rounds(buckets, layout, rank)
     param_bytes = BYTES[train.dtype]

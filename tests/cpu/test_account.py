@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -98,7 +99,8 @@ def test_memory_fits_an_mi300x(name: str, layout: Layout, capsys: pytest.Capture
     held = held_bytes(table, run, layout)
     row_tokens = 131_072 if layout.cp == 8 else run.train.seq_len
     tokens = row_tokens // layout.cp
-    held["activations"] = run.model.num_layers * activation_bytes(run.model, tokens, run.train.recompute, run.train.dtype)
+    held["activations"] = run.model.num_layers * activation_bytes(run.model, tokens, run.train.recompute, run.train.dtype,
+                                                                      tokens if layout.ep > 1 else None)
     buckets = make_buckets(table.values(), layout, muon=True)
     traffic = zero1_traffic(buckets, muon_rounds(buckets, layout, 0), layout, 0, 2, 4)
     with capsys.disabled():
@@ -119,20 +121,31 @@ def test_boxes_of_a_rank_rebuild_its_flat_shard() -> None:
 
 
 SAVED = """
-import sys, torch
+import json, os, torch
 from zaya.config import ModelConfig
 from zaya.kernels import backend
 from zaya.model.init import init_weights
-from zaya.parallel.mesh import make_mesh
+from zaya.parallel import expert
+from zaya.parallel.mesh import close_mesh, open_mesh
 from zaya.parallel.parallelize import build_model, pieces
 from zaya.plan import plan
 from zaya.shard import Layout
+
+RANKS = int(os.environ["WORLD_SIZE"])
+mesh = open_mesh("cpu", Layout(RANKS, ep=RANKS))
+received, compute_chunk = [], expert._compute_chunk
+
+def counted(group, plan, chunk, parts, x_RD, *rest):
+    received.append(len(x_RD))
+    return compute_chunk(group, plan, chunk, parts, x_RD, *rest)
+
+expert._compute_chunk = counted
 
 def kept(num_layers, recompute):
     config = ModelConfig(vocab_size=64, hidden_size=96, num_layers=num_layers, num_heads=8, num_kv_heads=2, head_dim=32, num_experts=6,
                          moe_intermediate_size=80, router_hidden_size=24)
     backend.choose("triton", torch.device("cpu"), torch.float32, 32)
-    mesh, table = make_mesh(Layout(1), torch.device("cpu")), plan(config)
+    table = plan(config)
     model = build_model(config, torch.float32, recompute, mesh, table)
     init_weights(model, config, 0, pieces(mesh, table))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -142,20 +155,36 @@ def kept(num_layers, recompute):
         if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor keeps its address from being used again
         return tensor
+    torch.manual_seed(mesh.rank)
+    received.clear()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.randint(0, 64, (1, 64)), torch.arange(64)[None])
     return sum(n for n, _ in storages.values())
 
-print(*(kept(3, recompute) - kept(2, recompute) for recompute in ("none", "selective", "full")))
+for recompute in ("none", "selective", "full"):
+    fewer = kept(2, recompute)
+    print(json.dumps([recompute, kept(3, recompute) - fewer, received[-1] if received else None]))
+close_mesh(mesh)
 """
 
 
-def test_activation_bytes_are_what_a_block_keeps() -> None:
-    """In a process of its own, whose Triton interprets. The rest: halos and group sizes, which do not grow with the tokens."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", SAVED], capture_output=True, text=True, cwd=ROOT, env=environment)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_activation_bytes_are_what_a_block_keeps(ranks: int, tmp_path: Path) -> None:
+    """In processes of their own, whose Triton interprets. The rest: halos and group sizes, which do not grow with the tokens."""
+    script = tmp_path / "saved.py"
+    script.write_text(SAVED)
+    start = ["-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", str(ranks), "--log-dir", str(tmp_path),
+             "--redirects", "1", sys.executable, str(script)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *start], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     config = ModelConfig(vocab_size=64, hidden_size=96, num_layers=1, num_heads=8, num_kv_heads=2, head_dim=32, num_experts=6,
                          moe_intermediate_size=80, router_hidden_size=24)
-    for measured, recompute in zip(map(int, done.stdout.split()), ("none", "selective", "full")):
-        assert activation_bytes(config, 64, recompute, "fp32") == pytest.approx(measured, rel=5e-3), recompute
+    outputs = list(tmp_path.rglob("stdout.log"))
+    assert len(outputs) == ranks
+    for output in outputs:
+        measured = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [recompute for recompute, _, _ in measured] == ["none", "selective", "full"]
+        for recompute, num_bytes, received in measured:
+            assert (received is None) == (ranks == 1)
+            assert activation_bytes(config, 64, recompute, "fp32", received) == pytest.approx(num_bytes, rel=5e-3), (recompute, received)

@@ -97,11 +97,13 @@ def held_bytes(table: Mapping[str, ParameterPlan], recipe: Recipe, layout: Layou
             "optimizer state": state * wide}
 
 
-def activation_bytes(model: ModelConfig, tokens: int, recompute: str, dtype: str) -> int:
-    """Bytes that one block keeps for backward of `tokens` tokens on a rank that holds all heads and experts, with the Triton ops.
+def activation_bytes(model: ModelConfig, tokens: int, recompute: str, dtype: str, received: int | None = None) -> int:
+    """Bytes that one block keeps for backward of `tokens` tokens on a rank that holds all heads, with the Triton ops.
 
-    Counted from what the ops save (tests compare it with the saved tensors of a real forward pass). In compute dtype unless noted:
-    two joins of branch and stream (fp32) with the norm that follows; q~, k~, v, q, k, v and the output; gate | up; the router's six.
+    received: rows that come to the experts of this rank under expert parallelism (a level router sends as many as it has tokens); None: it
+    holds all experts. Counted from what the ops save (tests compare it with the saved tensors of a real forward pass). In compute dtype
+    unless noted: two joins of branch and stream (fp32) with the norm that follows; q~, k~, v, q, k, v and the output; gate | up, and
+    where rows are received these; the router's six.
     """
     c, D, R = BYTES[dtype], model.hidden_size, model.router_hidden_size
     N, G, H, F, C = model.num_heads, model.num_kv_heads, model.head_dim, model.moe_intermediate_size, model.num_router_classes
@@ -109,9 +111,13 @@ def activation_bytes(model: ModelConfig, tokens: int, recompute: str, dtype: str
         return tokens * ((c + 4) * D + c * R)  # x, the stream and the router's state
     joins = 2 * (2 * c * D + 4 * D + 4)
     router = 6 * c * R + 4 + 4 * C
+    sent = 0 if received is None else 8  # the order sent, int64
     if recompute == "selective":
-        return tokens * (joins + router + 2 * c * (N + G) * H + 8)  # q~, k~, v and the output; class and gate
+        return tokens * (joins + router + 2 * c * (N + G) * H + 8 + sent)  # q~, k~, v and the output; class and gate
     attention = c * (3 * N + 4 * G) * H + 4 * N + 4 * (N + G)  # log-sum-exp and inverse norms in fp32
-    experts = 2 * c * F + 12  # class, gate, order
+    rows = 2 * c * F + 4  # gate | up, order
+    if received is not None:
+        rows += c * D + 4  # x and gate as they came
+    experts = tokens * (8 + sent) + (tokens if received is None else received) * rows  # class, gate
     folded = (N + G) * (6 * H * H * c + 4 * H)  # the convolution's kernel both ways, and its constant
-    return tokens * (joins + router + attention + experts) + folded
+    return tokens * (joins + router + attention) + experts + folded
