@@ -99,8 +99,8 @@ def test_memory_fits_an_mi300x(name: str, layout: Layout, capsys: pytest.Capture
     held = held_bytes(table, run, layout)
     row_tokens = 131_072 if layout.cp == 8 else run.train.seq_len
     tokens = row_tokens // layout.cp
-    held["activations"] = run.model.num_layers * activation_bytes(run.model, tokens, run.train.recompute, run.train.dtype,
-                                                                      tokens if layout.ep > 1 else None)
+    received = tokens if layout.ep > 1 else None
+    held["activations"] = run.model.num_layers * activation_bytes(run.model, tokens, run.train.recompute, run.train.dtype, received)
     buckets = make_buckets(table.values(), layout, muon=True)
     traffic = zero1_traffic(buckets, muon_rounds(buckets, layout, 0), layout, 0, 2, 4)
     with capsys.disabled():

@@ -15,6 +15,7 @@ import pytest
 from tools import setup_env
 from tools.setup_env import SetupError, decide, install, make_venv, probe_torch, reusable, verify
 
+ROOT = Path(__file__).resolve().parents[2]
 ROCM_TORCH = "2.9.1+rocm7.1.0.git351ff442"
 ROCM_TRITON = "3.5.1+rocm7.1.0"
 
@@ -207,3 +208,8 @@ def test_the_real_pip_obeys_the_constraints(rocm_python: str, tmp_path: Path) ->
     for requirement, harm in (("greedy", "torch-99.0"), ("triton_user", "triton-99.0")):
         assert harm in pip_plans(python, shop, [], requirement)
         assert pip_plans(python, shop, constraints, requirement) == "refused"
+
+
+def test_make_says_that_no_interpreter_is_named() -> None:
+    done = subprocess.run(["make", "--dry-run", "setup", "PYTHON="], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "PYTHON= names no interpreter" in done.stderr and not done.stdout
