@@ -1,10 +1,11 @@
 """The torchrun entry: `torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]`.
 
-Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback) or a last state that could not be saved,
-2 bad recipe, arguments or corpus, a run directory that cannot be written, or too little memory, 3 preempted by a signal (Ctrl-C is one),
-the state saved, 7 no checkpoint to start from can be read, 130 Ctrl-C, once torch is imported, where there is nothing to save (no loop,
-checkpoint.interval = 0), or a second one in the loop (one clear line for all but a bug, nothing half-written). Another signal outside of
-the training loop ends it as any process; of a corpus that is being made nothing is left.
+Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback), another rank that is gone, or a last
+state that could not be saved, 2 bad recipe, arguments or corpus, a run directory that cannot be written, or too little memory, 3 preempted
+by a signal (Ctrl-C is one), the state saved, 5 a hang, 7 no checkpoint to start from can be read, 130 Ctrl-C, once torch is imported, where
+there is nothing to save (no loop, checkpoint.interval = 0), or a second one in the loop (one clear line for all but a bug, nothing
+half-written). Where the run directory is there, RUN/exit/ATTEMPT/rank-R.json says the same (zaya/resilience/exits.py). Another signal
+outside of the training loop ends it as any process; of a corpus that is being made nothing is left.
 """
 # ruff: noqa: E402  # settings first, then torch
 
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from zaya import runtime
@@ -35,11 +37,13 @@ from tqdm import tqdm
 
 from zaya.checkpoint.directory import free_aside, set_aside, sync_directory
 from zaya.checkpoint.errors import CheckpointError
-from zaya.cli import INTERRUPTED, replace_text
+from zaya.cli import replace_text
 from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
+from zaya.resilience.exits import Exit
+from zaya.resilience.watchdog import Watchdog
 from zaya.shard import Layout
 from zaya.tiers import Tiers, agreed, newest_recipe, objects
 from zaya.trainer import Trainer, open_data
@@ -47,7 +51,6 @@ from zaya.trainer import Trainer, open_data
 USAGE = """usage: torchrun --nproc-per-node N -m zaya.train RECIPE.toml [--section.key=value ...]
 
 Train the run that a recipe describes, or go on with it where it stopped. `python -m zaya.config RECIPE.toml` prints every key."""
-UNSAVED, PREEMPTED, UNREADABLE = 1, 3, 7
 RANK_0_S = 10.0  # a rank's start may take that much longer than another's
 log = logging.getLogger("zaya")
 
@@ -217,77 +220,107 @@ def say(line: str) -> None:
         print(f"zaya.train: {line}", file=sys.stderr, flush=True)
 
 
-def refuse(error: ValueError, mesh: Mesh | None) -> int:
-    """One line and the exit code. Before the mesh opens every rank finds the same fault, and of some all are told: rank 0 says it.
+class Ended(Exception):
+    """A fault that a user can mend: an exit code, and the error whose words are the cause."""
 
-    The others wait for that: torchrun ends all ranks when it sees one leave. Where the fault is theirs alone, they are still there
-    afterwards, and say it themselves.
-    """
-    rank = rank_from_environment()
-    if rank and (mesh is None or getattr(error, "on_all_ranks", False)):
+    def __init__(self, code: Exit, error: Exception) -> None:
+        super().__init__(str(error))
+        self.code, self.error = code, error
+
+
+@contextlib.contextmanager
+def ending(checkpoint: Exit, mendable: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Within it a CheckpointError ends the run with that code; bad input (`mendable`), or memory that is too small for the recipe, as
+    refused. Anything else is a bug, and passes."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise Ended(checkpoint, error) from error
+    except mendable as error:
+        raise Ended(Exit.REFUSED, error) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise Ended(Exit.REFUSED, ValueError(f"out of memory: {str(error).splitlines()[0]}; lower train.micro_batch_size or train.seq_len, "
+                                             "set train.recompute, use more ranks, or a smaller model")) from error
+
+
+def wait_for_rank_0(error: BaseException | None, told: bool) -> None:
+    """Before the mesh opens every rank finds the same fault in its recipe, and of some all are told (`told`: the mesh is open): rank 0 says
+    it. The others wait for that: torchrun ends all ranks when it sees one leave. Where the fault is theirs alone, they are still there
+    afterwards, and say it themselves."""
+    if isinstance(error, Ended) and rank_from_environment() and (not told or getattr(error.error, "on_all_ranks", False)):
         time.sleep(RANK_0_S)
-    say(f"{error}" if rank == 0 else f"rank {rank}: {error}")
-    return 2
-
-
-def _readable(error: Exception) -> ValueError:
-    """What a user can mend: bad input, and memory that is too small for the recipe. Anything else is a bug, and is raised."""
-    if isinstance(error, ValueError):
-        return error
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        return ValueError(f"out of memory: {str(error).splitlines()[0]}; lower train.micro_batch_size or train.seq_len, set "
-                          "train.recompute, use more ranks, or a smaller model")
-    raise error
 
 
 def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE) if argv else say("name a recipe; see --help")
-        return 0 if argv else 2
-    mesh = None
-    try:
-        recipe = load_recipe(argv[0], argv[1:])
-        recipe.validate(world_size_from_environment())
-        check_run_directory(recipe)
-        mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, world_size_from_environment()))
-        trainer = Trainer(recipe, mesh, open_data(recipe, mesh))
+        return Exit.DONE if argv else Exit.REFUSED
+    watchdog, mesh, signal, error = None, None, "", None
+    with contextlib.ExitStack() as watched:
+        try:
+            with ending(Exit.UNREADABLE):
+                recipe = load_recipe(argv[0], argv[1:])
+                recipe.validate(world_size_from_environment())
+                check_run_directory(recipe)
+                mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, world_size_from_environment()))
+                watchdog = watched.enter_context(Watchdog(mesh, Path(recipe.run.dir)))
+            signal = run(recipe, mesh, watchdog)
+        except (Exception, KeyboardInterrupt) as caught:  # noqa: BLE001 - said, and the process ends
+            error = caught
+        wait_for_rank_0(error, told=watchdog is not None)
+        if watchdog is not None:
+            watchdog.claim()
+        code, cause = explain(error, signal)
+        if watchdog is not None:
+            watchdog.end(code, cause)
+    if mesh is not None and error is None:
+        close_mesh(mesh)
+    return code
+
+
+def explain(error: BaseException | None, signal: str) -> tuple[Exit, str]:
+    """The exit code of a run that ended with this error or signal, and why; an error is said."""
+    rank = rank_from_environment()
+    match error:
+        case None:
+            return (Exit.PREEMPTED, signal) if signal else (Exit.DONE, "the run is finished")
+        case Ended():
+            say(f"{error}" if rank == 0 else f"rank {rank}: {error}")
+            return error.code, str(error)
+        case KeyboardInterrupt():
+            if rank == 0:
+                say("interrupted")
+            return Exit.INTERRUPTED, "interrupted"
+        case _:
+            with contextlib.suppress(OSError):
+                traceback.print_exception(error)
+            return Exit.FAILED, f"{type(error).__name__}: {error}"
+
+
+def run(recipe: Recipe, mesh: Mesh, watchdog: Watchdog) -> str:
+    """Train to the end, or until a signal: its name. Ended: what a user can mend."""
+    with ending(Exit.UNREADABLE):
+        trainer = Trainer(recipe, mesh, open_data(recipe, mesh), watchdog.progress)
         trainer.restore()
-    except CheckpointError as error:
-        refuse(error, mesh)
-        return UNREADABLE
-    except (ValueError, MemoryError, RuntimeError) as error:
-        return refuse(_readable(error), mesh)
-    try:
+    with ending(Exit.REFUSED):  # a CheckpointError here is of what cannot be written
         metrics = open_run(trainer)
-    except (ValueError, MemoryError, RuntimeError) as error:  # a CheckpointError here is of what cannot be written
-        return refuse(_readable(error), mesh)
+    watchdog.progress.enter("opened", trainer.step)
     for line in runtime.describe(SETTINGS):
         log.info(line)
-    try:
+    with ending(Exit.FAILED, mendable=(CorpusError,)):  # another ValueError of the loop is a bug, and shows where
         signal = trainer.fit(metrics)
-    except CheckpointError as error:
-        refuse(error, mesh)
-        return UNSAVED
-    except (CorpusError, MemoryError, RuntimeError) as error:  # a ValueError of the loop is a bug, and shows where
-        return refuse(_readable(error), mesh)
-    if signal:
-        if mesh.rank == 0:
-            say(f"{signal}: saved at step {trainer.step}; start it again to go on")
-    close_mesh(mesh)
-    return PREEMPTED if signal else 0
+    if signal and mesh.rank == 0:
+        say(f"{signal}: saved at step {trainer.step}; start it again to go on")
+    return signal
 
 
 if __name__ == "__main__":
     try:
         exit_code = main(sys.argv[1:])
-    except KeyboardInterrupt:
-        if rank_from_environment() == 0:
-            say("interrupted")
-        exit_code = INTERRUPTED
-    except Exception:  # noqa: BLE001 - printed, and the process ends
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
-        exit_code = 1
+    except KeyboardInterrupt:  # in the last moment
+        exit_code = Exit.INTERRUPTED
     # At once and without collectives: the others learn it from the closed connections, a process group must not be waited for. After a run
     # that is whole too: the interpreter takes a second to end, in which a signal would make a failure of it.
     for stream in (sys.stdout, sys.stderr):

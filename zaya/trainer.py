@@ -36,6 +36,7 @@ from zaya.parallel.mesh import Mesh
 from zaya.parallel.parallelize import build_model, build_optimizer, describe, pieces, token_index
 from zaya.plan import plan
 from zaya.preemption import GRACE_S, Preemption
+from zaya.resilience.watchdog import Progress
 from zaya.resume import restore
 from zaya.runtime import GarbageCollection
 from zaya.saving import open_saver
@@ -82,8 +83,10 @@ def choose_kernels(recipe: Recipe, mesh: Mesh) -> backend.Choice:
 class Trainer:
     """One rank's part of a run. `position` counts rows consumed by the whole job: with the recipe it determines every batch to come."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader, progress: Progress | None = None) -> None:
         self.recipe, self.mesh, self.loader = recipe, mesh, loader
+        self.progress = progress or Progress()
+        """Where the loop is, for whoever watches this process."""
         train = recipe.train
         self.kernels = choose_kernels(recipe, mesh)
         self.table = plan(recipe.model)
@@ -121,7 +124,8 @@ class Trainer:
         self.optimizer.start_step(len(batches))
         counts_LC = torch.zeros(recipe.model.num_layers, recipe.model.num_router_classes, dtype=torch.int64, device=self.mesh.device)
         loss_sum, labelled = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for first, rows in batches:
+        for part, (first, rows) in enumerate(batches):
+            self.progress.enter("micro-batch", self.step, part)
             batch = self._mine(self.loader.batch(first, rows))
             output = self.model(batch.tokens_BT, batch.positions_BT)
             loss = self.model.loss(output.hidden_BTD, batch.labels_BT)
@@ -129,6 +133,7 @@ class Trainer:
             loss_sum += loss.detach()  # rows of one small tensor, summed in place
             labelled += (batch.labels_BT != IGNORE).sum()
             counts_LC += output.counts_LC
+        self.progress.enter("update", self.step)
         self.optimizer.finish_gradients()
         own = self.mesh.tp.rank == 0  # all tp ranks computed this loss
         voted = torch.tensor(votes, dtype=torch.float64, pin_memory=self.mesh.device.type == "cuda")
@@ -168,7 +173,8 @@ class Trainer:
         share = train.eval_rows // self.mesh.dp.size
         first = self.mesh.dp.rank * share
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for row in range(first, first + share, train.micro_batch_size):
+        for part, row in enumerate(range(first, first + share, train.micro_batch_size)):
+            self.progress.enter("evaluation", self.step, part)
             batch = self._mine(self.loader.evaluation(row, min(train.micro_batch_size, first + share - row)))
             loss = self.model.loss(self.model(batch.tokens_BT, batch.positions_BT).hidden_BTD, batch.labels_BT)
             sums += torch.stack([loss.double(), (batch.labels_BT != IGNORE).sum().double()])
@@ -248,6 +254,7 @@ class Trainer:
                 garbage.step(self.step)
                 bar.update()
             self.optimizer.wait()
+            self.progress.enter("end", self.step)
             if saver is not None:
                 self._finish_saves(saver, metrics, hurry=stop)
                 stop = not self._mirrored(saver, preemption) or stop
@@ -276,6 +283,7 @@ class Trainer:
                         "last checkpoint; lower checkpoint.interval or train.eval_rows", needed_s, GRACE_S)
 
     def _start_save(self, saver: Saver, metrics: MetricsWriter | None) -> None:
+        self.progress.enter("save", self.step)
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)  # the copy waits for the update in any case; the stall is the copy's alone
         # A checkpoint never reaches the disk before the rows that it follows.

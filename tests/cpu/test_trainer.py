@@ -17,6 +17,7 @@ from zaya.config import Recipe
 from zaya.data.corpus import CorpusError
 from zaya.metrics import read_rows
 from zaya.parallel.mesh import open_mesh
+from zaya.resilience.exits import read_records
 from zaya.shard import Layout
 from zaya.train import check_run_directory, main, open_run
 from zaya.trainer import Trainer, open_data
@@ -224,12 +225,14 @@ def test_a_bug_in_the_loop_is_no_bad_recipe(folder: Path, capsys: pytest.Capture
     monkeypatch.setattr(Trainer, "fit", fit)
     recipe = folder / "loop.toml"
     recipe.write_text(tiny.recipe(folder, run__dir=str(folder / f"loop-{type(raised).__name__}")).to_toml())
+    code = main([str(recipe)])
+    err = capsys.readouterr().err
     if type(raised) is ValueError:
-        with pytest.raises(ValueError, match="a bug"):
-            main([str(recipe)])
+        assert code == 1 and err.startswith("Traceback") and err.endswith("\nValueError: a bug\n") and ", in fit\n" in err
     else:
-        assert main([str(recipe)]) == (1 if isinstance(raised, CheckpointError) else 2)
-        assert capsys.readouterr().err == f"zaya.train: {raised}\n"
+        assert code == (1 if isinstance(raised, CheckpointError) else 2) and err == f"zaya.train: {raised}\n"
+    (record,) = read_records(folder / f"loop-{type(raised).__name__}", 1)
+    assert (record.code, record.step, record.at_fault) == (code, 0, (0,)) and record.cause.endswith(str(raised))
 
 
 def test_a_damaged_checkpoint_is_exit_code_7_and_nothing_changes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

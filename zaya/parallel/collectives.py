@@ -22,8 +22,19 @@ class Ledger:
     """What this process sent: bytes by (operation, group), as a ring (or pairwise) algorithm sends them, and the order of events."""
 
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
+    launched: int = 0
+    """Collectives since the start."""
+    latest: tuple[str, str, str] = ("", "", "")
+    """(operation, group, label) of the last one."""
     events: list[tuple[str, str, str]] | None = None
     """("launch" or "wait", operation, label) in order; None: not recorded. Others may note events of their own here."""
+
+    def launch(self, operation: str, group: str, label: str = "", num_bytes: int | None = None) -> None:
+        """Said before the launch: some wait in it. num_bytes: what this rank sends; None: small, and not counted."""
+        if num_bytes is not None:
+            self.sent[operation, group] += num_bytes
+        self.launched += 1
+        self.latest = operation, group, label
 
     def note(self, what: str, operation: str, label: str) -> None:
         if self.events is not None:
@@ -70,7 +81,7 @@ def all_reduce(tensor: Tensor, group: Group, label: str = "") -> Pending:
     """Sum over the group's ranks, in place on every one of them."""
     work = None
     if group.handle is not None:
-        _count(group, "all_reduce", 2 * (group.size - 1) * _bytes(tensor) // group.size)
+        group.ledger.launch("all_reduce", group.name, label, 2 * (group.size - 1) * _bytes(tensor) // group.size)
         work = dist.all_reduce(tensor, group=group.handle, async_op=True)
     return Pending(tensor, work, group, "all_reduce", label)
 
@@ -84,7 +95,7 @@ def all_gather(part: Tensor, group: Group, label: str = "", out: Tensor | None =
     part = part.contiguous()
     if out is None:
         out = part.new_empty(group.size * part.shape[0], *part.shape[1:])
-    _count(group, "all_gather", (group.size - 1) * _bytes(part))
+    group.ledger.launch("all_gather", group.name, label, (group.size - 1) * _bytes(part))
     return Pending(out, _all_gather(out, part, group=group.handle, async_op=True), group, "all_gather", label)
 
 
@@ -95,7 +106,7 @@ def reduce_scatter(whole: Tensor, group: Group, label: str = "") -> Pending:
     whole = whole.contiguous()
     assert whole.shape[0] % group.size == 0, (whole.shape, group.size)
     part = whole.new_empty(whole.shape[0] // group.size, *whole.shape[1:])
-    _count(group, "reduce_scatter", (group.size - 1) * _bytes(part))
+    group.ledger.launch("reduce_scatter", group.name, label, (group.size - 1) * _bytes(part))
     return Pending(part, _reduce_scatter(part, whole, group=group.handle, async_op=True), group, "reduce_scatter", label)
 
 
@@ -106,7 +117,7 @@ def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group:
     rows = rows.contiguous()
     out = rows.new_empty(sum(receive), *rows.shape[1:])
     row_bytes = rows[:1].numel() * rows.element_size()
-    _count(group, "all_to_all", (sum(send) - send[group.rank]) * row_bytes)
+    group.ledger.launch("all_to_all", group.name, label, (sum(send) - send[group.rank]) * row_bytes)
     work = dist.all_to_all_single(out, rows, list(receive), list(send), group=group.handle, async_op=True)
     return Pending(out, work, group, "all_to_all", label)
 
@@ -120,13 +131,14 @@ def send_receive(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[T
     operations = []
     for tensor, to in sends:
         if to != group.rank:
-            _count(group, "send", _bytes(tensor))
             operations.append(dist.P2POp(dist.isend, tensor.contiguous(), group=group.handle, group_peer=to))
     for tensor, source in receives:
         if source == group.rank:
             tensor.copy_(own.pop(0))
         else:
             operations.append(dist.P2POp(dist.irecv, tensor, group=group.handle, group_peer=source))
+    if group.handle is not None:
+        group.ledger.launch("send", group.name, label, sum(_bytes(tensor) for tensor, to in sends if to != group.rank))
     works = dist.batch_isend_irecv(operations) if operations else []
     # The first one has all works: gloo must not wait for one twice.
     return [Pending(tensor, works if index == 0 else None, group, "send", label) for index, (tensor, _) in enumerate(receives)]
@@ -142,6 +154,7 @@ def gather_objects(value: T, group: Group) -> list[T]:
     if group.handle is None:
         return [value]
     values: list[Any] = [None] * group.size
+    group.ledger.launch("gather_objects", group.name)
     dist.all_gather_object(values, value, group=group.control or group.handle)
     return values
 
@@ -149,6 +162,7 @@ def gather_objects(value: T, group: Group) -> list[T]:
 def barrier(group: Group) -> None:
     """Nobody leaves before everybody came. RuntimeError (of gloo): a rank is gone."""
     if group.handle is not None:
+        group.ledger.launch("barrier", group.name)
         dist.barrier(group=group.control or group.handle)
 
 
@@ -159,7 +173,3 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _count(group: Group, operation: str, num_bytes: int) -> None:
-    group.ledger.sent[operation, group.name] += num_bytes

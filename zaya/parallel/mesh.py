@@ -55,6 +55,8 @@ class Mesh:
     ledger: Ledger
     make: Callable[[Purpose, str, Callable[[int], Sequence[int]]], Group]
     """make(purpose, name, ranks that a rank shares the group with) -> this rank's group; collective."""
+    store: dist.Store | None = None
+    """Where the processes of the job met (torchrun's); None: one process, or a mesh of a test's own."""
     _holdings: dict[tuple[str, int], Holding] = field(default_factory=dict)
 
     @property
@@ -139,9 +141,13 @@ def open_mesh(device: str, layout: Layout) -> Mesh:
             raise ValueError(f"this node has {num_gpus} GPU{'s' * (num_gpus != 1)} for {ranks_per_node_from_environment()} processes; "
                              "start one process per GPU (torchrun --nproc-per-node)")
         torch.cuda.set_device(here)
-    if layout.world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
-    return make_mesh(layout, here)
+    if layout.world_size == 1:
+        return make_mesh(layout, here)
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("zaya/groups", store), rank=rank, world_size=world_size,
+                            timeout=timeout)
+    return replace(make_mesh(layout, here), store=store)
 
 
 def make_mesh(layout: Layout, device: torch.device, apart: bool | None = None) -> Mesh:
@@ -204,10 +210,11 @@ def _over_gloo(timeout_s: float) -> dist.ProcessGroup:
 
 
 def open_background(mesh: Mesh, name: str) -> Group:
-    """A group of all ranks over gloo, for objects that a thread exchanges beside the training (collective)."""
+    """A group of all ranks over gloo, for objects that a thread exchanges beside the training (collective). Its ledger is its own: the
+    mesh's tells where the training is."""
     if mesh.world.handle is None:
         return mesh.world
-    return Group(_over_gloo(BACKGROUND_TIMEOUT_S), mesh.rank, mesh.world_size, name, mesh.world.ranks, mesh.ledger)
+    return Group(_over_gloo(BACKGROUND_TIMEOUT_S), mesh.rank, mesh.world_size, name, mesh.world.ranks)
 
 
 def close_mesh(mesh: Mesh) -> None:

@@ -1,0 +1,1 @@
+"""Faults: why a process of a job ended, who is late or gone, and what happens next."""
