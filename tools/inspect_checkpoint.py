@@ -25,9 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zaya.checkpoint.directory import step_directories
+from zaya.checkpoint.directory import MANIFEST, step_directories
 from zaya.checkpoint.errors import CheckpointError, ForeignError
-from zaya.checkpoint.manifest import MANIFEST, Manifest, load, num_bytes
+from zaya.checkpoint.manifest import Manifest, load, num_bytes
 from zaya.checkpoint.read import Checkpoint
 from zaya.cli import Parser, format_bytes, worker_count
 

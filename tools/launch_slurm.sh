@@ -3,8 +3,9 @@
 #
 #     sbatch --nodes=16 tools/launch_slurm.sh recipes/zaya1_8b_pretrain1.toml [--section.key=value ...]
 #
-# The nodes meet at the first one (static rendezvous: rank order is Slurm's order of nodes, which follows its topology). Each node's output
-# is LOGS/attempt-K/node-N.log; the exit code is the highest of the nodes', and a node that fails ends the others. Two minutes before the
+# The nodes meet at the first one (static rendezvous: rank order is Slurm's order of nodes, which follows its topology). Above each torchrun
+# a supervisor starts it again when it fails, from the newest checkpoint, as long as that makes sense. Each node's output is
+# LOGS/attempt-K/node-N.log; the exit code is the highest of the nodes', and a node that gives up ends the others. Two minutes before the
 # time limit, or at preemption where Slurm sends the signal then (SlurmctldParameters=preempt_send_user_signal), every worker gets SIGTERM
 # and the job is queued again; it goes on from its newest checkpoint (checkpoint.resume = "auto"). scancel ends it for good.
 #
@@ -56,11 +57,11 @@ if [[ -n ${ZAYA_IMAGE:-} ]]; then
     while read -r name; do
         command+=(--env "$name")
     done < <(compgen -e | grep -E '^(ZAYA|NCCL|RCCL|GLOO|TORCH|PYTORCH|HSA|HIP|ROCR|GPU|TRITON|OMP|HF)_' || true)
-    command+=("$ZAYA_IMAGE" /zaya/.venv/bin/torchrun)
+    command+=("$ZAYA_IMAGE" /zaya/.venv/bin/python -m zaya.resilience.supervisor -- /zaya/.venv/bin/torchrun)
 elif [[ -x .venv/bin/torchrun ]]; then
-    command=("$PWD/.venv/bin/torchrun")
+    command=("$PWD/.venv/bin/python" -m zaya.resilience.supervisor -- "$PWD/.venv/bin/torchrun")
 else
-    command=(torchrun)
+    command=(python3 -m zaya.resilience.supervisor -- torchrun)
 fi
 # The word NODE_RANK becomes each node's number on the node itself.
 command+=(--nnodes "$SLURM_JOB_NUM_NODES" --node-rank NODE_RANK --nproc-per-node 8
@@ -100,6 +101,6 @@ elif ((wants_requeue)); then
     say "stopped by Slurm (exit code $code) after $restarts restarts; not queued again: see ZAYA_MAX_REQUEUES"
 else
     say "failed with exit code $code; the nodes' logs are $logs/node-*.log; the first error of each:"
-    grep -m 1 -n -H -E '^(\[[a-z]*[0-9]+\]: ?)?(Traceback|zaya\.[a-z_]+: )' "$logs"/node-*.log >&2 || say "none: see the last lines of $logs/node-0.log"
+    grep -m 1 -n -H -E '^(\[[a-z]*[0-9]+\]: ?)?(Traceback|zaya\.(train|resilience\.supervisor): )' "$logs"/node-*.log >&2 || say "none: see the last lines of $logs/node-0.log"
 fi
 exit "$code"

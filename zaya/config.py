@@ -541,7 +541,7 @@ def _plain(key: str, value: str) -> None:
         raise ValueError(f"{key} = {value!r} holds control characters, or bytes that are no text; use others")
 
 
-def _check(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """ValueError: neither the fewest ranks that the axes need can run it, nor a multiple of them up to zero_size (at most 1,024) times."""
     fewest = math.lcm(recipe.parallel.tp * recipe.parallel.cp, recipe.parallel.ep)
     first: ValueError | None = None
@@ -562,7 +562,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         recipe = load_recipe(argv[0], argv[1:])
-        _check(recipe)
+        check_recipe(recipe)
     except ValueError as error:
         print(f"zaya.config: {error}", file=sys.stderr)
         return 2

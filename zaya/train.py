@@ -2,10 +2,11 @@
 
 Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a bug (its traceback), another rank that is gone, or a last
 state that could not be saved, 2 bad recipe, arguments or corpus, a run directory that cannot be written, or too little memory, 3 preempted
-by a signal (Ctrl-C is one), the state saved, 5 a hang, 7 no checkpoint to start from can be read, 130 Ctrl-C, once torch is imported, where
-there is nothing to save (no loop, checkpoint.interval = 0), or a second one in the loop (one clear line for all but a bug, nothing
-half-written). Where the run directory is there, RUN/exit/ATTEMPT/rank-R.json says the same (zaya/resilience/exits.py). Another signal
-outside of the training loop ends it as any process; of a corpus that is being made nothing is left.
+by a signal (Ctrl-C is one), the state saved, 5 a hang, 6 steps in a row that update nothing, 7 no checkpoint to start from can be read, 130
+Ctrl-C, once torch is imported, where there is nothing to save (no loop, checkpoint.interval = 0), or a second one in the loop (one clear
+line for all but a bug, nothing half-written). Where the run directory is there, RUN/exit/ATTEMPT/rank-R.json says the same
+(zaya/resilience/exits.py). Another signal outside of the training loop ends it as any process; of a corpus that is being made nothing is
+left.
 """
 # ruff: noqa: E402  # settings first, then torch
 
@@ -42,7 +43,8 @@ from zaya.config import Recipe, load_recipe, recipe_from_tables
 from zaya.data.corpus import CorpusError
 from zaya.metrics import MetricsWriter
 from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environment, world_size_from_environment
-from zaya.resilience.exits import Exit
+from zaya.resilience.exits import ACTIONS, Exit, ExitRecord
+from zaya.resilience.guard import NumericalFault
 from zaya.resilience.watchdog import Watchdog
 from zaya.shard import Layout
 from zaya.tiers import Tiers, agreed, newest_recipe, objects
@@ -236,6 +238,8 @@ def ending(checkpoint: Exit, mendable: tuple[type[Exception], ...] = (ValueError
         yield
     except CheckpointError as error:
         raise Ended(checkpoint, error) from error
+    except NumericalFault as error:
+        raise Ended(Exit.NUMERICAL, error) from error
     except mendable as error:
         raise Ended(Exit.REFUSED, error) from error
     except (MemoryError, RuntimeError) as error:
@@ -275,6 +279,9 @@ def main(argv: list[str]) -> int:
         code, cause = explain(error, signal)
         if watchdog is not None:
             watchdog.end(code, cause)
+        else:
+            with contextlib.suppress(OSError):
+                ExitRecord(rank_from_environment(), code, 0, "start", cause, (rank_from_environment(),), ACTIONS[code]).report()
     if mesh is not None and error is None:
         close_mesh(mesh)
     return code

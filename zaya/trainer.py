@@ -36,6 +36,7 @@ from zaya.parallel.mesh import Mesh
 from zaya.parallel.parallelize import build_model, build_optimizer, describe, pieces, token_index
 from zaya.plan import plan
 from zaya.preemption import GRACE_S, Preemption
+from zaya.resilience.guard import Guard
 from zaya.resilience.watchdog import Progress
 from zaya.resume import restore
 from zaya.runtime import GarbageCollection
@@ -221,7 +222,7 @@ class Trainer:
         """Train to train.steps from wherever the run stands; rank 0 has the record and writes every step to it.
 
         The name of the signal that ended it before that, or before its last checkpoint was mirrored, with its state saved; empty: it is
-        finished. CheckpointError: its last state could not be saved.
+        finished. CheckpointError: its last state could not be saved. NumericalFault: see zaya/resilience/guard.py.
         """
         recipe = self.recipe
         for line in (*self.skipped, f"{self.mesh} | kernels: {self.kernels} | {self.origin}", *describe(recipe, self.mesh)):
@@ -236,13 +237,15 @@ class Trainer:
             saver.prepare(self.state.owned())
         with self._bar() as bar, GarbageCollection() as garbage, Preemption(active=saver is not None) as preemption:
             self._evaluate_again(metrics)
-            stop = False
+            stop, guard = False, Guard()
             while self.step < recipe.train.steps and not stop:
                 started = time.perf_counter()
                 result = self.train_step((bool(preemption.signal), saver is not None and saver.wants_retry))
                 if metrics is not None:
                     self._record(metrics, self._row(result, started, saver))
                 stopping, retrying = result.votes.tolist()
+                self.progress.enter("between steps", self.step)
+                guard.step(self.step, bool(result.committed))
                 stop = saver is not None and stopping > 0 and self.step < recipe.train.steps
                 if stop:
                     preemption.learn()
@@ -288,6 +291,7 @@ class Trainer:
             torch.cuda.synchronize(self.mesh.device)  # the copy waits for the update in any case; the stall is the copy's alone
         # A checkpoint never reaches the disk before the rows that it follows.
         saver.start(self.state.owned(), first=metrics.sync if metrics is not None else lambda: None, **self.counters())
+        self.progress.enter("between steps", self.step)
 
     def _finish_saves(self, saver: Saver, metrics: MetricsWriter | None, hurry: bool) -> None:
         """The last state is saved; where that fails, as often as any save is tried."""

@@ -27,11 +27,11 @@ from tests.cpu.test_shard import layouts, owned, placements
 from zaya import shard
 from zaya.checkpoint import read
 from zaya.checkpoint import save as save_module
-from zaya.checkpoint.directory import complete_steps, newest, prune
+from zaya.checkpoint.directory import MANIFEST, complete_steps, newest, prune
 from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.files import File, Piece
 from zaya.checkpoint.hashing import hash_range
-from zaya.checkpoint.manifest import MANIFEST, Box
+from zaya.checkpoint.manifest import Box
 from zaya.checkpoint.planning import SavePlan, pack
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share, save

@@ -16,9 +16,10 @@ import torch
 
 from tests.cpu.test_checkpoint import STEP, cut, on_ranks, same, save_alone, save_threads, state
 from tools import inspect_checkpoint
+from zaya.checkpoint.directory import MANIFEST
 from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.hashing import hash_bytes
-from zaya.checkpoint.manifest import MANIFEST, Manifest
+from zaya.checkpoint.manifest import Manifest
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share
 from zaya.shard import Layout

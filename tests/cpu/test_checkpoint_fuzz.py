@@ -28,9 +28,10 @@ from tests.cpu.test_checkpoint_damage import EVIL, body_of, changed, places, sea
 from tools import inspect_checkpoint, reshape_checkpoint
 from zaya import train
 from zaya.checkpoint import manifest as manifest_module
+from zaya.checkpoint.directory import MANIFEST
 from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.hashing import hash_bytes
-from zaya.checkpoint.manifest import MANIFEST, Manifest
+from zaya.checkpoint.manifest import Manifest
 from zaya.checkpoint.read import Checkpoint
 
 TENSORS = {"model.a": torch.arange(24.0).reshape(4, 6), "model.b": random_tensor(torch.bfloat16, (5,), 1), "scalar": torch.tensor(3.0),

@@ -18,7 +18,7 @@ from tests.cpu.test_checkpoint import save_alone, save_threads, state
 from tests.cpu.test_inspect_checkpoint import flip, snapshot
 from tools import compare_checkpoints
 from tools.compare_checkpoints import main, pieces
-from zaya.checkpoint.manifest import MANIFEST
+from zaya.checkpoint.directory import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]

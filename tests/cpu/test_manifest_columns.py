@@ -19,8 +19,9 @@ from zaya.checkpoint import boxes as boxes_module
 from zaya.checkpoint import files as files_module
 from zaya.checkpoint import manifest as manifest_module
 from zaya.checkpoint.boxes import Box, Boxes, tile
+from zaya.checkpoint.directory import MANIFEST
 from zaya.checkpoint.errors import CheckpointError, RefusedError
-from zaya.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, num_bytes
+from zaya.checkpoint.manifest import FileEntry, Manifest, TensorEntry, num_bytes
 from zaya.checkpoint.planning import SavePlan, pack
 from zaya.checkpoint.read import Checkpoint
 

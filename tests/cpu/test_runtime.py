@@ -268,6 +268,11 @@ FAKES = {
             ((got > code)) && code=$got
         done
         exit "$code"''',
+    # The supervisor: once.
+    "python3": '''
+        [[ "$1 $2 $3" == "-m zaya.resilience.supervisor --" ]] || exit 99
+        echo "supervised" >> "$FAKE_LOG"
+        exec "${@:4}"''',
     "torchrun": '''
         echo "torchrun $*" >> "$FAKE_LOG"
         if [[ -n ${FAKE_SLEEP:-} ]]; then
@@ -301,12 +306,15 @@ def test_the_script_starts_one_torchrun_a_node(tmp_path: Path, slurm: dict[str, 
     common = "--nproc-per-node 8 --master-addr host1 --master-port 23456 -m zaya.train recipe.toml --train.steps=1 0"
     assert [call for call in calls if call.startswith("torchrun")] == [f"torchrun --nnodes 2 --node-rank {n} {common}" for n in (0, 1)]
     assert {"srun --kill-on-bad-exit=1", "srun --cpu-bind=none", "srun --cpus-per-task=96", "srun --ntasks-per-node=1"} <= set(calls)
+    assert calls.count("supervised") == 2
     assert sorted(path.name for path in (tmp_path / "runs/slurm-123456/attempt-0").iterdir()) == ["node-0.log", "node-1.log"]
 
 
 def test_the_environments_torchrun_goes_first(tmp_path: Path, slurm: dict[str, str]) -> None:
     write(tmp_path / ".venv/bin/torchrun", '#!/usr/bin/env bash\necho "own" >> "$FAKE_LOG"\n')
-    (tmp_path / ".venv/bin/torchrun").chmod(0o755)
+    write(tmp_path / ".venv/bin/python", '#!/usr/bin/env bash\nexec python3 "$@"\n')
+    for name in ("torchrun", "python"):
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
     assert launch(tmp_path, slurm, "recipe.toml")[2].count("own") == 2
 
 
@@ -366,7 +374,7 @@ def test_the_container_gets_devices_and_settings(tmp_path: Path, slurm: dict[str
     (first, second) = (call for call in calls if call.startswith("docker"))
     assert code == 0, err
     for part in ("--device=/dev/kfd", "--device=/dev/dri", "--group-add 109", "--network=host", "--ipc=host", "--env NCCL_IB_HCA",
-                 f"--volume {tmp_path}:{tmp_path}", "zaya:1 /zaya/.venv/bin/torchrun --nnodes 2 --node-rank 0"):
+                 f"--volume {tmp_path}:{tmp_path}", "zaya:1 /zaya/.venv/bin/python -m zaya.resilience.supervisor -- /zaya/.venv/bin/torchrun --nnodes 2 --node-rank 0"):
         assert part in first, part
     assert "SECRET" not in first and "--node-rank 1" in second
 

@@ -17,11 +17,10 @@ import torch
 from zaya.checkpoint import mirror as mirror_module
 from zaya.checkpoint import save as save_module
 from zaya.checkpoint import saver as saver_module
-from zaya.checkpoint.directory import complete_steps, newest, step_path
+from zaya.checkpoint.directory import MANIFEST, complete_steps, newest, step_path
 from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.files import File
 from zaya.checkpoint.hashing import hash_bytes
-from zaya.checkpoint.manifest import MANIFEST
 from zaya.checkpoint.mirror import Mirror
 from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.save import Share

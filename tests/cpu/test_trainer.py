@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from zaya.metrics import read_rows
 from zaya.parallel.mesh import open_mesh
 from zaya.resilience.exits import read_records
 from zaya.shard import Layout
+from zaya.step import StepResult
 from zaya.train import check_run_directory, main, open_run
 from zaya.trainer import Trainer, open_data
 
@@ -231,8 +233,28 @@ def test_a_bug_in_the_loop_is_no_bad_recipe(folder: Path, capsys: pytest.Capture
         assert code == 1 and err.startswith("Traceback") and err.endswith("\nValueError: a bug\n") and ", in fit\n" in err
     else:
         assert code == (1 if isinstance(raised, CheckpointError) else 2) and err == f"zaya.train: {raised}\n"
-    (record,) = read_records(folder / f"loop-{type(raised).__name__}", 1)
+    (record,) = read_records(folder / f"loop-{type(raised).__name__}/exit/0001")
     assert (record.code, record.step, record.at_fault) == (code, 0, (0,)) and record.cause.endswith(str(raised))
+
+
+def test_a_run_that_updates_nothing_ends(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step = Trainer.train_step
+
+    def broken_from_step_4(self: Trainer, votes: Sequence[float] = (0, 0)) -> StepResult:
+        if self.step == 3:
+            next(iter(self.model.parameters())).data.fill_(float("nan"))
+        return train_step(self, votes)
+
+    monkeypatch.setattr(Trainer, "train_step", broken_from_step_4)
+    recipe = folder / "broken.toml"
+    recipe.write_text(tiny.recipe(folder, train__steps=50, run__dir=str(folder / "broken")).to_toml())
+    assert main([str(recipe)]) == 6
+    line = "loss or gradient is not finite since step 4: 10 steps in a row have updated nothing"
+    assert capsys.readouterr().err == f"zaya.train: {line}\n"
+    (record,) = read_records(folder / "broken/exit/0001")
+    assert (record.code, record.step, record.cause) == (6, 13, line) and "--checkpoint.resume=" in record.action
+    rows, _ = read_rows(folder / "broken/metrics.jsonl")
+    assert [row["committed"] for row in rows] == [True] * 3 + [False] * 10
 
 
 def test_a_damaged_checkpoint_is_exit_code_7_and_nothing_changes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ class Job:
             self.processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT,
                                                    start_new_session=True))
 
-    def start_node(self, node: int, port: int, processes: int, recipe: Path, rendezvous: str) -> None:
+    def start_node(self, node: int, port: int, processes: int, recipe: Path, rendezvous: str, above: Sequence[str] = ()) -> None:
         meeting = {
             "static": ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)],
             "c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two-nodes",
                      "--local-addr", "127.0.0.1", "--rdzv-conf", f"is_host={int(node == 0)},join_timeout={int(TIMEOUT_S)}"],
         }[rendezvous]
-        self.start("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes), *meeting,
+        self.start(*above, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes), *meeting,
                    "-m", "zaya.train", str(recipe))
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
@@ -145,6 +145,28 @@ def test_two_nodes_train_what_one_process_trains(tmp_path: Path, job: Job, rende
     # Only rank 0 speaks, so only its node's output has the steps.
     said = [f"step {STEPS}/{STEPS}" in job.log(node).read_text() for node in (0, 1)]
     assert said == [True, False] if rendezvous == "static" else sum(said) == 1
+
+
+@pytest.mark.slow
+def test_two_supervised_nodes_start_again_together(tmp_path: Path, job: Job) -> None:
+    """A worker of the second node is killed; both nodes' jobs end, both supervisors start them again, and they meet."""
+    steps = 30
+    recipe = write_recipe(tmp_path, "double", train__steps=steps, train__eval_interval=0, checkpoint__interval=4)
+    port, supervisor = free_port(), ("-m", "zaya.resilience.supervisor", "--pause", "2", "--", sys.executable)
+    for node in (0, 1):
+        job.start_node(node, port, 2, recipe, "static", above=supervisor)
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(rows(tmp_path / "double")) < 10:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in job.processes), job.logs()
+        time.sleep(0.02)
+    (agent,) = _descendants(job.processes[1].pid)[:1]
+    (worker, *_) = [pid for pid in _descendants(agent) if b"zaya.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(worker, signal.SIGKILL)
+    assert job.wait() == [0, 0], job.logs()
+    assert [row["step"] for row in rows(tmp_path / "double")] == list(range(1, steps + 1))
+    for node in (0, 1):
+        said = [line for line in job.log(node).read_text().splitlines() if line.startswith("zaya.resilience.supervisor: start ")]
+        assert len(said) == 2 and "is gone: its process has ended" in said[0] and "with 0" in said[1], job.logs()
 
 
 def test_the_death_of_a_node_ends_the_other(tmp_path: Path, job: Job) -> None:

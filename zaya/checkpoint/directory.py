@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Self
 
 from zaya.checkpoint.errors import CheckpointError, disk_errors
-from zaya.checkpoint.manifest import MANIFEST
 
+MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-([0-9]{8,18})")
 
 

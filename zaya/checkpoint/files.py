@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from zaya.checkpoint.boxes import Box
-from zaya.checkpoint.directory import sync_directory
+from zaya.checkpoint.directory import MANIFEST, sync_directory
 from zaya.checkpoint.errors import CheckpointError, RefusedError
 from zaya.checkpoint.hashing import CHUNK_BYTES, hash_bytes, hash_range, new_hash
-from zaya.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Manifest, check_name, num_bytes
+from zaya.checkpoint.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, check_name, num_bytes
 from zaya.dtypes import BITS, STORED_DTYPES, STORED_NAMES
 
 MAX_FILE_BYTES = 4 << 30

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from zaya.checkpoint.boxes import Box, Boxes, Cut, bounds_of, inside, tile
+from zaya.checkpoint.directory import MANIFEST
 from zaya.checkpoint.errors import CheckpointError, ForeignError, RefusedError
 from zaya.checkpoint.hashing import hash_bytes, new_hash
 from zaya.dtypes import STORED_DTYPES
@@ -29,7 +30,6 @@ FORMAT_VERSION = 1
 COLUMNS_VERSION = 2
 PLAIN_BOXES = 512
 """A manifest of more boxes is written by column (version 2): a sixth of the bytes, a twentieth of the time, and hard to read by eye."""
-MANIFEST = "manifest.json"
 
 # Limits that real checkpoints keep, so that a hostile or damaged manifest costs neither memory nor time without end.
 # 8B on 1,024 ranks, nothing but data parallel: 5,052 tensors in 641,444 boxes, by column 21 MB, 33 bytes a box; boxes grow as ranks: 336 MB

@@ -22,11 +22,11 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from zaya.checkpoint.directory import complete_steps, identity, prune, remove, step_path, sync_directory
+from zaya.checkpoint.directory import MANIFEST, complete_steps, identity, prune, remove, step_path, sync_directory
 from zaya.checkpoint.errors import CheckpointError, RefusedError, disk_errors, raise_on_all
 from zaya.checkpoint.files import write_manifest
 from zaya.checkpoint.hashing import CHUNK_BYTES
-from zaya.checkpoint.manifest import MANIFEST, load, load_replaceable
+from zaya.checkpoint.manifest import load, load_replaceable
 from zaya.checkpoint.read import Checkpoint
 
 RETRIES = 3

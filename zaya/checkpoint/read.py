@@ -20,10 +20,10 @@ import torch
 
 from zaya import shard
 from zaya.checkpoint.boxes import Box, Boxes, bounds_of
-from zaya.checkpoint.directory import locate
+from zaya.checkpoint.directory import MANIFEST, locate
 from zaya.checkpoint.errors import CheckpointError, disk_errors
 from zaya.checkpoint.hashing import CHUNK_BYTES, hash_bytes, hash_range
-from zaya.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, load, num_bytes, parse_json
+from zaya.checkpoint.manifest import Manifest, TensorEntry, load, num_bytes, parse_json
 from zaya.dtypes import BITS, STORED_DTYPES
 
 RUN_BYTES = 64 << 20  # small boxes that one thread checks in a row

@@ -24,11 +24,11 @@ import torch
 
 from zaya import shard
 from zaya.checkpoint.boxes import Box
-from zaya.checkpoint.directory import step_path, sync_directory
+from zaya.checkpoint.directory import MANIFEST, step_path, sync_directory
 from zaya.checkpoint.errors import CheckpointError, ForeignError, RefusedError, disk_errors, raise_on_all
 from zaya.checkpoint.files import MAX_FILE_BYTES, File, Piece, checked, dtype_name, file_name, manifest_text, read_back, write_manifest
 from zaya.checkpoint.hashing import hash_bytes
-from zaya.checkpoint.manifest import MANIFEST, FileEntry, Manifest, check_name, load_replaceable
+from zaya.checkpoint.manifest import FileEntry, Manifest, check_name, load_replaceable
 from zaya.checkpoint.planning import SavePlan, Table, pack
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import re
 import socket
 import time
@@ -45,8 +46,8 @@ ACTIONS = {
     Exit.INTERRUPTED: "start it again: it goes on from its newest checkpoint",
 }
 """What to do after it, by code."""
-SUPERVISED = "ZAYA_SUPERVISED"
-"""In the environment of a job whose exit records are waited for: refused starts leave them too."""
+REPORTS = "ZAYA_EXIT_RECORDS"
+"""In the environment of a supervised job: the folder of its node in which the supervisor waits for the records of this start."""
 _ATTEMPT = re.compile(r"[0-9]{4,9}")
 
 
@@ -66,19 +67,25 @@ class ExitRecord:
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
-    def write(self, run_dir: Path, attempt: int) -> None:
-        """Atomically. A run directory that is not there is not made: the run has not begun. OSError: it cannot be written."""
-        if not run_dir.is_dir():
-            return
-        folder = run_dir / "exit" / f"{attempt:04d}"
+    def write(self, folder: Path) -> None:
+        """FOLDER/rank-R.json, atomically; the folder is made. OSError: it cannot be written."""
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / f"rank-{self.rank}.json", json.dumps(asdict(self)) + "\n")
 
+    def report(self) -> None:
+        """To the supervisor, if there is one: whatever becomes of the run directory. OSError: it cannot be written."""
+        if os.environ.get(REPORTS):
+            self.write(Path(os.environ[REPORTS]))
 
-def read_records(run_dir: Path, attempt: int) -> list[ExitRecord]:
+
+def attempt_path(run_dir: Path, attempt: int) -> Path:
+    return run_dir / "exit" / f"{attempt:04d}"
+
+
+def read_records(folder: Path) -> list[ExitRecord]:
     """Of one start, by rank; what is no record is left out."""
     records = []
-    for path in (run_dir / "exit" / f"{attempt:04d}").glob("rank-*.json"):
+    for path in folder.glob("rank-*.json"):
         try:
             fields = json.loads(path.read_text())
             records.append(ExitRecord(**{**fields, "at_fault": tuple(fields["at_fault"])}))

@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from zaya.parallel.mesh import Mesh
 from zaya.preemption import SIGNALS
-from zaya.resilience.exits import ACTIONS, SUPERVISED, Exit, ExitRecord, next_attempt
+from zaya.resilience.exits import ACTIONS, Exit, ExitRecord, attempt_path, next_attempt
 
 HANG_S = 480.0
 """Without a collective, a micro-batch or a step. Below the 600 s after which torch gives a collective up (zaya/parallel/mesh.py): it does
@@ -194,15 +194,15 @@ class Watchdog:
 
     def _record(self, verdict: Verdict) -> None:
         where = self._where()
-        refused = verdict.code == Exit.REFUSED and where.phase == "start"  # leaves the directory as it was
-        if not self._attempt or (refused and SUPERVISED not in os.environ):
-            return
+        record = ExitRecord(self._rank, verdict.code, where.step, where.phase, verdict.cause, verdict.at_fault, ACTIONS[Exit(verdict.code)])
         try:
-            ExitRecord(self._rank, verdict.code, where.step, where.phase, verdict.cause, verdict.at_fault,
-                       ACTIONS[Exit(verdict.code)]).write(self._run_dir, self._attempt)
+            record.report()
+            # A start that is refused leaves the directory as it was; a run that has not begun has none.
+            if self._attempt and self._run_dir.is_dir() and not (verdict.code == Exit.REFUSED and where.phase == "start"):
+                record.write(attempt_path(self._run_dir, self._attempt))
         except OSError as error:
             with contextlib.suppress(OSError):
-                print(f"zaya.train: cannot write {self._run_dir / 'exit'}: {error.strerror}", file=sys.stderr, flush=True)
+                print(f"zaya.train: cannot write {error.filename or self._run_dir / 'exit'}: {error.strerror}", file=sys.stderr, flush=True)
 
     def _agree_on_attempt(self) -> int:
         """One number on all ranks; 0: the run directory cannot be looked at, and there will be no records."""

@@ -1,0 +1,293 @@
+"""Start a job, and start it again when it fails: from its newest checkpoint, until it is done, or starting it again makes no sense.
+
+    python -m zaya.resilience.supervisor [--give-up N] -- torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]
+
+One runs on each node, above that node's torchrun. Every rank of the node leaves it an exit record, and what has ended one rank all ranks
+know (zaya/resilience/watchdog.py), so all nodes come to the same decision. Knows the recipe and what a start has left on the disk; no
+torch, no GPU, nothing that fails with the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.errors import CheckpointError
+from zaya.cli import Parser, positive
+from zaya.config import Recipe, check_recipe, load_recipe
+from zaya.preemption import AGAIN_S
+from zaya.resilience.exits import REPORTS, Exit, ExitRecord, read_records
+from zaya.resilience.guard import MAX_SKIPPED
+
+RESTARTED = (Exit.FAILED, Exit.HANG, Exit.NUMERICAL)
+"""Ends after which the job is started again; after all others the supervisor ends with the same code."""
+MOST_PAUSE_S = 300.0
+STOP_S = 60.0
+"""From a signal to the kill: torchrun gives its workers 30 s."""
+ORPHAN_S = 3.0
+"""What a job leaves behind may end by itself that long after it."""
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+class End(NamedTuple):
+    """Of one start."""
+
+    code: Exit
+    cause: str
+    step: int = -1
+    """Optimizer steps done; -1: no rank has said."""
+
+
+class Job(NamedTuple):
+    """What a command starts."""
+
+    recipe: str
+    overrides: list[str]
+    options: dict[str, str]
+    """Of the launcher: {"nproc-per-node": "8"}."""
+
+    @classmethod
+    def of(cls, command: Sequence[str]) -> Job:
+        """ValueError: it does not run zaya.train."""
+        for index in range(len(command) - 2):
+            if list(command[index: index + 2]) == ["-m", "zaya.train"]:
+                return cls(command[index + 2], list(command[index + 3:]), dict(_options(command[:index])))
+        raise ValueError("the command does not run `-m zaya.train RECIPE.toml`; see --help")
+
+    def read(self) -> Recipe:
+        """ValueError: the recipe is bad, or cannot run on the ranks that the launcher is told to start; where it is not told a plain
+        number, on any."""
+        recipe = load_recipe(self.recipe, self.overrides)
+        per_node, nodes = self.options.get("nproc-per-node", "1"), self.options.get("nnodes", "1")
+        if per_node.isdecimal() and nodes.isdecimal():
+            recipe.validate(int(per_node) * int(nodes))
+        else:
+            check_recipe(recipe)
+        return recipe
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Of --name=value and --name value, with - or _ in the name."""
+    for word, following in zip(words, [*words[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            yield name[2:].replace("_", "-"), value if equals else following
+
+
+def end_of(status: int, records: Sequence[ExitRecord]) -> End:
+    """How a start ended, from its exit status and what its ranks have written."""
+    if not records:
+        if status != Exit.FAILED and status in set(Exit):  # a bare zaya.train, or torchrun that refuses its own arguments
+            return End(Exit(status), "said by its exit code" if status else "the run is finished")
+        how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+        return End(Exit.FAILED, f"{how}, and no rank has left a record")
+    faulty = [record for record in records if record.rank in record.at_fault] or [record for record in records if record.code]
+    if status and not faulty:
+        return End(Exit.FAILED, f"exit code {status}, though every rank that left a record was done", records[0].step)
+    record = (faulty or list(records))[0]
+    code = Exit(record.code) if record.code in set(Exit) else Exit.FAILED
+    where = f" (rank {record.rank} on {record.host}, step {record.step}, {record.phase})" if record.code not in (0, 3) else ""
+    return End(code, f"{record.cause}{where}", record.step)
+
+
+class Rollbacks:
+    """Numerical faults are answered by going back: a fault of the hardware does not come again, one of the recipe does, at about the same
+    step. Then to an older checkpoint than before, and after `most` times not again."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._step = most, -1
+        self._targets: list[int] = []
+
+    def next(self, step: int, before: Callable[[int], int]) -> int:
+        """The step to go back to from a fault whose last MAX_SKIPPED steps, up to `step`, have updated nothing; -1: it makes no sense.
+        `before`: the newest checkpoint before a step, or -1."""
+        if step > self._step + MAX_SKIPPED:  # another fault
+            self._targets = []
+        self._step = max(step, self._step)
+        target = before(min([step - MAX_SKIPPED + 1, *self._targets])) if len(self._targets) < self._most else -1
+        if target >= 0:
+            self._targets.append(target)
+        return target
+
+    def __str__(self) -> str:
+        return str(len(self._targets))
+
+
+@dataclass
+class Supervisor:
+    """A job's life. `give_up`: starts in a row that save no new checkpoint, after which it ends; `pause_s`: before a start after the first,
+    doubled with each of those, up to MOST_PAUSE_S."""
+
+    command: list[str]
+    run_dir: Path
+    give_up: int
+    pause_s: float
+    signal: str = ""
+    """The first that came; the job is told, and not started again."""
+    _process: subprocess.Popen[bytes] | None = None
+    _told: float = 0.0
+
+    def run(self) -> Exit:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
+        # Workers lead sessions of their own; if torchrun is killed they become children of this process, and can be found.
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        fruitless, target, rollbacks = 0, -1, Rollbacks(self.give_up)
+        for start in itertools.count(1):
+            origin = self._saved() if target < 0 else target
+            began = time.monotonic()
+            end = self._start(target)
+            say(f"start {start} ended after {time.monotonic() - began:.0f} s with {end.code}: {end.cause}")
+            if self.signal and end.code in RESTARTED:
+                say(f"{self.signal}: not started again")
+                return end.code if end.step >= 0 else Exit.PREEMPTED  # no rank has said: it came before there was anything to save
+            if end.code not in RESTARTED:
+                return end.code
+            fruitless = 0 if self._saved() > origin else fruitless + 1
+            target = -1
+            if end.code == Exit.NUMERICAL:
+                target = rollbacks.next(end.step, self._before)
+                if target < 0:
+                    say(f"going back has not cured it, {rollbacks} times; the causes are in {self.run_dir / 'exit'}")
+                    return Exit.NUMERICAL
+            elif fruitless >= self.give_up:
+                break
+            self._pause(min(self.pause_s * 2 ** max(fruitless - 1, 0), MOST_PAUSE_S), fruitless, target)
+            if self.signal:
+                return Exit.PREEMPTED
+        say(f"{fruitless} starts in a row have saved no new checkpoint: given up; the causes are in {self.run_dir / 'exit'}")
+        return Exit.NO_PROGRESS
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def _saved(self) -> int:
+        """Step of the newest complete checkpoint; -1: none."""
+        return self._before(sys.maxsize)
+
+    def _before(self, step: int) -> int:
+        """The newest complete checkpoint before a step; -1: none, or they cannot be looked at."""
+        try:
+            return max((saved for saved in complete_steps(self._checkpoints) if saved < step), default=-1)
+        except CheckpointError:
+            return -1
+
+    def _start(self, target: int) -> End:
+        """One start, to its last process' end. `target`: the checkpoint that it goes back to; -1: it goes on."""
+        more = [] if target < 0 else [f"--checkpoint.resume={step_path(self._checkpoints, target)}"]
+        with tempfile.TemporaryDirectory(prefix="zaya-exit-") as folder:
+            status = self._run(more, folder)
+            if isinstance(status, OSError):
+                return End(Exit.REFUSED, f"cannot run {self.command[0]}: {status.strerror}")
+            return end_of(status, read_records(Path(folder)))
+
+    def _run(self, more: Sequence[str], reports: str) -> int | OSError:
+        try:
+            self._process = subprocess.Popen([*self.command, *more], env={**os.environ, REPORTS: reports}, start_new_session=True)
+        except OSError as error:
+            return error
+        if self.signal:  # it came in between
+            self._process.send_signal(signal.SIGTERM)
+        while (status := self._process.poll()) is None:
+            time.sleep(0.1)
+            if self._told and time.monotonic() - self._told > STOP_S:
+                kill_descendants()
+        self._process = None
+        until = time.monotonic() + ORPHAN_S
+        while descendants(os.getpid()):
+            if time.monotonic() > until:
+                kill_descendants()
+            time.sleep(0.1)
+        with contextlib.suppress(ChildProcessError):  # no more
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        return status
+
+    def _pause(self, seconds: float, fruitless: int, target: int) -> None:
+        step = self._saved() if target < 0 else target
+        origin = f"the checkpoint of step {step}" if step >= 0 else "the beginning"
+        count = f" ({fruitless} of {self.give_up} in a row without a new checkpoint)" if fruitless else ""
+        say(f"starting again in {seconds:g} s from {origin}{count}")
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.signal:
+            time.sleep(0.1)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """torchrun passes SIGTERM on, and no other signal to all; a second Ctrl-C does not wait."""
+        again = number == signal.SIGINT and self.signal and time.monotonic() - self._told > AGAIN_S
+        if not self.signal:
+            self.signal, self._told = signal.Signals(number).name, time.monotonic()
+            if self._process is not None:
+                self._process.send_signal(signal.SIGTERM)
+        elif again:
+            kill_descendants()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below it, dead ones that nobody has waited for left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return [child for child in found if not _is_zombie(child)]
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def kill_descendants() -> None:
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"zaya.resilience.supervisor: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("zaya.resilience.supervisor", description="Run a job of zaya.train, and start it again when it fails.",
+                    usage="python -m zaya.resilience.supervisor [--give-up N] [--pause SECONDS] -- "
+                          "torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]")
+    parser.add_argument("--give-up", type=_count, default=3, metavar="N", help="after N starts in a row that saved no new checkpoint (3)")
+    parser.add_argument("--pause", type=positive, default=5.0, metavar="SECONDS",
+                        help="before it is started again (5); doubled with each start that saved none")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what starts the job")
+    arguments = parser.parse_args(argv)
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    try:
+        recipe = Job.of(command).read()
+    except ValueError as error:
+        return parser.refused(error)
+    return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause).run()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of starts from 1 to 1,000,000")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
