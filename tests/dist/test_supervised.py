@@ -62,6 +62,14 @@ def run(folder: Path, name: str, *faults: str, ranks: int = 2) -> tuple[Path, st
     return folder / name, done.stderr, done.returncode
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody touches."""
+    run_dir, said, code = run(tmp_path_factory.mktemp("whole"), "whole")
+    assert code == 0, said[-4000:]
+    return run_dir
+
+
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: row.get(key) for key in ("step", "loss", "grad_norm", "eval_loss")}
             for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
@@ -71,9 +79,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     ["kill@1", "hang@0"],
     pytest.param(["raise@0", "killtorchrun@0", "hang@1", "kill@0"], marks=pytest.mark.slow),
 ])
-def test_a_job_that_fails_again_and_again_ends_as_one_that_did_not(tmp_path: Path, faults: list[str]) -> None:
-    whole, said, code = run(tmp_path, "whole")
-    assert code == 0, said[-4000:]
+def test_a_job_that_fails_again_and_again_ends_as_one_that_did_not(tmp_path: Path, whole: Path, faults: list[str]) -> None:
     broken, said, code = run(tmp_path, "broken", *faults)
     assert code == 0, said[-6000:]
     assert rows(broken) == rows(whole)
@@ -87,9 +93,8 @@ def test_a_job_that_fails_again_and_again_ends_as_one_that_did_not(tmp_path: Pat
             assert {record.at_fault for record in read_records(folder)} == {(int(rank),)}, (number, fault)
 
 
-def test_broken_weights_are_left_behind(tmp_path: Path) -> None:
+def test_broken_weights_are_left_behind(tmp_path: Path, whole: Path) -> None:
     """Ten steps that update nothing; the checkpoints that were saved meanwhile hold what broke, and are not gone on from."""
-    whole, _, _ = run(tmp_path, "whole")
     broken, said, code = run(tmp_path, "broken", "nan@0")
     assert code == 0, said[-6000:]
     assert "with 6: loss or gradient is not finite since step 6" in said and "from the checkpoint of step 4" in said

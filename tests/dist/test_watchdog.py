@@ -61,8 +61,6 @@ if os.environ["RANK"] == os.environ["AT"]:
         case "sleep":
             def action(): time.sleep(1000)
     loader.Loader.batch = once(loader.Loader.batch, 5, action)
-elif fault == "every rank waits":
-    pass
 sys.argv = ["zaya.train", *sys.argv[2:]]
 runpy.run_module("zaya.train", run_name="__main__", alter_sys=True)
 """
@@ -90,7 +88,7 @@ def root_cause(said: str) -> int:
     return int(re.findall(r"rank +: (\d+)", said[said.index("Root Cause"):])[0])
 
 
-@pytest.mark.parametrize("fault", ["raise", "deaf raise", "deaf refuse"])
+@pytest.mark.parametrize("fault", ["deaf refuse", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("raise", "deaf raise"))])
 def test_a_failing_rank_is_named_by_all_and_ends_them(tmp_path: Path, fault: str) -> None:
     records, said = run(tmp_path, fault, at=1)
     code, cause = (2, "planted corpus fault") if "refuse" in fault else (1, "RuntimeError: planted")
@@ -100,7 +98,7 @@ def test_a_failing_rank_is_named_by_all_and_ends_them(tmp_path: Path, fault: str
     assert said.count(cause) == 1 and said.count("Traceback") == 1 + (code == 1), "the others are silent, but for torchrun's own"
 
 
-@pytest.mark.parametrize("fault", ["kill", "deaf kill"])
+@pytest.mark.parametrize("fault", [pytest.param("kill", marks=pytest.mark.slow), "deaf kill"])
 def test_a_killed_rank_is_missed_at_once(tmp_path: Path, fault: str) -> None:
     records, said = run(tmp_path, fault, at=2)
     assert set(records) == {0, 1}
@@ -116,7 +114,7 @@ def test_a_frozen_rank_is_missed_when_its_beats_are(tmp_path: Path) -> None:
     assert records[2]["cause"].endswith(f"is gone: no sign of it for {LOST_S:.0f} s")
 
 
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_hang_names_the_rank_that_is_late(tmp_path: Path, at: int) -> None:
     records, said = run(tmp_path, "sleep", at, hang_s=HANG_S)
     assert {rank: (record["code"], record["at_fault"]) for rank, record in records.items()} == {rank: (5, [at]) for rank in range(3)}
