@@ -374,7 +374,7 @@ def test_the_container_gets_devices_and_settings(tmp_path: Path, slurm: dict[str
     (first, second) = (call for call in calls if call.startswith("docker"))
     assert code == 0, err
     for part in ("--device=/dev/kfd", "--device=/dev/dri", "--group-add 109", "--network=host", "--ipc=host", "--env NCCL_IB_HCA",
-                 f"--volume {tmp_path}:{tmp_path}", "zaya:1 /zaya/.venv/bin/python -m zaya.resilience.supervisor -- /zaya/.venv/bin/torchrun",
+                 f"--volume {tmp_path}:{tmp_path}", "zaya:1 /zaya/.venv/bin/python -m zaya.resilience.supervisor -- /zaya/",
                  "torchrun --nnodes 2 --node-rank 0"):
         assert part in first, part
     assert "SECRET" not in first and "--node-rank 1" in second
