@@ -144,7 +144,7 @@ def apply(environ: MutableMapping[str, str] = os.environ, machine: Machine | Non
         is_users = setting.name in environ
         value = environ.setdefault(setting.name, setting.value)
         outcomes.append(Outcome(setting.name, value, "kept" if is_users else "set", setting.reason))
-    outcomes += [_bind(environ, machine), _open_files()]
+    outcomes += [_bind(environ, machine), raise_open_files()]
     steps = collect_steps(environ)
     what = "one garbage collection every so many steps, on all ranks at once" if steps else "Python collects when it likes"
     outcomes.append(Outcome(COLLECT_SWITCH, str(steps), "kept" if COLLECT_SWITCH in environ else "set", what))
@@ -264,7 +264,7 @@ def _visible(gpus: list[Gpu], environ: MutableMapping[str, str]) -> list[Gpu] | 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _open_files() -> Outcome:
+def raise_open_files() -> Outcome:
     """As many as the machine lets this process have, up to MAX_OPEN_FILES: each group of all ranks over gloo holds one to every other."""
     before, most = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
     wanted = min(most, MAX_OPEN_FILES)

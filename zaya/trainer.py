@@ -286,9 +286,9 @@ class Trainer:
                         "last checkpoint; lower checkpoint.interval or train.eval_rows", needed_s, GRACE_S)
 
     def _start_save(self, saver: Saver, metrics: MetricsWriter | None) -> None:
-        self.progress.enter("save", self.step)
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)  # the copy waits for the update in any case; the stall is the copy's alone
+        self.progress.enter("save", self.step)
         # A checkpoint never reaches the disk before the rows that it follows.
         saver.start(self.state.owned(), first=metrics.sync if metrics is not None else lambda: None, **self.counters())
         self.progress.enter("between steps", self.step)

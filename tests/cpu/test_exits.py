@@ -15,7 +15,7 @@ RECORD = ExitRecord(rank=1, code=Exit.HANG, step=7, phase="micro-batch", cause="
 
 
 def test_every_code_says_what_to_do() -> None:
-    assert set(ACTIONS) == set(Exit) and [int(code) for code in Exit] == [0, 1, 2, 3, 5, 6, 7, 8, 130]
+    assert set(ACTIONS) == set(Exit) and [int(code) for code in Exit] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 130]
 
 
 def test_records_come_back(tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def place(step: int, launched: int) -> Place:
 @pytest.mark.parametrize(("places", "late", "words"), [
     ([place(4, 90), place(4, 89), place(4, 90)], [1],
      "rank 1 is behind, at step 5, micro-batch 1, 89 collectives launched, last all_to_all ep; the furthest is at step 5, "),
-    ([place(4, 90), place(3, 95), place(3, 95)], [1, 2], "rank 1 2 is behind, at step 4"),  # an earlier step, whatever it has launched
+    ([place(4, 90), place(3, 95), place(3, 95)], [1, 2], "ranks 1 2 are behind, at step 4"),  # an earlier step, whatever it has launched
     ([place(4, 90)] * 3, [0, 1, 2], "every rank stands at step 5, micro-batch 1"),
-    ([place(4, 90), *[place(4, 80)] * 10], list(range(1, 11)), "rank 1 2 3 4 5 6 7 8 and 2 more is behind"),
+    ([place(4, 90), *[place(4, 80)] * 10], list(range(1, 11)), "ranks 1 2 3 4 5 6 7 8 and 2 more are behind"),
 ])
 def test_a_hang_is_laid_to_the_ranks_that_are_behind(places: list[Place], late: list[int], words: str) -> None:
     by_rank = dict(enumerate(places))

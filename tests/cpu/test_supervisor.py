@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from zaya.resilience import supervisor
 from zaya.resilience.exits import Exit, ExitRecord
 from zaya.resilience.guard import MAX_SKIPPED, Guard, NumericalFault
-from zaya.resilience.supervisor import Job, Rollbacks, end_of
+from zaya.resilience.supervisor import Job, Rollbacks, Supervisor, end_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # A job that does what its script says: a line of JSON each start, {"code", "step", "saves": [...], "status", "do"}.
@@ -203,6 +205,19 @@ def test_the_rank_at_fault_speaks_for_the_others() -> None:
     assert re.fullmatch(r"rank 2 is gone \(rank 0 on .*, step 4, update\)", end_of(1, records).cause)
     records[1] = ExitRecord(1, 5, 4, "update", "I was late", (1,))
     assert end_of(1, records)[:1] == (Exit.HANG,) and end_of(1, records).cause.startswith("I was late (rank 1 ")
+
+
+def test_a_process_that_cannot_be_killed_is_the_nodes_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "descendants", lambda: [2**22 + 1])  # beyond Linux's last: a kill changes nothing
+    monkeypatch.setattr(supervisor, "ORPHAN_S", 0.0)
+    monkeypatch.setattr(supervisor, "STOP_S", 0.5)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        assert Supervisor(["false"], tmp_path, give_up=3, pause_s=0.01).run() == Exit.UNHEALTHY
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def test_many_steps_that_update_nothing_are_a_fault_and_fewer_are_not() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from zaya import runtime
 from zaya.checkpoint.directory import complete_steps, step_path
 from zaya.checkpoint.errors import CheckpointError
 from zaya.cli import Parser, positive
@@ -145,6 +146,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
+        runtime.raise_open_files()  # torchrun's store has two connections of every rank, and takes its limit from here
         # Workers lead sessions of their own; if torchrun is killed they become children of this process, and can be found.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         fruitless, target, rollbacks = 0, -1, Rollbacks(self.give_up)
@@ -191,17 +193,18 @@ class Supervisor:
     def _start(self, target: int) -> End:
         """One start, to its last process' end. `target`: the checkpoint that it goes back to; -1: it goes on."""
         more = [] if target < 0 else [f"--checkpoint.resume={step_path(self._checkpoints, target)}"]
-        with tempfile.TemporaryDirectory(prefix="zaya-exit-") as folder:
-            status = self._run(more, folder)
-            if isinstance(status, OSError):
-                return End(Exit.REFUSED, f"cannot run {self.command[0]}: {status.strerror}")
-            return end_of(status, read_records(Path(folder)))
-
-    def _run(self, more: Sequence[str], reports: str) -> int | OSError:
         try:
-            self._process = subprocess.Popen([*self.command, *more], env={**os.environ, REPORTS: reports}, start_new_session=True)
+            with tempfile.TemporaryDirectory(prefix="zaya-exit-", ignore_cleanup_errors=True) as folder:
+                status = self._run([*self.command, *more], folder)
+                end = end_of(status, read_records(Path(folder)))
         except OSError as error:
-            return error
+            return End(Exit.REFUSED, f"cannot run {error.filename or self.command[0]}: {error.strerror}")
+        left = end_leftovers()
+        return End(Exit.UNHEALTHY, f"{end.cause}; its process {left[0]} is still there, {STOP_S:.0f} s after its kill") if left else end
+
+    def _run(self, command: Sequence[str], reports: str) -> int:
+        """Its exit status. OSError: it cannot be started."""
+        self._process = subprocess.Popen(command, env={**os.environ, REPORTS: reports}, start_new_session=True)
         if self.signal:  # it came in between
             self._process.send_signal(signal.SIGTERM)
         while (status := self._process.poll()) is None:
@@ -209,14 +212,6 @@ class Supervisor:
             if self._told and time.monotonic() - self._told > STOP_S:
                 kill_descendants()
         self._process = None
-        until = time.monotonic() + ORPHAN_S
-        while descendants(os.getpid()):
-            if time.monotonic() > until:
-                kill_descendants()
-            time.sleep(0.1)
-        with contextlib.suppress(ChildProcessError):  # no more
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
         return status
 
     def _pause(self, seconds: float, fruitless: int, target: int) -> None:
@@ -239,26 +234,42 @@ class Supervisor:
             kill_descendants()
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes below it, dead ones that nobody has waited for left out."""
-    found = []
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return [child for child in found if not _is_zombie(child)]
+def descendants() -> list[int]:
+    """Processes below this one, without dead ones that nobody has waited for."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(path.parent.name)] = int(parent)
 
+    def below(pid: int) -> bool:
+        while pid in parents:
+            pid = parents[pid]
+            if pid == os.getpid():
+                return True
+        return False
 
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    return sorted(filter(below, parents))
 
 
 def kill_descendants() -> None:
-    for pid in descendants(os.getpid()):
+    for pid in descendants():
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def end_leftovers() -> list[int]:
+    """End what a job has left running; what of it cannot be killed (a GPU's driver holds it)."""
+    began = time.monotonic()
+    while (left := descendants()) and time.monotonic() - began < ORPHAN_S + STOP_S:
+        if time.monotonic() - began > ORPHAN_S:
+            kill_descendants()
+        time.sleep(0.1)
+    with contextlib.suppress(ChildProcessError):  # no more
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return left
 
 
 def say(line: str) -> None:

@@ -44,7 +44,7 @@ POLL_S = 0.5
 STALL_S = 10.0
 """Between two beats, and without progress until a rank tells the others where it is."""
 LINGER_S = 3.0
-"""The rank at fault waits that long for the others to hear of it."""
+"""The rank at fault waits that long, at most, for the others to hear of it."""
 UNJUDGED = ("start", "opened", "save", "end")
 """Phases in which a rank waits for disks, which have time-outs of their own."""
 log = logging.getLogger("zaya")
@@ -226,7 +226,7 @@ class Watchdog:
                 if verdict is not None and verdict.by == self._rank:
                     verdict = self._pronounce(verdict)
             except RuntimeError:  # of the store
-                verdict = Verdict(self._rank, Exit.FAILED, "the job's store is gone, with rank 0 or the first node", (0,), is_loss=True)
+                verdict = Verdict(self._rank, Exit.FAILED, "the job's store is gone, with rank 0 or the first node", (), is_loss=True)
             # Where a rank is gone the main thread may fail by itself, and say where.
             if verdict is not None and not (verdict.is_loss and verdict.by == self._rank and self._stopped.wait(LINGER_S)):
                 self._leave(verdict)
@@ -282,7 +282,8 @@ class Watchdog:
         if verdict.by == self._rank:
             with contextlib.suppress(OSError):
                 print(f"zaya.train: rank {self._rank}: {verdict.cause}; {ACTIONS[Exit(verdict.code)]}", file=sys.stderr, flush=True)
-        log.error("step %d | the job ends: %s (said by rank %d)", self.progress.step, verdict.cause, verdict.by)
+        if log.handlers:  # RUN/logs is open
+            log.error("step %d | the job ends: %s (said by rank %d)", self.progress.step, verdict.cause, verdict.by)
         with contextlib.suppress(OSError), open(self._run_dir / "logs" / f"rank-{self._rank}.log", "a") as file:
             faulthandler.dump_traceback(file)  # of all threads: where this rank was
         if verdict.by == self._rank and verdict.pid:
@@ -332,10 +333,11 @@ def late_ranks(places: dict[int, Place]) -> list[int]:
 
 def describe_hang(places: dict[int, Place], late: Sequence[int]) -> str:
     shown = " ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if late[8:] else "")
+    subject = f"rank {shown} is" if len(late) == 1 else f"ranks {shown} are"
     others = [place for rank, place in places.items() if rank not in late]
     if not others:
         return f"every rank stands at {places[late[0]]}: a GPU or the network, not one rank's program"
-    return f"rank {shown} is behind, at {places[late[0]]}; the furthest is at {max(others)}"
+    return f"{subject} behind, at {places[late[0]]}; the furthest is at {max(others)}"
 
 
 def _lives(pid: int) -> bool:
