@@ -100,7 +100,10 @@ elif ((wants_requeue && restarts < ${ZAYA_MAX_REQUEUES:-100})); then
 elif ((wants_requeue)); then
     say "stopped by Slurm (exit code $code) after $restarts restarts; not queued again: see ZAYA_MAX_REQUEUES"
 else
-    say "failed with exit code $code; the nodes' logs are $logs/node-*.log; the first error of each:"
-    grep -m 1 -n -H -E '^(\[[a-z]*[0-9]+\]: ?)?(Traceback|zaya\.(train|resilience\.supervisor): )' "$logs"/node-*.log >&2 || say "none: see the last lines of $logs/node-0.log"
+    say "failed with exit code $code; the nodes' logs are $logs/node-*.log; what each said last:"
+    for node in "$logs"/node-*.log; do
+        { grep -n -H -E '^(\[[a-z]*[0-9]+\]: ?)?zaya\.(train|resilience\.supervisor): ' "$node" || grep -n -H Traceback "$node"; } | tail -n 2 >&2 ||
+            say "nothing: see the last lines of $node"
+    done
 fi
 exit "$code"

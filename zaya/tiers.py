@@ -5,13 +5,12 @@ Start of a run, and whatever saves it. All ranks have to see the same: `agreed` 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.directory import complete_steps, local_root, step_path
 from zaya.checkpoint.errors import CheckpointError, raise_on_all
 from zaya.checkpoint.read import Checkpoint
 from zaya.config import Recipe
@@ -32,8 +31,7 @@ class Tiers(NamedTuple):
         run_dir = Path(os.path.abspath(recipe.run.dir))
         if not recipe.checkpoint.local_dir:
             return cls(run_dir / "checkpoints", None)
-        name = f"{run_dir.name}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"  # runs of one name do not mix
-        return cls(run_dir / "checkpoints", Path(recipe.checkpoint.local_dir) / name / "checkpoints")
+        return cls(run_dir / "checkpoints", local_root(run_dir, recipe.checkpoint.local_dir))
 
     @property
     def roots(self) -> list[Path]:

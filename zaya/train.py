@@ -4,9 +4,9 @@ Turns a command line into a Trainer and its end into an exit code: 0 done, 1 a b
 state that could not be saved, 2 bad recipe, arguments or corpus, a run directory that cannot be written, or too little memory, 3 preempted
 by a signal (Ctrl-C is one), the state saved, 5 a hang, 6 steps in a row that update nothing, 7 no checkpoint to start from can be read, 130
 Ctrl-C, once torch is imported, where there is nothing to save (no loop, checkpoint.interval = 0), or a second one in the loop (one clear
-line for all but a bug, nothing half-written). Where the run directory is there, RUN/exit/ATTEMPT/rank-R.json says the same
-(zaya/resilience/exits.py). Another signal outside of the training loop ends it as any process; of a corpus that is being made nothing is
-left.
+line for all but a bug, nothing half-written). RUN/exit/ATTEMPT/rank-R.json says the same (zaya/resilience/exits.py), but of a start that
+was refused, or ended before its processes had met. Another signal outside of the training loop ends it as any process; of a corpus that is
+being made nothing is left.
 """
 # ruff: noqa: E402  # settings first, then torch
 
@@ -135,16 +135,14 @@ def keep_record(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | N
 
 
 def open_run_directory(recipe: Recipe, mesh: Mesh, step: int, record: MetricsWriter | None, aside: Path | None) -> MetricsWriter | None:
-    """Make run.dir, its log files and, on rank 0, its record and its recipe.toml, once everything else about the recipe proved good; a
-    finished run keeps the recipe.toml that it was made with, if it is still there.
+    """Make run.dir's record and its recipe.toml, on rank 0, once everything else about the recipe proved good; a finished run keeps the
+    recipe.toml that it was made with, if it is still there.
 
     A run that starts at `step` does not go on from later checkpoints: those of the directory are set aside, never mixed with it, never
     deleted. `record`, `aside`: what `open_record` and `keep_record` found. ValueError: something there cannot be written.
     """
     run_dir, metrics = Path(recipe.run.dir), None
     try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        start_logging(recipe, mesh)
         if mesh.rank == 0:
             metrics = record or MetricsWriter(run_dir / "metrics.jsonl", resume_step=step)
             # Before checkpoints move: without them it must say that the run started from elsewhere.
@@ -161,19 +159,25 @@ def open_run(trainer: Trainer) -> MetricsWriter | None:
     """Everything that a start writes, once it is known from which checkpoint the run goes on (all ranks); the record, on rank 0.
     ValueError, on every rank: something cannot be written, or is not this run's.
 
-    1. The record is locked, checked, and copied where the run goes back. 2. Later checkpoints of the local tier are set aside. 3. The logs
-    are opened and recipe.toml is written. 4. Later checkpoints of the shared tier are set aside. 5. The record is cut.
+    1. The record is locked and checked. 2. The logs are opened. 3. The record is copied where the run goes back. 4. Later checkpoints of
+    the local tier are set aside. 5. recipe.toml is written. 6. Later checkpoints of the shared tier are set aside. 7. The record is cut.
     """
     recipe, mesh = trainer.recipe, trainer.mesh
     record = agreed(lambda: open_record(recipe, mesh, trainer.step), mesh)
+    agreed(lambda: start_logging(recipe, mesh), mesh)
     aside = keep_record(recipe, mesh, trainer.step, record)
     trainer.open_saver()
     return agreed(lambda: open_run_directory(recipe, mesh, trainer.step, record, aside), mesh)
 
 
 def start_logging(recipe: Recipe, mesh: Mesh) -> None:
-    """Every rank writes RUN/logs/rank-R.log; rank 0 speaks on stdout too, above the progress bar."""
-    handlers: list[logging.Handler] = [_LogFile(Path(recipe.run.dir) / "logs" / f"rank-{mesh.rank}.log")]
+    """Every rank writes RUN/logs/rank-R.log; rank 0 speaks on stdout too, above the progress bar. ValueError: the log cannot be written."""
+    logs = Path(recipe.run.dir) / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        handlers: list[logging.Handler] = [_LogFile(logs / f"rank-{mesh.rank}.log")]
+    except OSError as error:
+        raise ValueError(f"cannot write run.dir = {recipe.run.dir!r}: {error.filename or logs}: {error.strerror}") from None
     if mesh.rank == 0:
         handlers.append(_ConsoleHandler())
     for handler in handlers:
@@ -223,7 +227,7 @@ def say(line: str) -> None:
 
 
 class Ended(Exception):
-    """A fault that a user can mend: an exit code, and the error whose words are the cause."""
+    """The run ends with an exit code, and in one line: the error's words, which are the cause."""
 
     def __init__(self, code: Exit, error: Exception) -> None:
         super().__init__(str(error))
@@ -233,7 +237,7 @@ class Ended(Exception):
 @contextlib.contextmanager
 def ending(checkpoint: Exit, mendable: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
     """Within it a CheckpointError ends the run with that code; bad input (`mendable`), or memory that is too small for the recipe, as
-    refused. Anything else is a bug, and passes."""
+    refused; steps that update nothing as a numerical fault. Anything else is a bug, and passes."""
     try:
         yield
     except CheckpointError as error:
@@ -261,7 +265,7 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE) if argv else say("name a recipe; see --help")
         return Exit.DONE if argv else Exit.REFUSED
-    watchdog, mesh, signal, error = None, None, "", None
+    watchdog, mesh, preempted, error = None, None, "", None
     with contextlib.ExitStack() as watched:
         try:
             with ending(Exit.UNREADABLE):
@@ -270,13 +274,13 @@ def main(argv: list[str]) -> int:
                 check_run_directory(recipe)
                 mesh = open_mesh(recipe.train.device, Layout.of(recipe.parallel, world_size_from_environment()))
                 watchdog = watched.enter_context(Watchdog(mesh, Path(recipe.run.dir)))
-            signal = run(recipe, mesh, watchdog)
-        except (Exception, KeyboardInterrupt) as caught:  # noqa: BLE001 - said, and the process ends
+            preempted = run(recipe, mesh, watchdog)
+        except BaseException as caught:  # noqa: BLE001 - said, and the process ends
             error = caught
         wait_for_rank_0(error, told=watchdog is not None)
         if watchdog is not None:
             watchdog.claim()
-        code, cause = explain(error, signal)
+        code, cause = explain(error, preempted)
         if watchdog is not None:
             watchdog.end(code, cause)
         else:
@@ -287,12 +291,16 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def explain(error: BaseException | None, signal: str) -> tuple[Exit, str]:
-    """The exit code of a run that ended with this error or signal, and why; an error is said."""
+def explain(error: BaseException | None, preempted: str) -> tuple[Exit, str]:
+    """The exit code of a run that ended with this error, or was preempted, and why; it is said."""
     rank = rank_from_environment()
     match error:
         case None:
-            return (Exit.PREEMPTED, signal) if signal else (Exit.DONE, "the run is finished")
+            if not preempted:
+                return Exit.DONE, "the run is finished"
+            if rank == 0:
+                say(f"{preempted}; start it again to go on")
+            return Exit.PREEMPTED, preempted
         case Ended():
             say(f"{error}" if rank == 0 else f"rank {rank}: {error}")
             return error.code, str(error)
@@ -307,7 +315,7 @@ def explain(error: BaseException | None, signal: str) -> tuple[Exit, str]:
 
 
 def run(recipe: Recipe, mesh: Mesh, watchdog: Watchdog) -> str:
-    """Train to the end, or until a signal: its name. Ended: what a user can mend."""
+    """Train to the end, or until a signal: which, and what is saved. Ended: why not."""
     with ending(Exit.UNREADABLE):
         trainer = Trainer(recipe, mesh, open_data(recipe, mesh), watchdog.progress)
         trainer.restore()
@@ -318,9 +326,7 @@ def run(recipe: Recipe, mesh: Mesh, watchdog: Watchdog) -> str:
         log.info(line)
     with ending(Exit.FAILED, mendable=(CorpusError,)):  # another ValueError of the loop is a bug, and shows where
         signal = trainer.fit(metrics)
-    if signal and mesh.rank == 0:
-        say(f"{signal}: saved at step {trainer.step}; start it again to go on")
-    return signal
+    return f"{signal}: saved at step {trainer.step}" if signal else ""
 
 
 if __name__ == "__main__":

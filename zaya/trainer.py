@@ -237,7 +237,7 @@ class Trainer:
             saver.prepare(self.state.owned())
         with self._bar() as bar, GarbageCollection() as garbage, Preemption(active=saver is not None) as preemption:
             self._evaluate_again(metrics)
-            stop, guard = False, Guard()
+            stop, due, guard = False, False, Guard()
             while self.step < recipe.train.steps and not stop:
                 started = time.perf_counter()
                 result = self.train_step((bool(preemption.signal), saver is not None and saver.wants_retry))
@@ -245,14 +245,18 @@ class Trainer:
                     self._record(metrics, self._row(result, started, saver))
                 stopping, retrying = result.votes.tolist()
                 self.progress.enter("between steps", self.step)
-                guard.step(self.step, bool(result.committed))
+                committed = bool(result.committed)
+                guard.step(self.step, committed, last=self.step == recipe.train.steps)
                 stop = saver is not None and stopping > 0 and self.step < recipe.train.steps
                 if stop:
                     preemption.learn()
                 else:
                     self._evaluate_when_due(metrics)
-                due = _due(self.step, recipe.checkpoint.interval, recipe.train.steps)
-                if saver is not None and (due or stop or retrying == self.mesh.world_size):
+                due = due or _due(self.step, recipe.checkpoint.interval, recipe.train.steps)
+                # What may be broken does not take the place of a sound checkpoint: it waits for a step that updates something.
+                sound = committed or self.step == recipe.train.steps
+                if saver is not None and (due and sound or stop or retrying == self.mesh.world_size):
+                    due = False
                     self._start_save(saver, metrics)
                 garbage.step(self.step)
                 bar.update()
@@ -288,10 +292,11 @@ class Trainer:
     def _start_save(self, saver: Saver, metrics: MetricsWriter | None) -> None:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)  # the copy waits for the update in any case; the stall is the copy's alone
+        phase = self.progress.phase
         self.progress.enter("save", self.step)
         # A checkpoint never reaches the disk before the rows that it follows.
         saver.start(self.state.owned(), first=metrics.sync if metrics is not None else lambda: None, **self.counters())
-        self.progress.enter("between steps", self.step)
+        self.progress.enter(phase, self.step)
 
     def _finish_saves(self, saver: Saver, metrics: MetricsWriter | None, hurry: bool) -> None:
         """The last state is saved; where that fails, as often as any save is tried."""

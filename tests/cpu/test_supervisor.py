@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from zaya.checkpoint.directory import local_root, step_path
 from zaya.resilience import supervisor
 from zaya.resilience.exits import Exit, ExitRecord
 from zaya.resilience.guard import MAX_SKIPPED, Guard, NumericalFault
@@ -31,21 +33,24 @@ with open(folder / "starts", "a") as starts:
     print(json.dumps(sys.argv[1:]), file=starts)
 number = len((folder / "starts").read_text().splitlines())
 act = json.loads(Path(os.environ["SCRIPT"]).read_text().splitlines()[number - 1])
-back = [word.partition("step-")[2] for word in sys.argv if word.startswith("--checkpoint.resume=")]
+back = [word.partition("step-")[2] for word in sys.argv if "step-" in word]
 checkpoints = folder / "run/checkpoints"
 for path in checkpoints.glob("step-*"):
     if back and int(path.name[5:]) > int(back[0]):  # as zaya.train sets aside
-        (path / "manifest.json").unlink()
+        (path / "manifest.json").unlink(missing_ok=True)
 for step in act.get("saves", []):
     (checkpoints / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
     (checkpoints / f"step-{step:08d}/manifest.json").touch()
 if "code" in act:
     for rank in (0, 1):
-        ExitRecord(rank, act["code"], act.get("step", 0), "micro-batch", "scripted", (1,) if act["code"] else ()).report()
+        record = ExitRecord(rank, act["code"], act.get("step", 0), act.get("phase", "micro-batch"), "scripted", (1,) if act["code"] else ())
+        record.write(folder / "run/exit/0003") if act.get("do") == "no room" else record.report()
 match act.get("do"):
     case "orphan":
         subprocess.Popen(["sleep", "1000"], start_new_session=True)
         (folder / "orphan").write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     case "wait":
         def stop(*_):
@@ -82,23 +87,23 @@ def supervised(folder: Path, acts: list[dict[str, object]], *options: str) -> tu
 
 
 @pytest.mark.parametrize(("acts", "code", "starts", "words"), [
-    ([{}], 0, 1, "start 1 ended after 0 s with 0: the run is finished"),
-    ([{"code": 2}], 2, 1, "with 2: scripted (rank 1 on "),
-    ([{"code": 7}], 7, 1, "with 7: scripted"),
-    ([{"code": 3, "step": 4}], 3, 1, "with 3: scripted"),
+    ([{}], 0, 1, "start 1 ended after 0 s with 0 (done): the run is finished"),
+    ([{"code": 2}], 2, 1, "with 2 (refused): scripted (rank 1 on "),
+    ([{"code": 7}], 7, 1, "exit code 7 (unreadable); there is no checkpoint; python -m tools.inspect_checkpoint"),
+    ([{"code": 3, "step": 4}], 3, 1, "with 3 (preempted): scripted"),
     ([{"code": 1}, {"code": 5, "saves": [2]}, {}], 0, 3, "starting again in 0.01 s from the checkpoint of step 2\n"),
-    ([{"code": 1}] * 3, 8, 3, "3 starts in a row have saved no new checkpoint: given up; the causes are in "),
+    ([{"code": 1}] * 3, 8, 3, "no new checkpoint in 3 starts in a row: given up; the causes are above\n"),
     ([{"code": 5}, {"code": 5}, {"code": 5, "saves": [1]}, {"code": 1}, {"code": 1}, {"code": 1, "saves": [2]}, {}], 0, 7,
      "(2 of 3 in a row without a new checkpoint)\n"),
     ([{"status": 1}] * 3, 8, 3, "exit code 1, and no rank has left a record"),  # it does not even import torch
-    ([{"status": 2}], 2, 1, "said by its exit code"),  # torchrun refuses its arguments
+    ([{"status": 2}], 2, 1, "the command's own exit code is 2: its words are above"),  # torchrun refuses its arguments
     ([{"code": 0, "status": 1}] * 3, 8, 3, "though every rank that left a record was done"),
     ([{"do": "orphan"}, {}], 0, 2, "ended by SIGKILL, and no rank has left a record"),
 ])
 def test_every_end_has_its_answer(tmp_path: Path, acts: list[dict[str, object]], code: int, starts: int, words: str) -> None:
     ended, said, commands = supervised(tmp_path, acts)
     assert (ended, len(commands)) == (code, starts) and words in said, said
-    assert set(commands) == {"--train.steps=9"}
+    assert commands[0] == "--train.steps=9" and set(commands[1:]) <= {"--train.steps=9", "--checkpoint.resume=auto"}
     assert all(line.startswith("zaya.resilience.supervisor: ") for line in said.splitlines())
     if acts[0].get("do") == "orphan":
         assert not subprocess.run(["pgrep", "-f", "^sleep 1000$"], capture_output=True, text=True).stdout, "what it left has been ended"
@@ -116,17 +121,18 @@ def test_a_numerical_fault_goes_back_further_each_time_and_then_ends(tmp_path: P
     assert code == 6, said
     folder = tmp_path / "run/checkpoints"
     assert commands == ["--train.steps=9", *(f"--checkpoint.resume={folder}/step-{step:08d}" for step in (25, 20, 10))]
-    assert "going back has not cured it, 3 times" in said
+    assert "going back to step 25 and step 20 and step 10 has not cured it" in said
+    assert "not started again: exit code 6 (numerical); the newest checkpoint is of step 10" in said
 
 
 def test_a_numerical_fault_that_is_cured(tmp_path: Path) -> None:
     code, _, commands = supervised(tmp_path, [{"code": 6, "step": 35, "saves": [20, 30]}, {"code": 1, "step": 60, "saves": [30, 60]}, {}])
-    assert code == 0 and [word.partition("step-")[2] for word in commands] == ["", "00000020", ""]
+    assert code == 0 and [word.partition("step-")[2] or word for word in commands[1:]] == ["00000020", "--checkpoint.resume=auto"]
 
 
 def test_a_numerical_fault_from_the_first_step_on(tmp_path: Path) -> None:
     code, said, commands = supervised(tmp_path, [{"code": 6, "step": 10, "saves": [5]}])
-    assert code == 6 and len(commands) == 1 and "going back has not cured it, 0 times" in said
+    assert code == 6 and len(commands) == 1 and "there is no checkpoint of before that to go back to" in said
 
 
 def test_rollbacks_begin_anew_for_another_fault() -> None:
@@ -136,8 +142,8 @@ def test_rollbacks_begin_anew_for_another_fault() -> None:
     def before(step: int) -> int:
         return max((each for each in saved if each < step), default=-1)
 
-    assert [rollbacks.next(step, before) for step in (35, 36, 37)] == [20, 10, -1]  # 25 was the first to update nothing
-    assert rollbacks.next(61, before) == 50
+    assert [rollbacks.next(first, first + 9, before) for first in (26, 27, 28)] == [20, 10, -1]
+    assert rollbacks.next(52, 61, before) == 50
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -146,7 +152,8 @@ def test_a_signal_is_passed_on_and_the_job_not_started_again(tmp_path: Path, num
     wait_for(tmp_path / "waits", process)
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 3 and "with 3: SIGTERM" in said and len((tmp_path / "starts").read_text().splitlines()) == 1
+    assert process.returncode == 3 and "with 3 (preempted): SIGTERM" in said and f"{number.name}: not started again: exit code 3" in said
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
 
 
 def test_a_signal_between_two_starts_is_obeyed(tmp_path: Path) -> None:
@@ -154,8 +161,8 @@ def test_a_signal_between_two_starts_is_obeyed(tmp_path: Path) -> None:
     wait_for(tmp_path / "starts", process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 3
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "SIGTERM: not started again" in said.splitlines()[-1]
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
@@ -166,7 +173,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 3 and "SIGINT: not started again" in said
+    assert process.returncode == 130 and "SIGINT: not started again: exit code 130 (interrupted); there is no checkpoint" in said
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -186,13 +193,15 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     (["--", "python", "-m", "torch.distributed.run", "--nnodes", "3", "--nproc-per-node", "1",
       "-m", "zaya.train", "recipes/quickstart.toml"], "3 data-parallel ranks"),
     (["--", "/nowhere/torchrun", "-m", "zaya.train", "recipes/quickstart.toml"], "cannot run /nowhere/torchrun"),
+    (["--", "torchrun", "--nproc-per-node=0", "-m", "zaya.train", "recipes/quickstart.toml"], "start no process"),
     (["--give-up", "0", "--", "torchrun"], "--give-up: '0' is not a number of starts"),
     (["--pause", "-1", "--", "torchrun"], "--pause"),
 ])
 def test_a_bad_call_is_one_line(arguments: list[str], words: str) -> None:
     command = [sys.executable, "-m", "zaya.resilience.supervisor", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    assert done.returncode == 2 and words in done.stderr and not done.stdout, done.stderr
+    assert done.stderr.count("\n") == 1 + ("cannot run" in words), "of what it has tried to start it says that it has ended, too"
 
 
 def test_a_number_of_ranks_that_is_no_number_is_left_to_the_job() -> None:
@@ -200,11 +209,68 @@ def test_a_number_of_ranks_that_is_no_number_is_left_to_the_job() -> None:
     assert job.options == {"nproc-per-node": "gpu", "nnodes": "1:4"} and job.read().train.steps == 30
 
 
+def test_ranks_that_the_environment_counts_are_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["-m", "zaya.train", "recipes/quickstart.toml", "--parallel.tp=2"]
+    for launcher in (["torchrun"], ["srun", "python"], ["torchrun", "--nproc", "2"]):
+        assert Job.of([*launcher, *command]).read().parallel.tp == 2
+    monkeypatch.setenv("PET_NNODES", "2")
+    assert Job.of(["torchrun", "--nproc-per-node=1", *command]).read().parallel.tp == 2
+
+
+def test_what_a_user_starts_from_is_started_from_until_it_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    acts: list[dict[str, object]] = [{"code": 1}, {"code": 1, "saves": [2]}, {"code": 1}, {}]
+    assert supervised(tmp_path, acts)[2] == ["--train.steps=9"] * 2 + ["--checkpoint.resume=auto"] * 2
+
+
+def test_steps_that_updated_nothing_before_this_start_count(tmp_path: Path) -> None:
+    """A run that was preempted in them goes on from a checkpoint of theirs; what is sound lies before."""
+    (tmp_path / "run").mkdir()
+    row = {"loss": 1.0, "tokens": 1}
+    (tmp_path / "run/metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, **row, "committed": step < 26}) + "\n" for step in range(1, 44)))
+    _, _, commands = supervised(tmp_path, [{"code": 6, "step": 43, "saves": [24, 27, 33]}, {}])
+    assert commands[1].endswith("step-00000024")
+
+
 def test_the_rank_at_fault_speaks_for_the_others() -> None:
     records = [ExitRecord(0, 1, 4, "update", "rank 2 is gone", (2,)), ExitRecord(1, 1, 4, "update", "rank 2 is gone", (2,))]
     assert re.fullmatch(r"rank 2 is gone \(rank 0 on .*, step 4, update\)", end_of(1, records).cause)
     records[1] = ExitRecord(1, 5, 4, "update", "I was late", (1,))
     assert end_of(1, records)[:1] == (Exit.HANG,) and end_of(1, records).cause.startswith("I was late (rank 1 ")
+
+
+def test_a_start_that_goes_back_and_dies_before_goes_back_again(tmp_path: Path) -> None:
+    """What is broken has not been set aside yet."""
+    fault: dict[str, object] = {"code": 6, "step": 35, "saves": [20, 30]}
+    code, said, commands = supervised(tmp_path, [fault, {"code": 1, "phase": "start"}, {"do": "killed"}, {}])
+    assert code == 0 and [word.partition("step-")[2] for word in commands] == ["", *["00000020"] * 3], (code, said)
+
+
+def test_progress_on_the_nodes_own_tier_is_progress(tmp_path: Path) -> None:
+    local = local_root(tmp_path / "run", tmp_path / "fast")
+    saved = step_path(local, 4) / "manifest.json"
+    saved.parent.mkdir(parents=True)
+    supervisor = Supervisor([], tmp_path / "run", give_up=3, pause_s=1, local=local)
+    assert supervisor._saved() == {}
+    saved.touch()
+    assert list(supervisor._saved()) == [saved.parent] and supervisor._before(100) == -1, "every node can go back to shared ones only"
+
+
+def test_a_process_of_any_name_is_seen(tmp_path: Path) -> None:
+    """Linux cuts names at 15 bytes, be it inside a character."""
+    (tmp_path / "aaaaaaaaaaaaaaé").symlink_to("/bin/sleep")
+    with subprocess.Popen([str(tmp_path / "aaaaaaaaaaaaaaé"), "1000"]) as process:
+        try:
+            while b"\xc3\n" not in Path(f"/proc/{process.pid}/comm").read_bytes():  # the name comes with exec
+                time.sleep(0.01)
+            assert process.pid in supervisor.descendants()
+        finally:
+            process.kill()
+
+
+def test_without_room_for_reports_the_runs_own_records_count(tmp_path: Path) -> None:
+    code, _, commands = supervised(tmp_path, [{"code": 7, "do": "no room"}])
+    assert code == 7 and len(commands) == 1
 
 
 def test_a_process_that_cannot_be_killed_is_the_nodes_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,3 +295,12 @@ def test_many_steps_that_update_nothing_are_a_fault_and_fewer_are_not() -> None:
         guard.step(step, committed=False)
     with pytest.raises(NumericalFault, match=f"not finite since step 41: {MAX_SKIPPED} steps in a row"):
         guard.step(40 + MAX_SKIPPED, committed=False)
+
+
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_a_run_does_not_end_in_steps_that_update_nothing(skipped: int) -> None:
+    guard = Guard()
+    for step in range(1, 10):
+        guard.step(step, committed=step < 11 - skipped)
+    with pytest.raises(NumericalFault) if skipped == 2 else contextlib.nullcontext():
+        guard.step(10, committed=False, last=True)

@@ -166,7 +166,7 @@ def test_two_supervised_nodes_start_again_together(tmp_path: Path, job: Job) -> 
     assert [row["step"] for row in rows(tmp_path / "double")] == list(range(1, steps + 1))
     for node in (0, 1):
         said = [line for line in job.log(node).read_text().splitlines() if line.startswith("zaya.resilience.supervisor: start ")]
-        assert len(said) == 2 and "is gone: its process has ended" in said[0] and "with 0" in said[1], job.logs()
+        assert len(said) == 2 and "is gone: its process has ended" in said[0] and "with 0 (done)" in said[1], job.logs()
 
 
 def test_the_death_of_a_node_ends_the_other(tmp_path: Path, job: Job) -> None:

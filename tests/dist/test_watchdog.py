@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ if fault.startswith("deaf "):  # as under RCCL: what a rank waits for does not e
         except RuntimeError:
             time.sleep(1000)
     collectives.Pending.wait = deaf
-if os.environ["RANK"] == os.environ["AT"]:
+if os.environ["RANK"] == os.environ["AT"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     match fault.removeprefix("deaf "):
         case "raise":
             def action(): raise RuntimeError("planted")
@@ -58,6 +59,8 @@ if os.environ["RANK"] == os.environ["AT"]:
             def action(): os.kill(os.getpid(), signal.SIGKILL)
         case "freeze":
             def action(): os.kill(os.getpid(), signal.SIGSTOP)
+        case "freeze torchrun":
+            def action(): os.kill(os.getppid(), signal.SIGSTOP); time.sleep(1000)
         case "sleep":
             def action(): time.sleep(1000)
     loader.Loader.batch = once(loader.Loader.batch, 5, action)
@@ -66,21 +69,30 @@ runpy.run_module("zaya.train", run_name="__main__", alter_sys=True)
 """
 
 
-def run(tmp_path: Path, fault: str, at: int, ranks: int = 3, hang_s: float = 60) -> tuple[dict[int, dict[str, Any]], str]:
-    """The exit records by rank, and the job's stderr; it has ended in time."""
+def start(tmp_path: Path, fault: str, at: int, ranks: int = 3, hang_s: float = 60, options: Sequence[str] = ()) -> subprocess.Popen[str]:
     recipe, script = tmp_path / "recipe.toml", tmp_path / "job.py"
     script.write_text(JOB)
     recipe.write_text(tiny.recipe(tmp_path, train__steps=50, train__eval_interval=0, checkpoint__interval=1000, train__global_batch_size=6,
                                   train__micro_batch_size=1).to_toml())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "AT": str(at),
                    "FAULT": str(tmp_path / "fault"), "HANG_S": str(hang_s), "LOST_S": str(LOST_S)}
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script), fault, str(recipe)]
-    process = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options, str(script), fault,
+           str(recipe)]
+    return subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+
+
+def run(tmp_path: Path, fault: str, at: int, hang_s: float = 60) -> tuple[dict[int, dict[str, Any]], str]:
+    """The exit records by rank, and the job's stderr; it has ended in time."""
+    process = start(tmp_path, fault, at, hang_s=hang_s)
     _, said = process.communicate(timeout=150)
     seconds = time.time() - float((tmp_path / "fault").read_text())
     assert process.returncode == 1 and seconds < END_S, f"{process.returncode}, {seconds:.1f} s after the fault\n{said[-4000:]}"
-    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "run/exit/0001").iterdir())]
-    return {record["rank"]: record for record in records}, said
+    return records_of(tmp_path), said
+
+
+def records_of(tmp_path: Path, attempt: int = 1) -> dict[int, dict[str, Any]]:
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / f"run/exit/{attempt:04d}").glob("rank-?.json"))]
+    return {record["rank"]: record for record in records}
 
 
 def root_cause(said: str) -> int:
@@ -124,6 +136,32 @@ def test_a_hang_names_the_rank_that_is_late(tmp_path: Path, at: int) -> None:
     assert len(lines) == 1 and records[0]["cause"] in lines[0] and "start it again" in lines[0], "one rank says it"
     stacks = (tmp_path / f"run/logs/rank-{at}.log").read_text()
     assert "in action" in stacks and "the job ends: no progress" in stacks, "where it was"
+
+
+def test_a_frozen_launcher_ends_its_workers(tmp_path: Path) -> None:
+    """It has the store; a call to it does not return. As when the first node has lost its power, seen from another."""
+    process = start(tmp_path, "freeze torchrun", at=1)
+    try:
+        deadline = time.monotonic() + 90
+        while len(records_of(tmp_path)) < 3 if (tmp_path / "run/exit").exists() else True:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        assert time.time() - float((tmp_path / "fault").read_text()) < LOST_S + 10
+        records = records_of(tmp_path).values()  # one that is still there when another has left has that for its cause
+        assert f"the job's store has not answered for {LOST_S:.0f} s: rank 0 or its node is gone" in {record["cause"] for record in records}
+        assert {record["code"] for record in records} == {1}
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_torchruns_own_restart_does_not_inherit_the_verdict(tmp_path: Path) -> None:
+    """With --max-restarts its store outlives the first start."""
+    process = start(tmp_path, "raise", at=1, options=["--max-restarts", "1"])
+    _, said = process.communicate(timeout=150)
+    assert process.returncode == 0, said[-4000:]
+    assert [record["code"] for record in records_of(tmp_path, 1).values()] == [1, 1, 1]
+    assert [record["code"] for record in records_of(tmp_path, 2).values()] == [0, 0, 0]
 
 
 def test_a_run_that_ends_well_leaves_records_too(tmp_path: Path) -> None:

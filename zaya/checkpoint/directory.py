@@ -6,6 +6,7 @@ without a manifest does not exist; `remove` therefore begins with the manifest.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
@@ -23,6 +24,12 @@ _STEP = re.compile(r"step-([0-9]{8,18})")
 
 def step_path(root: str | Path, step: int) -> Path:
     return Path(root) / f"step-{step:08d}"
+
+
+def local_root(run_dir: str | Path, local_dir: str | Path) -> Path:
+    """Where a run's step directories lie on a node's own disk: runs of one name do not mix."""
+    run_dir = Path(os.path.abspath(run_dir))
+    return Path(local_dir) / f"{run_dir.name}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}" / "checkpoints"
 
 
 def locate(path: str | Path) -> Path | None:

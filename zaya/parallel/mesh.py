@@ -145,7 +145,8 @@ def open_mesh(device: str, layout: Layout) -> Mesh:
         return make_mesh(layout, here)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("zaya/groups", store), rank=rank, world_size=world_size,
+    store = dist.PrefixStore(f"zaya/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # torchrun --max-restarts keeps its store
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("groups", store), rank=rank, world_size=world_size,
                             timeout=timeout)
     return replace(make_mesh(layout, here), store=store)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import itertools
+import math
 import os
 import signal
 import subprocess
@@ -26,12 +26,13 @@ from types import FrameType
 from typing import NamedTuple
 
 from zaya import runtime
-from zaya.checkpoint.directory import complete_steps, step_path
+from zaya.checkpoint.directory import MANIFEST, complete_steps, local_root, step_path
 from zaya.checkpoint.errors import CheckpointError
 from zaya.cli import Parser, positive
 from zaya.config import Recipe, check_recipe, load_recipe
+from zaya.metrics import read_rows
 from zaya.preemption import AGAIN_S
-from zaya.resilience.exits import REPORTS, Exit, ExitRecord, read_records
+from zaya.resilience.exits import ACTIONS, REPORTS, Exit, ExitRecord, attempt_path, attempts, read_records
 from zaya.resilience.guard import MAX_SKIPPED
 
 RESTARTED = (Exit.FAILED, Exit.HANG, Exit.NUMERICAL)
@@ -39,7 +40,7 @@ RESTARTED = (Exit.FAILED, Exit.HANG, Exit.NUMERICAL)
 MOST_PAUSE_S = 300.0
 STOP_S = 60.0
 """From a signal to the kill: torchrun gives its workers 30 s."""
-ORPHAN_S = 3.0
+ORPHAN_S = 10.0
 """What a job leaves behind may end by itself that long after it."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -51,6 +52,8 @@ class End(NamedTuple):
     cause: str
     step: int = -1
     """Optimizer steps done; -1: no rank has said."""
+    has_opened: bool = False
+    """It came so far that it had set aside what it does not go on from."""
 
 
 class Job(NamedTuple):
@@ -70,14 +73,16 @@ class Job(NamedTuple):
         raise ValueError("the command does not run `-m zaya.train RECIPE.toml`; see --help")
 
     def read(self) -> Recipe:
-        """ValueError: the recipe is bad, or cannot run on the ranks that the launcher is told to start; where it is not told a plain
-        number, on any."""
+        """ValueError: the recipe is bad, or cannot run on the ranks that the launcher is told to start; where it is not told on its command
+        line, in plain numbers, on any."""
         recipe = load_recipe(self.recipe, self.overrides)
-        per_node, nodes = self.options.get("nproc-per-node", "1"), self.options.get("nnodes", "1")
-        if per_node.isdecimal() and nodes.isdecimal():
-            recipe.validate(int(per_node) * int(nodes))
-        else:
+        numbers = [self.options.get("nproc-per-node", ""), self.options.get("nnodes", os.environ.get("PET_NNODES", "1"))]
+        if not all(number.isdecimal() for number in numbers):
             check_recipe(recipe)
+        elif (ranks := math.prod(int(number) for number in numbers)) < 1:
+            raise ValueError(f"--nnodes {numbers[1]} --nproc-per-node {numbers[0]} start no process")
+        else:
+            recipe.validate(ranks)
         return recipe
 
 
@@ -93,7 +98,7 @@ def end_of(status: int, records: Sequence[ExitRecord]) -> End:
     """How a start ended, from its exit status and what its ranks have written."""
     if not records:
         if status != Exit.FAILED and status in set(Exit):  # a bare zaya.train, or torchrun that refuses its own arguments
-            return End(Exit(status), "said by its exit code" if status else "the run is finished")
+            return End(Exit(status), f"the command's own exit code is {status}: its words are above" if status else "the run is finished")
         how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
         return End(Exit.FAILED, f"{how}, and no rank has left a record")
     faulty = [record for record in records if record.rank in record.at_fault] or [record for record in records if record.code]
@@ -101,8 +106,9 @@ def end_of(status: int, records: Sequence[ExitRecord]) -> End:
         return End(Exit.FAILED, f"exit code {status}, though every rank that left a record was done", records[0].step)
     record = (faulty or list(records))[0]
     code = Exit(record.code) if record.code in set(Exit) else Exit.FAILED
-    where = f" (rank {record.rank} on {record.host}, step {record.step}, {record.phase})" if record.code not in (0, 3) else ""
-    return End(code, f"{record.cause}{where}", record.step)
+    ends_well = code in (Exit.DONE, Exit.PREEMPTED)
+    where = "" if ends_well else f" (rank {record.rank} on {record.host}, step {record.step}, {record.phase})"
+    return End(code, f"{record.cause}{where}", record.step, record.phase != "start")
 
 
 class Rollbacks:
@@ -113,19 +119,20 @@ class Rollbacks:
         self._most, self._step = most, -1
         self._targets: list[int] = []
 
-    def next(self, step: int, before: Callable[[int], int]) -> int:
-        """The step to go back to from a fault whose last MAX_SKIPPED steps, up to `step`, have updated nothing; -1: it makes no sense.
-        `before`: the newest checkpoint before a step, or -1."""
-        if step > self._step + MAX_SKIPPED:  # another fault
+    def next(self, first: int, last: int, before: Callable[[int], int]) -> int:
+        """The step to go back to from a fault whose steps, `first` to `last`, have updated nothing; -1: it makes no sense. `before`: the
+        newest checkpoint before a step, or -1."""
+        if last > self._step + MAX_SKIPPED:  # another fault
             self._targets = []
-        self._step = max(step, self._step)
-        target = before(min([step - MAX_SKIPPED + 1, *self._targets])) if len(self._targets) < self._most else -1
+        self._step = max(last, self._step)
+        target = before(min([first, *self._targets])) if len(self._targets) < self._most else -1
         if target >= 0:
             self._targets.append(target)
         return target
 
     def __str__(self) -> str:
-        return str(len(self._targets))
+        steps = " and ".join(f"step {step}" for step in self._targets)
+        return f"going back to {steps} has not cured it" if steps else "there is no checkpoint of before that to go back to"
 
 
 @dataclass
@@ -137,6 +144,8 @@ class Supervisor:
     run_dir: Path
     give_up: int
     pause_s: float
+    local: Path | None = None
+    """This node's own tier of checkpoints."""
     signal: str = ""
     """The first that came; the job is told, and not started again."""
     _process: subprocess.Popen[bytes] | None = None
@@ -149,57 +158,97 @@ class Supervisor:
         runtime.raise_open_files()  # torchrun's store has two connections of every rank, and takes its limit from here
         # Workers lead sessions of their own; if torchrun is killed they become children of this process, and can be found.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        fruitless, target, rollbacks = 0, -1, Rollbacks(self.give_up)
-        for start in itertools.count(1):
-            origin = self._saved() if target < 0 else target
+        fruitless, target, rollbacks, has_saved = 0, -1, Rollbacks(self.give_up), False
+        start = 0
+        while True:
+            start += 1
+            before = self._saved()
             began = time.monotonic()
-            end = self._start(target)
-            say(f"start {start} ended after {time.monotonic() - began:.0f} s with {end.code}: {end.cause}")
+            end = self._start([f"--checkpoint.resume={step_path(self._checkpoints, target)}"] if target >= 0 else
+                              ["--checkpoint.resume=auto"] if has_saved else [])
+            say(f"start {start} ended after {time.monotonic() - began:.0f} s with {end.code} ({end.code.name.lower()}): {end.cause}")
             if self.signal and end.code in RESTARTED:
-                say(f"{self.signal}: not started again")
-                return end.code if end.step >= 0 else Exit.PREEMPTED  # no rank has said: it came before there was anything to save
+                # No rank has said: it was killed, or the signal came before there was anything to save.
+                return self._ends(end.code if end.step >= 0 else Exit.INTERRUPTED)
             if end.code not in RESTARTED:
-                return end.code
-            fruitless = 0 if self._saved() > origin else fruitless + 1
-            target = -1
+                return self._ends(end.code)
+            has_new = bool(self._saved().items() - before.items())
+            fruitless, has_saved = (0, True) if has_new else (fruitless + 1, has_saved)
+            if has_new or end.has_opened:  # a start that goes back and dies before has not gone back
+                target = -1
             if end.code == Exit.NUMERICAL:
-                target = rollbacks.next(end.step, self._before)
+                target = rollbacks.next(self._first_skipped(end.step), end.step, self._before)
                 if target < 0:
-                    say(f"going back has not cured it, {rollbacks} times; the causes are in {self.run_dir / 'exit'}")
-                    return Exit.NUMERICAL
+                    say(f"{rollbacks}: {self._causes()}")
+                    return self._ends(Exit.NUMERICAL)
             elif fruitless >= self.give_up:
-                break
+                say(f"no new checkpoint in {fruitless} starts in a row: given up; {self._causes()}")
+                return self._ends(Exit.NO_PROGRESS)
             self._pause(min(self.pause_s * 2 ** max(fruitless - 1, 0), MOST_PAUSE_S), fruitless, target)
             if self.signal:
-                return Exit.PREEMPTED
-        say(f"{fruitless} starts in a row have saved no new checkpoint: given up; the causes are in {self.run_dir / 'exit'}")
-        return Exit.NO_PROGRESS
+                return self._ends(Exit.INTERRUPTED)
+
+    def _ends(self, code: Exit) -> Exit:
+        """Say what is left, and what to do."""
+        if code == Exit.DONE:
+            return code
+        newest = self._before(sys.maxsize)
+        state = f"the newest checkpoint is of step {newest}" if newest >= 0 else "there is no checkpoint"
+        why = f"{self.signal}: " if self.signal else ""
+        say(f"{why}not started again: exit code {code} ({code.name.lower()}); {state}; {ACTIONS[code]}")
+        return code
+
+    def _causes(self) -> str:
+        folder = self.run_dir / "exit"
+        return f"the causes are in {folder}" if folder.is_dir() else "the causes are above"
 
     @property
     def _checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
 
-    def _saved(self) -> int:
-        """Step of the newest complete checkpoint; -1: none."""
-        return self._before(sys.maxsize)
+    def _saved(self) -> dict[Path, int]:
+        """When the manifest of each complete checkpoint was written, on this node's own tier too, by its path; nothing where they cannot
+        be looked at."""
+        written = {}
+        for root in filter(None, (self._checkpoints, self.local)):
+            with contextlib.suppress(CheckpointError, OSError):
+                for step in complete_steps(root):
+                    written[step_path(root, step)] = (step_path(root, step) / MANIFEST).stat().st_mtime_ns
+        return written
 
     def _before(self, step: int) -> int:
-        """The newest complete checkpoint before a step; -1: none, or they cannot be looked at."""
-        try:
+        """The newest complete checkpoint before a step, of the tier that all nodes share; -1: none, or they cannot be looked at."""
+        with contextlib.suppress(CheckpointError):
             return max((saved for saved in complete_steps(self._checkpoints) if saved < step), default=-1)
-        except CheckpointError:
-            return -1
+        return -1
 
-    def _start(self, target: int) -> End:
-        """One start, to its last process' end. `target`: the checkpoint that it goes back to; -1: it goes on."""
-        more = [] if target < 0 else [f"--checkpoint.resume={step_path(self._checkpoints, target)}"]
+    def _first_skipped(self, step: int) -> int:
+        """The first of the steps in a row, up to this one, that have updated nothing, whichever start took them."""
+        first = step + 1
+        with contextlib.suppress(ValueError):
+            committed = {row["step"]: row.get("committed", True) for row in read_rows(self.run_dir / "metrics.jsonl")[0]}
+            while not committed.get(first - 1, True):
+                first -= 1
+        return first if first <= step else step - MAX_SKIPPED + 1  # without a record: those of this start
+
+    def _attempts(self) -> set[int]:
+        with contextlib.suppress(OSError):
+            return set(attempts(self.run_dir))
+        return set()
+
+    def _start(self, more: Sequence[str]) -> End:
+        """One start, with more overrides, to its last process' end."""
+        known = self._attempts()
         try:
             with tempfile.TemporaryDirectory(prefix="zaya-exit-", ignore_cleanup_errors=True) as folder:
                 status = self._run([*self.command, *more], folder)
-                end = end_of(status, read_records(Path(folder)))
+                left = end_leftovers()  # they may have records to leave, too
+                # RUN's own where there was no room for a report.
+                records = read_records(Path(folder)) or [record for new in self._attempts() - known
+                                                         for record in read_records(attempt_path(self.run_dir, new))]
+                end = end_of(status, records)
         except OSError as error:
             return End(Exit.REFUSED, f"cannot run {error.filename or self.command[0]}: {error.strerror}")
-        left = end_leftovers()
         return End(Exit.UNHEALTHY, f"{end.cause}; its process {left[0]} is still there, {STOP_S:.0f} s after its kill") if left else end
 
     def _run(self, command: Sequence[str], reports: str) -> int:
@@ -211,12 +260,15 @@ class Supervisor:
             time.sleep(0.1)
             if self._told and time.monotonic() - self._told > STOP_S:
                 kill_descendants()
+            if self._told and time.monotonic() - self._told > 2 * STOP_S:
+                return -signal.SIGKILL  # it does not end even so
         self._process = None
         return status
 
     def _pause(self, seconds: float, fruitless: int, target: int) -> None:
-        step = self._saved() if target < 0 else target
-        origin = f"the checkpoint of step {step}" if step >= 0 else "the beginning"
+        step = self._before(sys.maxsize) if target < 0 else target
+        newest = "its newest checkpoint" if self._saved() else "the beginning"
+        origin = f"the checkpoint of step {step}" if step >= 0 and (target >= 0 or not self.local) else newest
         count = f" ({fruitless} of {self.give_up} in a row without a new checkpoint)" if fruitless else ""
         say(f"starting again in {seconds:g} s from {origin}{count}")
         until = time.monotonic() + seconds
@@ -239,7 +291,7 @@ def descendants() -> list[int]:
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
             if state != "Z":
                 parents[int(path.parent.name)] = int(parent)
 
@@ -280,8 +332,11 @@ def say(line: str) -> None:
 def main(argv: list[str]) -> int:
     parser = Parser("zaya.resilience.supervisor", description="Run a job of zaya.train, and start it again when it fails.",
                     usage="python -m zaya.resilience.supervisor [--give-up N] [--pause SECONDS] -- "
-                          "torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]")
-    parser.add_argument("--give-up", type=_count, default=3, metavar="N", help="after N starts in a row that saved no new checkpoint (3)")
+                          "torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]",
+                    epilog=f"Exit codes: {', '.join(f'{code} {code.name.lower()}' for code in Exit)}. Started again after "
+                           f"{', '.join(map(str, map(int, RESTARTED)))}. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the job, its state saved.")
+    parser.add_argument("--give-up", type=_count, default=3, metavar="N",
+                        help="give up after N starts in a row that saved no new checkpoint (3)")
     parser.add_argument("--pause", type=positive, default=5.0, metavar="SECONDS",
                         help="before it is started again (5); doubled with each start that saved none")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what starts the job")
@@ -291,7 +346,8 @@ def main(argv: list[str]) -> int:
         recipe = Job.of(command).read()
     except ValueError as error:
         return parser.refused(error)
-    return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause).run()
+    local = local_root(recipe.run.dir, recipe.checkpoint.local_dir) if recipe.checkpoint.local_dir else None
+    return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause, local).run()
 
 
 def _count(text: str) -> int:
