@@ -235,7 +235,8 @@ class Trainer:
                 return "" if saver is None or self._mirrored(saver, preemption) else preemption.signal
         if saver is not None:
             saver.prepare(self.state.owned())
-        with self._bar() as bar, GarbageCollection() as garbage, Preemption(active=saver is not None) as preemption:
+        # The signals last: from there to the exit record torchrun, which has seen another rank die, would end this process without one.
+        with Preemption(active=saver is not None) as preemption, self._bar() as bar, GarbageCollection() as garbage:
             self._evaluate_again(metrics)
             stop, due, guard = False, False, Guard()
             while self.step < recipe.train.steps and not stop:

@@ -86,10 +86,11 @@ def test_a_job_that_fails_again_and_again_ends_as_one_that_did_not(tmp_path: Pat
     starts = re.findall(r"supervisor: start (\d+) ended after \d+ s with (\d+) ", said)
     codes = ["5" if fault.startswith("hang") else "1" for fault in faults]
     assert starts == [(str(number), code) for number, code in enumerate([*codes, "0"], start=1)]
-    for number, fault in enumerate(faults, start=1):
-        name, _, rank = fault.partition("@")
-        at_fault = () if name == "killtorchrun" else (int(rank),)
-        assert {record.at_fault for record in read_records(broken / f"exit/{number:04d}")} == {at_fault}, (number, fault)
+    # A rank that has lost another may be ended by torchrun, which has seen it die, in the moment before it records that.
+    at_fault = [(fault, () if fault.startswith("killtorchrun") else (int(fault[-1]),)) for fault in faults]
+    certain = [ranks for fault, ranks in at_fault if not fault.startswith("kill")]
+    found = [{record.at_fault for record in read_records(folder)} for folder in sorted((broken / "exit").iterdir())]
+    assert found in ([{ranks} for ranks in [*(ranks for _, ranks in at_fault), ()]], [{ranks} for ranks in [*certain, ()]])
 
 
 def test_broken_weights_are_left_behind(tmp_path: Path, whole: Path) -> None:

@@ -120,6 +120,7 @@ def test_a_killed_rank_is_missed_at_once(tmp_path: Path, fault: str) -> None:
     assert root_cause(said) == 2
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_missed_when_its_beats_are(tmp_path: Path) -> None:
     records, _ = run(tmp_path, "freeze", at=0)
     assert set(records) == {1, 2} and all(record["at_fault"] == [0] for record in records.values())
