@@ -186,6 +186,14 @@ def start_logging(recipe: Recipe, mesh: Mesh) -> None:
     log.setLevel(logging.INFO)
 
 
+def stop_logging() -> None:
+    """Close what `start_logging` opened: a program that calls `main` again writes no line of the next run into this one's log."""
+    for handler in [handler for handler in log.handlers if isinstance(handler, _Dispensable)]:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):  # what it could not write, and has told
+            handler.close()
+
+
 class _Dispensable(logging.Handler):
     """Lines that cannot be written (a full disk, a reader that went away) do not stop the training; the first one is told on stderr."""
 
@@ -267,6 +275,7 @@ def main(argv: list[str]) -> int:
         return Exit.DONE if argv else Exit.REFUSED
     watchdog, mesh, preempted, error = None, None, "", None
     with contextlib.ExitStack() as watched:
+        watched.callback(stop_logging)
         try:
             with ending(Exit.UNREADABLE):
                 recipe = load_recipe(argv[0], argv[1:])

@@ -10,7 +10,6 @@ import builtins
 import contextlib
 import io
 import json
-import logging
 import os
 import random
 import shutil
@@ -320,7 +319,6 @@ def test_a_run_meets_a_hostile_checkpoint(finished: Path, capsys: pytest.Capture
         # 1: it went on from a position so far out that the tokens after it cannot be counted, and said that it cannot save.
         assert code in ((0, 2, 7, 1) if place == ("position",) else (0, 2, 7)), (place, evil, err)
         assert code == 0 or err.startswith("zaya.train: ") and err.count("\n") == 1, (place, evil, err)
-        close_logs()
         if place[0] != "recipe":
             continue
         target = finished / "reshaped"
@@ -329,10 +327,3 @@ def test_a_run_meets_a_hostile_checkpoint(finished: Path, capsys: pytest.Capture
         assert code == 0 or (code == 2 and err.startswith("tools.reshape_checkpoint: ") and err.count("\n") == 1), (place, evil, err)
         assert target.exists() == (code == 0)
         shutil.rmtree(target, ignore_errors=True)
-
-
-def close_logs() -> None:
-    log = logging.getLogger("zaya")
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
