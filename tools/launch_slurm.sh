@@ -13,6 +13,8 @@
 #   ZAYA_IMAGE         run in this image (docker build -t zaya .) instead of .venv, by $ZAYA_CONTAINER (docker; or podman)
 #   ZAYA_LOGS          where logs go (runs/slurm-JOB)
 #   ZAYA_MAX_REQUEUES  give up after so many (100)
+#   ZAYA_SPARE_NODES   of the job's nodes so many wait (0): one takes the place of a node that is found unfit (exit code 4), and the run
+#                      goes on from its newest checkpoint
 #   NCCL_IB_HCA, NCCL_IB_GID_INDEX, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME ...: what your network needs; see docs/several_nodes.md
 #
 #SBATCH --job-name=zaya
@@ -41,11 +43,16 @@ if [[ $# -eq 0 || $1 == -* || -z ${SLURM_JOB_ID:-} || -z ${SLURM_JOB_NODELIST:-}
     exit 2
 fi
 
+spares=${ZAYA_SPARE_NODES:-0}
+if [[ ! $spares =~ ^[0-9]+$ ]] || ((spares >= SLURM_JOB_NUM_NODES)); then
+    say "ZAYA_SPARE_NODES=$spares is not a number below the job's $SLURM_JOB_NUM_NODES nodes"
+    exit 2
+fi
+nodes=$((SLURM_JOB_NUM_NODES - spares))
 restarts=${SLURM_RESTART_COUNT:-0}
-logs=${ZAYA_LOGS:-runs/slurm-$SLURM_JOB_ID}/attempt-$restarts
-mkdir -p "$logs"
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+folder=${ZAYA_LOGS:-runs/slurm-$SLURM_JOB_ID}/attempt-$restarts
 port=$((20000 + SLURM_JOB_ID % 10000)) # below 32768, where the kernel picks ports for others
+mapfile -t fit < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # in Slurm's order, in which it numbers them, too
 
 command=()
 if [[ -n ${ZAYA_IMAGE:-} ]]; then
@@ -63,33 +70,60 @@ elif [[ -x .venv/bin/torchrun ]]; then
 else
     command=(python3 -m zaya.resilience.supervisor -- torchrun)
 fi
-# The word NODE_RANK becomes each node's number on the node itself.
-command+=(--nnodes "$SLURM_JOB_NUM_NODES" --node-rank NODE_RANK --nproc-per-node 8
-    --master-addr "${hosts[0]}" --master-port "$port" -m zaya.train "$@")
-
-step='' wants_requeue=0 was_signalled=0
+step='' code=0 wants_requeue=0 was_signalled=0 is_over=0
 # shellcheck disable=SC2329  # the traps call it
 stop() {
-    was_signalled=1
+    was_signalled=1 is_over=1
     [[ -z $step ]] || kill -TERM "$step" 2>/dev/null || true # srun passes it to each torchrun, that to its workers
 }
 trap 'wants_requeue=1; stop' USR1
 trap 'stop' TERM
 
-say "job $SLURM_JOB_ID, attempt $restarts: $SLURM_JOB_NUM_NODES nodes of 8 GPUs, first ${hosts[0]}:$port; follow with: tail -f $logs/node-0.log"
-# All CPUs for the one task and no binding: zaya.runtime binds each worker beside its GPU.
-# shellcheck disable=SC2016  # $SLURM_NODEID is the node's, not ours
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
-    --cpu-bind=none --kill-on-bad-exit=1 --output="$logs/node-%n.log" --open-mode=append \
-    bash -c 'exec "${@/#NODE_RANK/$SLURM_NODEID}"' node "${command[@]}" &
-step=$!
-((was_signalled == 0)) || kill -TERM "$step"
+# Run the job on the first `nodes` of the fit ones; its exit code is `code`, its logs are in `logs`.
+run() {
+    mkdir -p "$logs"
+    # The word NODE_RANK becomes each node's number on the node itself. All CPUs for the one task and no binding: zaya.runtime binds each
+    # worker beside its GPU.
+    # shellcheck disable=SC2016  # $SLURM_NODEID is the node's, not ours
+    srun --nodes="$nodes" --ntasks="$nodes" --nodelist="$(IFS=,; echo "${fit[*]:0:nodes}")" --ntasks-per-node=1 \
+        --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none --kill-on-bad-exit=1 --output="$logs/node-%n.log" --open-mode=append \
+        bash -c 'exec "${@/#NODE_RANK/$SLURM_NODEID}"' node "${command[@]}" --nnodes "$nodes" --node-rank NODE_RANK --nproc-per-node 8 \
+        --master-addr "${fit[0]}" --master-port "$port" -m zaya.train "$@" &
+    step=$!
+    ((was_signalled == 0)) || kill -TERM "$step"
+    while true; do # a signal ends `wait` before the step ends: wait again
+        was_signalled=0
+        if wait "$step"; then code=0; else code=$?; fi
+        ((was_signalled)) || break
+    done
+}
 
-code=0
-while true; do # a signal ends `wait` before the step ends: wait again
-    was_signalled=0
-    if wait "$step"; then code=0; else code=$?; fi
-    ((was_signalled)) || break
+# Take the nodes out of `fit` whose supervisors have ended with 4. Fails if there are none.
+leave_out_unfit() {
+    local node host found=1
+    for ((node = 0; node < nodes; node++)); do
+        if grep -q '^zaya.resilience.supervisor: .*exit code 4 ' "$logs/node-$node.log" 2>/dev/null; then
+            host=${fit[node]}
+            say "$host is unfit: $(grep -m 1 'zaya.resilience.supervisor: this node' "$logs/node-$node.log" || echo "see $logs/node-$node.log")"
+            unset "fit[node]"
+            found=0
+        fi
+    done
+    fit=("${fit[@]}")
+    return "$found"
+}
+
+logs=$folder replaced=0
+say "job $SLURM_JOB_ID, attempt $restarts: $nodes nodes of 8 GPUs, first ${fit[0]}:$port; follow with: tail -f $logs/node-0.log"
+run "$@"
+while ((code != 0 && is_over == 0)) && leave_out_unfit; do
+    if ((${#fit[@]} < nodes)); then
+        say "${#fit[@]} fit nodes are left, $nodes are needed: see ZAYA_SPARE_NODES"
+        break
+    fi
+    replaced=$((replaced + 1)) port=$((port + 1)) logs=$folder/replaced-$replaced
+    say "going on with ${fit[nodes - 1]}; follow with: tail -f $logs/node-0.log"
+    run "$@"
 done
 
 if ((code == 0)); then

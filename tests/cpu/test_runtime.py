@@ -255,8 +255,12 @@ FAKES = {
         if [[ $1 == show ]]; then for i in $(seq 1 200); do echo "host$i"; done; else echo "$*" >> "$FAKE_LOG"; fi''',
     # One task a node, its output in its file, SIGTERM to all tasks, the highest exit code; options before `bash` are written down.
     "srun": '''
-        while [[ $1 != bash ]]; do echo "srun $1" >> "$FAKE_LOG"; [[ $1 == --output=* ]] && output=${1#--output=}; shift; done
-        for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do
+        while [[ $1 != bash ]]; do
+            echo "srun $1" >> "$FAKE_LOG"
+            case $1 in --output=*) output=${1#--output=};; --nodes=*) nodes=${1#--nodes=};; esac
+            shift
+        done
+        for ((n = 0; n < nodes; n++)); do
             SLURM_NODEID=$n "$@" > "${output/\\%n/$n}" 2>&1 &
             tasks+=($!)
         done
@@ -327,6 +331,33 @@ def test_the_first_error_is_the_workers_own_line(tmp_path: Path, slurm: dict[str
     words = "W1126 torchrun\nzaya.train: cannot read recipe\nTraceback (most recent call last)"
     err = launch(tmp_path, {**slurm, "FAKE_CODE": "1", "FAKE_WORDS": words}, "recipe.toml")[1]
     assert "node-1.log:2:zaya.train: cannot read recipe" in err and "Traceback" not in err
+
+
+UNFIT = ("zaya.resilience.supervisor: this node, host2: cuda:3: wrong\n"
+         "zaya.resilience.supervisor: not started again: exit code 4 (unhealthy); there is no checkpoint")
+
+
+def test_a_spare_node_takes_the_place_of_an_unfit_one(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """Node 1 of the first start is host2; host3 takes its place, and what was node 1's is unfit again: then nothing is left."""
+    environ = {**slurm, "SLURM_JOB_NUM_NODES": "3", "ZAYA_SPARE_NODES": "1", "FAKE_CODE": "4", "FAKE_WORDS": UNFIT}
+    write(tmp_path / "bin/scontrol", '#!/usr/bin/env bash\nprintf "host%s\\n" 1 2 3\n')
+    code, err, calls = launch(tmp_path, environ, "recipe.toml")
+    assert code == 4 and [call for call in calls if "nodelist" in call] == ["srun --nodelist=host1,host2", "srun --nodelist=host1,host3"]
+    assert [re.search(r"--nnodes 2 .*--master-port (\d+)", call)[1] for call in calls if "--node-rank 1" in call] == ["23456", "23457"]  # type: ignore[index]
+    assert "host2 is unfit: zaya.resilience.supervisor: this node, host2: cuda:3: wrong\nlaunch_slurm: going on with host3;" in err
+    assert "host3 is unfit" in err and "1 fit nodes are left, 2 are needed: see ZAYA_SPARE_NODES\n" in err
+    assert sorted(path.name for path in (tmp_path / "runs/slurm-123456/attempt-0").iterdir()) == ["node-0.log", "node-1.log", "replaced-1"]
+
+
+def test_spares_wait_where_all_are_fit(tmp_path: Path, slurm: dict[str, str]) -> None:
+    code, _, calls = launch(tmp_path, {**slurm, "SLURM_JOB_NUM_NODES": "4", "ZAYA_SPARE_NODES": "2", "FAKE_CODE": "1"}, "recipe.toml")
+    assert code == 1 and calls.count("supervised") == 2 and "srun --nodelist=host1,host2" in calls, "another failure replaces nobody"
+
+
+@pytest.mark.parametrize("spares", ["2", "-1", "x"])
+def test_a_bad_number_of_spares_is_one_line(tmp_path: Path, slurm: dict[str, str], spares: str) -> None:
+    code, err, calls = launch(tmp_path, {**slurm, "ZAYA_SPARE_NODES": spares}, "recipe.toml")
+    assert (code, err.count("\n"), calls) == (2, 1, []) and f"ZAYA_SPARE_NODES={spares}" in err
 
 
 @pytest.mark.parametrize(("sent", "restarts", "is_requeued"), [

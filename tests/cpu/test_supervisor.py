@@ -176,6 +176,57 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert process.returncode == 130 and "SIGINT: not started again: exit code 130 (interrupted); there is no checkpoint" in said
 
 
+PROBED = """
+import sys
+from zaya.resilience import supervisor
+from zaya.resilience.health import NodeReport
+answers = iter({answers!r})
+def check_node(devices, is_over):
+    print("probing", *devices, file=sys.stderr)
+    return NodeReport("n1", 0.0, (), next(answers))
+supervisor.check_node, supervisor.gpu_count = check_node, lambda: {gpus}
+sys.exit(supervisor.main(sys.argv[1:]))
+"""
+
+
+def probed(folder: Path, answers: list[tuple[str, ...]], *options: str, gpus: int = 0,
+           recipe: str = "--train.device=auto") -> tuple[int, str]:
+    """Exit code and stderr of a supervisor whose node's probes answer so, over a job that fails once; `starts` are in the folder."""
+    (folder / "acts").write_text('{"code": 1}\n{}\n')
+    (folder / "job.py").write_text(JOB)
+    (folder / "recipe.toml").write_text(tiny.recipe(folder).to_toml())
+    command = [sys.executable, "-c", PROBED.format(answers=answers, gpus=gpus), "--pause", "0.01", *options, "--",
+               sys.executable, str(folder / "job.py"), "--nproc-per-node", "2", "-m", "zaya.train", str(folder / "recipe.toml"), recipe]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60,
+                          env={**os.environ, "SCRIPT": str(folder / "acts"), "PYTHONPATH": str(ROOT)})
+    return done.returncode, done.stderr
+
+
+def test_an_unfit_node_starts_nothing(tmp_path: Path) -> None:
+    code, said = probed(tmp_path, [("cuda:1: 3 wrong",)], gpus=8)
+    assert code == 4 and "this node, n1: cuda:1: 3 wrong\n" in said and not (tmp_path / "starts").exists()
+    assert "probing cuda:0 cuda:1\n" in said and "--health never would start the job all the same" in said
+    assert "exit code 4 (unhealthy); there is no checkpoint; take the node out" in said.splitlines()[-1]
+
+
+def test_a_node_that_becomes_unfit_starts_nothing_again(tmp_path: Path) -> None:
+    code, said = probed(tmp_path, [(), ("cuda:0: slow",)], gpus=8)
+    assert code == 4 and len((tmp_path / "starts").read_text().splitlines()) == 1 and "2 devices of this node probed in 0 s: fit" in said
+
+
+@pytest.mark.parametrize(("options", "gpus", "recipe", "probes"), [
+    ([], 0, "--train.device=auto", 0), ([], 8, "--train.device=cpu", 0), (["--health", "never"], 8, "--train.device=auto", 0),
+    (["--health", "always"], 0, "--train.device=auto", 2), ([], 1, "--train.device=auto", 2)])
+def test_the_devices_that_the_job_uses_are_probed(tmp_path: Path, options: list[str], gpus: int, recipe: str, probes: int) -> None:
+    code, said = probed(tmp_path, [()] * 2, *options, gpus=gpus, recipe=recipe)
+    assert (code, said.count("probing")) == (0, probes) and said.count("probing cpu\n") == (probes if not gpus else 0), said
+
+
+def test_the_real_probes_of_a_cpu(tmp_path: Path) -> None:
+    code, said, _ = supervised(tmp_path, [{}], "--health", "always")
+    assert code == 0 and "1 devices of this node probed in" in said
+
+
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():

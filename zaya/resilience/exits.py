@@ -27,7 +27,7 @@ class Exit(enum.IntEnum):
     """Bad recipe, arguments or corpus, a run directory that cannot be written, too little memory."""
     PREEMPTED = 3
     UNHEALTHY = 4
-    """The node: a process that cannot be killed."""
+    """The node: a device that fails its probes, or a process that cannot be killed."""
     HANG = 5
     NUMERICAL = 6
     UNREADABLE = 7
@@ -41,7 +41,7 @@ ACTIONS = {
     Exit.FAILED: "start it again: it goes on from its newest checkpoint",
     Exit.REFUSED: "mend what the cause names; started again as it is, it would end the same",
     Exit.PREEMPTED: "start it again: it goes on from here",
-    Exit.UNHEALTHY: "take the node out; its GPUs are held until it is started anew",
+    Exit.UNHEALTHY: "take the node out; python -m tools.preflight says what is wrong with its GPUs",
     Exit.HANG: "start it again: it goes on from its newest checkpoint; leave out the node of a rank that is late again",
     Exit.NUMERICAL: "start it again from a checkpoint before that: --checkpoint.resume=PATH",
     Exit.UNREADABLE: "python -m tools.inspect_checkpoint RUN --verify names what is damaged",

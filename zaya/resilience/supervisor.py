@@ -2,9 +2,9 @@
 
     python -m zaya.resilience.supervisor [--give-up N] -- torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]
 
-One runs on each node, above that node's torchrun. Every rank of the node leaves it an exit record, and what has ended one rank all ranks
-know (zaya/resilience/watchdog.py), so all nodes come to the same decision. Knows the recipe and what a start has left on the disk; no
-torch, no GPU, nothing that fails with the job.
+One runs on each node, above that node's torchrun, and looks before every start whether the node is fit (zaya/resilience/health.py).
+Every rank of the node leaves it an exit record, and what has ended one rank all ranks know (zaya/resilience/watchdog.py), so all nodes
+come to the same decision. Knows the recipe and what a start has left on the disk; no torch, no GPU, nothing that fails with the job.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from zaya.metrics import read_rows
 from zaya.preemption import AGAIN_S
 from zaya.resilience.exits import ACTIONS, REPORTS, Exit, ExitRecord, attempt_path, attempts, read_records
 from zaya.resilience.guard import MAX_SKIPPED
+from zaya.resilience.health import check_node, gpu_count, gpu_devices
 
 RESTARTED = (Exit.FAILED, Exit.HANG, Exit.NUMERICAL)
 """Ends after which the job is started again; after all others the supervisor ends with the same code."""
@@ -84,6 +85,14 @@ class Job(NamedTuple):
         else:
             recipe.validate(ranks)
         return recipe
+
+
+    def devices(self, recipe: Recipe) -> tuple[str, ...]:
+        """Those of this node that its ranks will use: as many GPUs as the launcher is told to start ranks on, or all; else the CPU."""
+        count = self.options.get("nproc-per-node", "")
+        if recipe.train.device == "cpu" or not gpu_count():
+            return ("cpu",)
+        return gpu_devices(int(count) if count.isdecimal() else gpu_count())
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -146,6 +155,8 @@ class Supervisor:
     pause_s: float
     local: Path | None = None
     """This node's own tier of checkpoints."""
+    devices: tuple[str, ...] = ()
+    """Probed before every start."""
     signal: str = ""
     """The first that came; the job is told, and not started again."""
     _process: subprocess.Popen[bytes] | None = None
@@ -162,6 +173,10 @@ class Supervisor:
         start = 0
         while True:
             start += 1
+            if not self._is_fit():
+                return self._ends(Exit.UNHEALTHY)
+            if self.signal:
+                return self._ends(Exit.INTERRUPTED)
             before = self._saved()
             began = time.monotonic()
             end = self._start([f"--checkpoint.resume={step_path(self._checkpoints, target)}"] if target >= 0 else
@@ -185,8 +200,20 @@ class Supervisor:
                 say(f"no new checkpoint in {fruitless} starts in a row: given up; {self._causes()}")
                 return self._ends(Exit.NO_PROGRESS)
             self._pause(min(self.pause_s * 2 ** max(fruitless - 1, 0), MOST_PAUSE_S), fruitless, target)
-            if self.signal:
-                return self._ends(Exit.INTERRUPTED)
+
+    def _is_fit(self) -> bool:
+        """Whether this node may take part; what is wrong with it is said."""
+        if not self.devices or self.signal:
+            return True
+        began = time.monotonic()
+        report = check_node(self.devices, is_over=lambda: bool(self.signal))
+        if self.signal:
+            return True
+        for fault in report.faults:
+            say(f"this node, {report.host}: {fault}")
+        say(f"{len(self.devices)} devices of this node probed in {time.monotonic() - began:.0f} s: "
+            f"{'unfit; --health never would start the job all the same' if report.faults else 'fit'}")
+        return not report.faults
 
     def _ends(self, code: Exit) -> Exit:
         """Say what is left, and what to do."""
@@ -331,7 +358,7 @@ def say(line: str) -> None:
 
 def main(argv: list[str]) -> int:
     parser = Parser("zaya.resilience.supervisor", description="Run a job of zaya.train, and start it again when it fails.",
-                    usage="python -m zaya.resilience.supervisor [--give-up N] [--pause SECONDS] -- "
+                    usage="python -m zaya.resilience.supervisor [--give-up N] [--pause SECONDS] [--health WHEN] -- "
                           "torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]",
                     epilog=f"Exit codes: {', '.join(f'{code} {code.name.lower()}' for code in Exit)}. Started again after "
                            f"{', '.join(map(str, map(int, RESTARTED)))}. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the job, its state saved.")
@@ -339,15 +366,21 @@ def main(argv: list[str]) -> int:
                         help="give up after N starts in a row that saved no new checkpoint (3)")
     parser.add_argument("--pause", type=positive, default=5.0, metavar="SECONDS",
                         help="before it is started again (5); doubled with each start that saved none")
+    parser.add_argument("--health", choices=["auto", "always", "never"], default="auto",
+                        help="probe this node's devices before each start (half a minute); auto: where they are GPUs. Unfit: 4")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what starts the job")
     arguments = parser.parse_args(argv)
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     try:
-        recipe = Job.of(command).read()
+        job = Job.of(command)
+        recipe = job.read()
     except ValueError as error:
         return parser.refused(error)
     local = local_root(recipe.run.dir, recipe.checkpoint.local_dir) if recipe.checkpoint.local_dir else None
-    return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause, local).run()
+    devices = job.devices(recipe)
+    if arguments.health == "never" or (arguments.health == "auto" and devices == ("cpu",)):
+        devices = ()
+    return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause, local, devices).run()
 
 
 def _count(text: str) -> int:

@@ -1,0 +1,273 @@
+"""Whether a node is fit: every kind of fault is found, in the device that has it, and a good one is not accused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cpu.test_runtime import node, write
+from zaya.resilience import health, probes
+from zaya.resilience.health import NodeReport, Probed, check_node, compare_nodes
+from zaya.runtime import GFX942
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+SMALL = probes.Sizes(matmul=64, block=16, piece=1 << 12, memory=1 << 14)
+
+# ---------------------------------------------------------------------------------------------------------------- one device
+
+
+@pytest.mark.parametrize("sizes", [probes.GPU, probes.CPU, SMALL], ids=["GPU", "CPU", "small"])
+def test_products_are_exact_in_any_order_of_summation(sizes: probes.Sizes) -> None:
+    a, b, expected = probes.operands(sizes)
+    assert torch.equal(a, a.double().round().bfloat16()) and a.abs().max() <= 64
+    assert torch.equal((a.double() @ b.double()).bfloat16(), expected)
+    for order in (torch.arange(sizes.matmul), torch.arange(sizes.matmul).flip(0), torch.randperm(sizes.matmul)):
+        partial = (a[0].double() * b[:, 0].double())[order].cumsum(0)
+        assert partial.abs().max() < 2**24, "fp32 holds it"
+        single = (a[0].float() * b[:, 0].float())[order].cumsum(0)
+        assert single[-1].double() == partial[-1] and single[-1].bfloat16() == expected[0, 0]
+
+
+def test_a_good_device_is_not_accused() -> None:
+    found = probes.probe(CPU, seconds=0.1)
+    assert found.faults == [] and set(found.readings) == set(health.ALONE) and all(value > 0 for value in found.readings.values())
+    assert probes.matmul(CPU, SMALL, 0.01)[1] == probes.memory(CPU, SMALL)[1] == probes.transfer(CPU, SMALL)[2] == []
+
+
+def spoiling(monkeypatch: pytest.MonkeyPatch, name: str, at: int, spoil: Callable[[torch.Tensor], object]) -> None:
+    """The call `at` of torch.NAME spoils what it wrote."""
+    original, calls = getattr(torch, name), iter(range(1 << 30))
+
+    def spoiled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = original(*args, **kwargs)
+        if next(calls) == at:
+            spoil(result)
+        return result
+
+    monkeypatch.setattr(torch, name, spoiled)
+
+
+@pytest.mark.parametrize("at", [0, 7])
+def test_one_wrong_element_of_one_product_is_found(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    def flip(product: torch.Tensor) -> None:
+        product.view(torch.int16)[37, 5] ^= 1  # its last bit
+
+    spoiling(monkeypatch, "mm", at, flip)
+    (fault,) = probes.matmul(CPU, SMALL, 0)[1]
+    assert re.fullmatch(r"1 of 40,960 elements of 10 bf16 products are wrong", fault)
+
+
+def test_elements_that_are_not_written_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
+    assert probes.matmul(CPU, SMALL, 0)[1] == ["40,960 of 40,960 elements of 10 bf16 products are wrong"]
+
+
+@pytest.mark.parametrize("bit", [0, 31, 63])
+@pytest.mark.parametrize("stuck_at", [0, 1])
+def test_a_bit_of_memory_that_sticks_is_found_whatever_it_sticks_at(monkeypatch: pytest.MonkeyPatch, bit: int, stuck_at: int) -> None:
+    """It is written as 0 once and as 1 once, so one of both is wrong."""
+    mask, original = (1 << bit) - (1 << 64) * (bit == 63), torch.bitwise_xor
+    pieces: list[int] = []
+
+    def writing(*args: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is None:
+            return original(*args)
+        original(*args, out=out)
+        pieces.append(out.data_ptr())
+        if out.data_ptr() == pieces[0]:
+            out[100] = out[100] | mask if stuck_at else out[100] & ~mask
+        return out
+
+    monkeypatch.setattr(torch, "bitwise_xor", writing)
+    assert probes.memory(CPU, SMALL)[1] == ["1 of 3,072 words of memory do not hold what was written"]
+
+
+def test_words_at_anothers_address_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiling(monkeypatch, "bitwise_xor", 1, lambda piece: piece.copy_(piece.roll(1)))
+    assert "words of memory" in probes.memory(CPU, SMALL)[1][0]
+
+
+def test_bytes_that_are_lost_on_the_way_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
+    assert probes.transfer(CPU, SMALL)[2] == ["what goes to the device and back is not the same"]
+
+
+WRONG_LINK = """
+import sys, torch, torch.distributed as dist
+from zaya.resilience import probes
+reduce, exchange = dist.all_reduce, dist.all_to_all_single
+def all_reduce(tensor):
+    reduce(tensor)
+    tensor[77] += {reduce}
+def all_to_all_single(received, sent):
+    exchange(received, sent)
+    received[5] += {exchange}
+dist.all_reduce, dist.all_to_all_single = all_reduce, all_to_all_single
+sys.exit(probes.main(sys.argv[1:]))
+"""
+
+
+def test_a_wrong_element_of_a_collective_is_found(tmp_path: Path) -> None:
+    """In the rank that received it: rank 1's all-reduce, rank 2's all-to-all; rank 0 has none."""
+    jobs = []
+    for rank, (reduce, exchange) in enumerate([(0, 0), (1, 0), (0, 1)]):
+        code = WRONG_LINK.format(reduce=reduce, exchange=exchange)
+        command = [sys.executable, "-c", code, "--device", "cpu", "--links", str(rank), "3", str(tmp_path / "store")]
+        jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT))
+    faults = [Probed.of(json.loads(job.communicate(timeout=60)[0].splitlines()[-1])).faults for job in jobs]
+    assert faults == [[], ["1 of 16,777,215 elements of an all-reduce over 3 devices are wrong"],
+                      ["1 of 16,777,215 elements of an all-to-all over 3 devices are wrong"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- a node
+
+# In the place of the probes: what each device's probe does is said by a table; a device that is not in it is good.
+FAKE = """
+import json, os, sys, time
+device = sys.argv[sys.argv.index("--device") + 1]
+act = json.loads({acts!r}).get(device, {{}})
+if "--links" in sys.argv:
+    readings = {{"reduce_gbs": act.get("reduce_gbs", 200.0), "exchange_gbs": 100.0}}
+else:
+    readings = {{"tflops": 600.0, "copy_gbs": 4000.0, **act.get("readings", {{}})}}
+if "sleep" in act:
+    time.sleep(act["sleep"])
+if "words" in act:
+    print(act["words"], file=sys.stderr)
+    sys.exit(3)
+print("a library's words")
+found = {{"device": device, "name": act.get("name", "MI300X gfx942"), "readings": readings, "faults": act.get("faults", [])}}
+print(act.get("print") or json.dumps(found))
+"""
+Acts = dict[str, dict[str, Any]]
+
+
+def check(monkeypatch: pytest.MonkeyPatch, acts: Acts, count: int = 8, machine: Any = None, timeout_s: float = 30.0) -> NodeReport:
+    monkeypatch.setattr(health, "_PROBE", (sys.executable, "-c", FAKE.format(acts=json.dumps(acts))))
+    return check_node(health.gpu_devices(count), timeout_s=timeout_s, machine=machine)
+
+
+def test_a_good_node_is_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = check(monkeypatch, {})
+    assert report.faults == () and [probed.device for probed in report.devices] == [f"cuda:{index}" for index in range(8)]
+    assert report.devices[3].readings == {"tflops": 600.0, "copy_gbs": 4000.0, "reduce_gbs": 200.0, "exchange_gbs": 100.0}
+
+
+@pytest.mark.parametrize(("act", "fault"), [
+    ({"faults": ["3 of 9 elements of 1 bf16 products are wrong"]}, "3 of 9 elements of 1 bf16 products are wrong"),
+    ({"words": "Traceback\nRuntimeError: HIP error: invalid device ordinal"},
+     "its probe ended with exit code 3: RuntimeError: HIP error: invalid device ordinal"),
+    ({"print": "no JSON"}, "its probe ended with exit code 0: silently"),
+    ({"print": '{"device": "cuda:2"}'}, "its probe ended with exit code 0: silently"),
+    ({"sleep": 100}, "its probe did not end within 4 s"),
+    ({"readings": {"tflops": 500.0}}, "500 TFLOP/s, 0.83 of the median of its like"),
+    ({"readings": {"copy_gbs": 3300.0}}, "3,300 GB/s copied, 0.82 of the median of its like"),
+    ({"reduce_gbs": 120.0}, "120 GB/s all-reduced, less than 150"),
+])
+def test_the_device_with_the_fault_is_named(monkeypatch: pytest.MonkeyPatch, act: dict[str, Any], fault: str) -> None:
+    report = check(monkeypatch, {"cuda:2": act}, timeout_s=4 if "sleep" in act else 30)
+    assert report.faults and all(line.startswith("cuda:2: ") for line in report.faults) and fault in report.faults[0]
+    assert [bool(probed.faults) for probed in report.devices] == [index == 2 for index in range(8)]
+
+
+def test_a_collective_is_not_asked_of_a_broken_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = check(monkeypatch, {"cuda:1": {"faults": ["broken"]}})
+    assert report.faults == ("cuda:1: broken",) and "reduce_gbs" not in report.devices[0].readings
+
+
+def test_a_node_that_is_slow_as_a_whole_is_found_by_what_its_kind_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {f"cuda:{index}": {"readings": {"tflops": 400.0}} for index in range(8)}
+    assert len(check(monkeypatch, slow).faults) == 8 and "less than 560 (0.8 of 708" in check(monkeypatch, slow).faults[0]
+    other = {device: {**act, "name": "H100 sm_90"} for device, act in slow.items()}
+    assert check(monkeypatch, other).faults == (), "of this kind nothing is known"
+    two = {f"cuda:{index}": {"reduce_gbs": 40.0} for index in range(2)}
+    assert check(monkeypatch, two, count=2).faults == (), "two GPUs have one link of seven"
+
+
+def test_who_asks_can_stop_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_PROBE", (sys.executable, "-c", "import time; time.sleep(1000)"))
+    assert check_node(("cpu",), is_over=lambda: True).faults
+    assert not subprocess.run(["pgrep", "-f", "^.*time.sleep\\(1000\\)$"], capture_output=True).stdout, "and nothing is left running"
+
+
+def test_memory_errors_that_the_driver_counts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = node(tmp_path, archs=(GFX942, GFX942))
+    first, second = (tmp_path / "sys/bus/pci/devices" / gpu.pci / "ras" for gpu in machine.gpus)
+    write(first / "umc_err_count", "ue: 0\nce: 5\nde: 1\n")
+    write(first / "sdma_err_count", "ue: 0\nce: 2\n")
+    write(second / "umc_err_count", "ue: 2\nce: 0\n")
+    write(second / "odd_err_count", "not supported\n")
+    report = check(monkeypatch, {}, count=2, machine=machine)
+    assert report.corrected == {machine.gpus[0].pci: 7}
+    assert len(report.faults) == 1 and f"GPU {machine.gpus[1].pci}: 2 errors of its memory could not be corrected" in report.faults[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- all nodes
+
+
+def report_of(host: str, tflops: float = 600.0, reduce: float = 200.0, faults: tuple[str, ...] = ()) -> NodeReport:
+    devices = tuple(Probed(f"cuda:{index}", "MI300X gfx942", {"tflops": tflops, "reduce_gbs": reduce}) for index in range(2))
+    return NodeReport(host, 1.5, devices, faults, {"0000:05:01.0": 3})
+
+
+def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
+    report = report_of("n1", faults=("cuda:0: broken",))
+    assert NodeReport.read(report.write(tmp_path / "new")) == report
+
+
+def test_a_node_that_is_slow_beside_the_others_is_found() -> None:
+    reports = [report_of(f"n{index}") for index in range(6)] + [report_of("slow", tflops=480.0), report_of("far", reduce=160.0)]
+    wrong = compare_nodes(reports)
+    assert [host for host, faults in wrong.items() if faults] == ["slow", "far"]
+    assert wrong["slow"] == [f"cuda:{index}: 480 TFLOP/s, 0.80 of the median of its like" for index in range(2)]
+    assert wrong["far"][0] == "cuda:0: 160 GB/s all-reduced, 0.80 of the median of its like"
+    known = ("cuda:0: 480 TFLOP/s, less than 560 (source)", "cuda:1: 480 TFLOP/s, less than 560 (source)")
+    assert compare_nodes([*reports[:6], report_of("slow", tflops=480.0, faults=known)])["slow"] == list(known), "said once"
+
+
+def preflight(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "tools.preflight", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_tool_probes_writes_and_sums_up(tmp_path: Path) -> None:
+    code, out, err = preflight("--device", "cpu", "--seconds", "0.1", "--out", str(tmp_path / "reports"))
+    (path,) = (tmp_path / "reports").iterdir()
+    assert code == 0 and out.count("cpu") == 2 and "1 of 1 nodes are fit" in err and path.name == f"{NodeReport.read(path).host}.json"
+    for report in (report_of("n1"), report_of("n2"), report_of("bad", faults=("cuda:0: broken",))):
+        report.write(tmp_path / "reports")
+    code, out, err = preflight("--summary", str(path.parent), "--expect", "5")
+    assert code == 4 and "bad: cuda:0: broken\n" in err and "4 of 5 nodes have left a report" in err and "3 of 4 nodes are fit" in err
+    assert re.search(r"^n1 +the slowest of 2 +600 ", out, flags=re.MULTILINE)
+    assert preflight("--summary", str(path.parent), "--bad") == (4, "bad\n", "")
+    (path.parent / "bad.json").unlink()
+    assert preflight("--summary", str(path.parent), "--bad") == (0, "\n", "")
+    assert json.loads(preflight("--summary", str(path.parent), "--json")[1])["nodes"] == 3
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--gpus", "0"], "--gpus 0: at least 1"),
+    (["--gpus", "x"], "--gpus"),
+    (["--expect", "3"], "--expect goes with --summary DIR"),
+    (["--bad"], "--bad goes with --summary DIR"),
+    (["--summary", "/nowhere"], "/nowhere is not a directory"),
+    (["--summary", "docs"], "docs holds no report"),
+    (["--summary", "docs/benchmarks"], "is not a node's report"),
+    (["--summary", "docs", "--out", "x"], "--out does not go with it"),
+    (["--device", "cpu", "--out", "/dev/null/x"], "cannot make /dev/null/x"),
+    (["--seconds", "-1"], "--seconds"),
+])
+def test_a_bad_call_is_one_line(arguments: list[str], words: str) -> None:
+    code, out, err = preflight(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and words in err, err
