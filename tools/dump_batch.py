@@ -2,8 +2,9 @@
 
     python -m tools.dump_batch recipes/quickstart.toml --step 1 --out batch.npz [--section.key=value ...]
 
-F.npz holds tokens, labels, positions, documents (int64) and loss_mask (bool: this token has a label), each [global_batch_size, seq_len].
-Step N, counted from 1, takes the rows [(N - 1) * global_batch_size, N * global_batch_size) of the run's order.
+F.npz holds tokens, labels, positions, documents (int64) and loss_mask (bool: this token has a label), each [rows, seq_len].
+Step N, counted from 1, takes the rows of the run's order that follow those of the steps before: train.global_batch_size, or what
+train.batch_ramp makes of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from zaya.cli import Parser
 from zaya.config import Recipe, load_recipe
 from zaya.data.loader import IGNORE, build_corpora, open_loader
+from zaya.schedule import batch_size, position_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,10 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, overrides)
         if args.step > recipe.train.steps:
             raise ValueError(f"--step = {args.step} is beyond the run's last, train.steps = {recipe.train.steps}; raise that to see it")
-        _write(args.out, _arrays(recipe, args.step))
+        arrays = _arrays(recipe, args.step)
+        _write(args.out, arrays)
     except (ValueError, OSError) as error:
         return parser.refused(error)
-    print(f"wrote the {recipe.train.global_batch_size} rows of step {args.step} to {args.out}")
+    print(f"wrote the {len(arrays['tokens'])} rows of step {args.step} to {args.out}")
     return 0
 
 
@@ -47,8 +50,8 @@ def _arrays(recipe: Recipe, step: int) -> dict[str, np.ndarray]:
         section.validate()
     build_corpora(recipe)
     loader = open_loader(recipe)
-    rows = recipe.train.global_batch_size
-    batch = loader.batch((step - 1) * rows, rows)
+    first = position_of(step, recipe.train)
+    batch = loader.batch(first, batch_size(first, recipe.train))
     return {"tokens": batch.tokens_BT.numpy(), "labels": batch.labels_BT.numpy(), "positions": batch.positions_BT.numpy(),
             "documents": batch.documents_BT.numpy(), "loss_mask": batch.labels_BT.numpy() != IGNORE}
 

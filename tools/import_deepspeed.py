@@ -26,6 +26,7 @@ from zaya.config import Recipe, load_recipe
 from zaya.model.transformer import Zaya
 from zaya.optim import RouterBalance
 from zaya.plan import ParameterPlan, plan
+from zaya.schedule import position_of
 
 COUNTERS = ("position", "tokens")
 CLIENT = f"client_state[{CLIENT_KEY!r}]"
@@ -89,7 +90,7 @@ def read_small_state(source: Universal, client: Mapping[str, Any], wanted: Mappi
 
 def counters(source: Universal, client: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The run's; where nobody passed them along, the rows that the recipe's batch makes of DeepSpeed's steps."""
-    position = source.step * recipe.train.global_batch_size
+    position = position_of(source.step + 1, recipe.train)
     found: dict[str, Any] = {"position": position, "tokens": position * recipe.train.seq_len, "tokens_by_corpus": {}, "hf_config": {}}
     found.update({key: client[key] for key in found if key in client})
     for key in COUNTERS:

@@ -172,6 +172,9 @@ class TrainConfig:
     """Rows per forward pass on one rank, at most: the rest of a rank's share is accumulated, a smaller share is one pass."""
     seq_len: int
     """Tokens per row."""
+    batch_ramp: tuple[int, ...] = ()
+    """[start, increment, rows]: the first optimizer steps have `start` rows, growing by `increment` to global_batch_size over so many rows
+    of the run (Megatron's --rampup-batch-size); empty: global_batch_size from the first step on."""
     seed: int
     """Seed of initial weights (with the parameter's name) and of the data order."""
     dtype: str = "fp32"
@@ -198,10 +201,25 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "seq_len", "seed", "eval_interval", "eval_rows", "log_interval"):
             if getattr(self, name) >= 2**31:
                 raise ValueError(f"train.{name} = {getattr(self, name)} is beyond any run; keep it below 2^31")
+        if self.batch_ramp:
+            self._validate_ramp()
         _one_of("train.dtype", self.dtype, DTYPES)
         _one_of("train.device", self.device, ("auto", "cuda", "cpu"))
         _one_of("train.kernels", self.kernels, ("auto", "triton", "cpu", "reference"))
         _one_of("train.recompute", self.recompute, ("none", "selective", "full"))
+
+    def _validate_ramp(self) -> None:
+        if len(self.batch_ramp) != 3 or not all(1 <= number < 2**62 for number in self.batch_ramp):
+            raise ValueError(f"train.batch_ramp = {list(self.batch_ramp)} must be [start, increment, rows], three numbers of at least 1")
+        start, increment, _ = self.batch_ramp
+        if start > self.global_batch_size or (self.global_batch_size - start) % increment:
+            raise ValueError(f"train.batch_ramp = {list(self.batch_ramp)}: {start} rows and a number of increments of {increment} do not "
+                             f"make train.global_batch_size = {self.global_batch_size}")
+
+    def batch_sizes(self) -> list[int]:
+        """Rows of an optimizer step, every number that occurs, ascending."""
+        start, increment = self.batch_ramp[:2] or (self.global_batch_size, 1)
+        return list(range(start, self.global_batch_size + 1, increment))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,20 +448,25 @@ class Recipe:
         self.checkpoint.validate()
         self.run.validate()
         self.init.validate()
-        rows, dp = self.train.global_batch_size, world_size // (self.parallel.tp * self.parallel.cp)
-        if rows % dp:
-            share = -(-rows // dp)  # and then a share that is one micro-batch, or several
-            share = share if share <= self.train.micro_batch_size else _next_multiple(share, self.train.micro_batch_size)
-            raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {dp} data-parallel ranks; use {share * dp}")
-        micro = self.micro_batch_rows(dp)
-        if rows // dp % micro:
-            raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // dp} rows "
-                             f"(train.global_batch_size = {rows} over {dp} data-parallel ranks); use {math.gcd(rows // dp, micro)}")
+        dp = world_size // (self.parallel.tp * self.parallel.cp)
+        for rows in reversed(self.train.batch_sizes()):
+            self._validate_batch(rows, dp)
         if self.train.eval_interval and not self.data.valid:
             raise ValueError(f"train.eval_interval = {self.train.eval_interval} but data.valid is empty; name a held-out corpus")
         if self.train.eval_interval and self.train.eval_rows % dp:
             raise ValueError(f"train.eval_rows = {self.train.eval_rows} is not a multiple of the {dp} data-parallel ranks; "
                              f"use {_next_multiple(self.train.eval_rows, dp)}")
+
+    def _validate_batch(self, rows: int, dp: int) -> None:
+        key = "train.global_batch_size" if rows == self.train.global_batch_size else "a step of train.batch_ramp"
+        if rows % dp:
+            share = -(-rows // dp)  # and then a share that is one micro-batch, or several
+            share = share if share <= self.train.micro_batch_size else _next_multiple(share, self.train.micro_batch_size)
+            raise ValueError(f"{key} = {rows} is not a multiple of the {dp} data-parallel ranks; use {share * dp}")
+        micro = self.micro_batch_rows(dp, rows)
+        if rows // dp % micro:
+            raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // dp} rows "
+                             f"(train.global_batch_size = {rows} over {dp} data-parallel ranks); use {math.gcd(rows // dp, micro)}")
 
     def _validate_deepspeed(self) -> None:
         """What the DeepSpeed engine does not do."""
@@ -455,6 +478,9 @@ class Recipe:
         if self.parallel.zero_size:
             raise ValueError(f'parallel.zero_size = {self.parallel.zero_size}: parallel.engine = "deepspeed" cuts the state over all '
                              'ranks; use zero_size = 0, or parallel.engine = "zaya"')
+        if self.train.batch_ramp:
+            raise ValueError(f'train.batch_ramp = {list(self.train.batch_ramp)}: parallel.engine = "deepspeed" takes the same number of '
+                             'micro-batches in every step; leave it out, or use parallel.engine = "zaya"')
         if self.optim.name != "adamw":
             raise ValueError(f'optim.name = "{self.optim.name}": parallel.engine = "deepspeed" does not support Muon (DeepSpeed\'s '
                              'computes another update: half precision, joined matrices as one, another scale); use '
@@ -464,12 +490,15 @@ class Recipe:
                              'or parallel.engine = "zaya"')
 
     def micro_batches(self, dp: int) -> int:
-        """Forward passes of one step on each of dp data-parallel ranks."""
+        """Forward passes of a full batch on each of dp data-parallel ranks."""
         return self.train.global_batch_size // dp // self.micro_batch_rows(dp)
 
-    def micro_batch_rows(self, dp: int) -> int:
-        """Rows of one forward pass on each of dp data-parallel ranks."""
-        return min(self.train.micro_batch_size, self.train.global_batch_size // dp)
+    def micro_batch_rows(self, dp: int, rows: int = 0) -> int:
+        """Rows of one forward pass on each of dp data-parallel ranks; in a step of train.batch_ramp, of so many rows, as many of them as
+        divide its share."""
+        share = (rows or self.train.global_batch_size) // dp
+        most = min(self.train.micro_batch_size, share)
+        return most if rows in (0, self.train.global_batch_size) else max(n for n in range(1, most + 1) if share % n == 0)
 
     def identity(self) -> dict[str, object]:
         """What makes two recipes the same run: model, data, optim, seed and sequence length. Everything else may change."""

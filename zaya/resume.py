@@ -125,8 +125,9 @@ def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
         return "; ".join(f"{key} was {theirs.get(section, {}).get(name)!r}, is {value!r}" for key, value in ours.items()
                          for section, _, name in [key.partition(".")] if _plain(theirs.get(section, {}).get(name)) != _plain(value))
 
+    has_ramp = recipe.train.batch_ramp or theirs.get("train", {}).get("batch_ramp")
     pace = changed({"train.steps": recipe.train.steps, "train.global_batch_size": recipe.train.global_batch_size,
-                    "train.dtype": recipe.train.dtype})
+                    **({"train.batch_ramp": recipe.train.batch_ramp} if has_ramp else {}), "train.dtype": recipe.train.dtype})
     others = changed(recipe.identity())
     is_finished = checkpoint.manifest.step >= recipe.train.steps
     return ((f"; {pace}" + ("" if is_finished else ": the new recipe holds from here") if pace else "")

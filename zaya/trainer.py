@@ -41,7 +41,7 @@ from zaya.resilience.watchdog import Progress
 from zaya.resume import restore
 from zaya.runtime import GarbageCollection
 from zaya.saving import open_saver
-from zaya.schedule import learning_rate
+from zaya.schedule import batch_size, learning_rate
 from zaya.state import TrainState
 from zaya.step import StepResult, Sums
 from zaya.tiers import agreed, objects
@@ -100,6 +100,8 @@ class Trainer:
         self.state = TrainState(self.table, self.optimizer, biases | self.balance.tensors(), mesh, rounded=train.dtype == "bf16")
         self.token_index = token_index(mesh, train.seq_len)
         self.step, self.position = 0, 0
+        self.rows = 0
+        """Of the last step's batch."""
         self.origin = f"new weights from seed {train.seed}"
         self.skipped: list[str] = []
         """Checkpoints that the start passed over, and why."""
@@ -152,15 +154,16 @@ class Trainer:
         self.optimizer.update(lr=lr, grad_scale=(clip_scale / sums.labelled).to(grad_norm.dtype), commit=committed)
         self.balance.update(sums.counts_LC, commit=committed)
         self.step += 1
-        self.position += recipe.train.global_batch_size
+        self.rows = batch_size(self.position, recipe.train)
+        self.position += self.rows
         return result
 
     def _micro_batches(self) -> list[tuple[int, int]]:
-        """(first row, rows) of each forward pass of this step on this rank."""
-        dp = self.mesh.dp
-        share = self.recipe.train.global_batch_size // dp.size
+        """(first row, rows) of each forward pass of the next step on this rank."""
+        dp, batch = self.mesh.dp, batch_size(self.position, self.recipe.train)
+        share = batch // dp.size
         first = self.position + dp.rank * share
-        rows = self.recipe.micro_batch_rows(dp.size)
+        rows = self.recipe.micro_batch_rows(dp.size, batch)
         return [(row, rows) for row in range(first, first + share, rows)]
 
     def _mine(self, batch: Batch) -> Batch:
@@ -343,7 +346,7 @@ class Trainer:
         of an evaluation or a save between them."""
         train, loss = self.recipe.train, result.loss.item()
         seconds = time.perf_counter() - started
-        tokens_per_second = train.global_batch_size * train.seq_len / seconds
+        tokens_per_second = self.rows * train.seq_len / seconds
         return {
             "step": self.step, "tokens": self.position * train.seq_len, "loss": loss, "grad_norm": result.grad_norm.item(),
             "lr": learning_rate(self.step, train.steps, self.recipe.optim), "tokens_per_second": tokens_per_second,
