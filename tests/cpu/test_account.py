@@ -168,7 +168,7 @@ close_mesh(mesh)
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_activation_bytes_are_what_a_block_keeps(ranks: int, tmp_path: Path) -> None:
     """In processes of their own, whose Triton interprets. The rest: halos and group sizes, which do not grow with the tokens."""
     script = tmp_path / "saved.py"

@@ -87,7 +87,7 @@ def test_all_implementations_of_an_op_are_called_alike(kernels: str, device: tor
         assert all(mine[p].default == theirs[p].default and mine[p].kind == theirs[p].kind for p in theirs), name
 
 
-@pytest.mark.parametrize(("optimizer", "steps"), [("muon", 2), ("adamw", 4)])
+@pytest.mark.parametrize(("optimizer", "steps"), [("muon", 2), pytest.param("adamw", 4, marks=pytest.mark.slow)])
 def test_all_implementations_train_alike(tmp_path: Path, optimizer: str, steps: int) -> None:
     """A handful of steps in fp32, Triton by the interpreter (on a GPU natively): the same losses, gradient norms and routing."""
     curves: dict[str, torch.Tensor] = {}

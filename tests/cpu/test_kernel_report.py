@@ -251,7 +251,8 @@ def test_an_unknown_op_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(("command", "moment", "number"), [
-    *((command, moment, signal.SIGINT) for moment in ("starting", "compiling")
+    *(pytest.param(command, moment, signal.SIGINT, marks=() if moment == "compiling" and "report" in command else pytest.mark.slow)
+      for moment in ("starting", "compiling")
       for command in ("tools.kernel_report", "tools.tune_kernels --op attention --arch gfx942 --dry-run")),
     ("tools.kernel_report", "compiling", signal.SIGKILL)])
 def test_a_signal_leaves_no_process(tmp_path: Path, terminal: None, command: str, moment: str, number: signal.Signals) -> None:

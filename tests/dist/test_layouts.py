@@ -162,7 +162,7 @@ def check(pools: Pools, world_size: int, recipe: Recipe, *, small_buckets: bool 
 
 def runs() -> list[Any]:
     """Every layout with both optimizers in both dtypes; those that `make test` leaves to `make test-full` are marked slow."""
-    quick = {("muon", "fp64"): {*NAMES[:14], "8ranks-tp8", "8ranks-tp2-cp2-ep8", "8ranks-tp4-ep4-zero_size2"},
+    quick = {("muon", "fp64"): {*NAMES[:14], "8ranks-tp2-cp2-ep8", "8ranks-tp4-ep4-zero_size2"},
              ("adamw", "fp32"): {"2ranks-tp2", "4ranks-cp4", "4ranks-tp2-cp2-ep4"}, ("muon", "fp32"): {"4ranks-tp2-ep4"}}
     return [pytest.param(world_size, layout, optimizer, dtype, id=f"{optimizer}-{dtype}-{name}",
                          marks=() if name in quick.get((optimizer, dtype), ()) else pytest.mark.slow)

@@ -93,6 +93,7 @@ def test_a_job_that_fails_again_and_again_ends_as_one_that_did_not(tmp_path: Pat
     assert found in ([{ranks} for ranks in [*(ranks for _, ranks in at_fault), ()]], [{ranks} for ranks in [*certain, ()]])
 
 
+@pytest.mark.slow
 def test_broken_weights_are_left_behind(tmp_path: Path, whole: Path) -> None:
     """Ten steps that update nothing, in which nothing is saved."""
     broken, said, code = run(tmp_path, "broken", "nan@0")

@@ -100,7 +100,8 @@ def root_cause(said: str) -> int:
     return int(re.findall(r"rank +: (\d+)", said[said.index("Root Cause"):])[0])
 
 
-@pytest.mark.parametrize("fault", ["deaf refuse", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("raise", "deaf raise"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raise", "deaf raise", "deaf refuse"])
 def test_a_failing_rank_is_named_by_all_and_ends_them(tmp_path: Path, fault: str) -> None:
     records, said = run(tmp_path, fault, at=1)
     code, cause = (2, "planted corpus fault") if "refuse" in fault else (1, "RuntimeError: planted")
@@ -139,6 +140,7 @@ def test_a_hang_names_the_rank_that_is_late(tmp_path: Path, at: int) -> None:
     assert "in action" in stacks and "the job ends: no progress" in stacks, "where it was"
 
 
+@pytest.mark.slow
 def test_a_frozen_launcher_ends_its_workers(tmp_path: Path) -> None:
     """It has the store; a call to it does not return. As when the first node has lost its power, seen from another."""
     process = start(tmp_path, "freeze torchrun", at=1)
@@ -156,6 +158,7 @@ def test_a_frozen_launcher_ends_its_workers(tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_torchruns_own_restart_does_not_inherit_the_verdict(tmp_path: Path) -> None:
     """With --max-restarts its store outlives the first start."""
     process = start(tmp_path, "raise", at=1, options=["--max-restarts", "1"])
