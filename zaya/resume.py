@@ -33,6 +33,8 @@ class Start(NamedTuple):
     """Whose counters the run goes on from."""
     hf_config: Mapping[str, Any] = {}
     """The keys of config.json of the checkpoint that the weights came from; the next export writes them."""
+    brings_weights: bool = True
+    """They are a checkpoint's."""
 
 
 def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> Start:
@@ -61,7 +63,16 @@ def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> Start:
         _check_same(given, mesh)
         state.load(given, weights_only=True, allow_missing=allow_missing)
         return Start(f"weights from {recipe.init.checkpoint}{state.left_out}", skipped, hf_config=given.manifest.hf_config)
-    return Start(f"new weights from seed {recipe.train.seed}", skipped)
+    return Start(f"new weights from seed {recipe.train.seed}", skipped, brings_weights=False)
+
+
+def brings_weights(recipe: Recipe, mesh: Mesh) -> bool:
+    """Whether `restore` will replace every weight, or fail, so that none need be drawn (collective)."""
+    if recipe.checkpoint.allow_missing:  # what is missing keeps what was drawn
+        return False
+    if recipe.init.checkpoint or recipe.checkpoint.resume not in ("auto", "never"):
+        return True
+    return recipe.checkpoint.resume == "auto" and any(objects(agreed(lambda: any(Tiers.of(recipe).steps()), mesh), mesh))
 
 
 def _newest_sound(recipe: Recipe, state: TrainState, mesh: Mesh, skipped: list[str]) -> Checkpoint | None:

@@ -84,7 +84,8 @@ def choose_kernels(recipe: Recipe, mesh: Mesh) -> backend.Choice:
 class Trainer:
     """One rank's part of a run. `position` counts rows consumed by the whole job: with the recipe it determines every batch to come."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader, progress: Progress | None = None) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader, progress: Progress | None = None, *, draw: bool = True) -> None:
+        """draw = False: the weights are NaN until `restore` has taken a checkpoint's (see resume.brings_weights)."""
         self.recipe, self.mesh, self.loader = recipe, mesh, loader
         self.progress = progress or Progress()
         """Where the loop is, for whoever watches this process."""
@@ -92,7 +93,8 @@ class Trainer:
         self.kernels = choose_kernels(recipe, mesh)
         self.table = plan(recipe.model)
         self.model = build_model(recipe.model, DTYPES[train.dtype], train.recompute, mesh, self.table)
-        init_weights(self.model, recipe.model, train.seed, pieces(mesh, self.table))
+        init_weights(self.model, recipe.model, train.seed, pieces(mesh, self.table), draw=draw)
+        self.has_weights = draw
         self.optimizer = build_optimizer(self.model, recipe, mesh, self.table)
         self.balance = RouterBalance([block.moe.router.balance_bias for block in self.model.blocks], recipe.model.num_experts,
                                      recipe.optim.balance_lr)
@@ -201,6 +203,9 @@ class Trainer:
     def restore(self) -> None:
         """Start from where the recipe says: the run's own newest sound checkpoint, a given one, other weights, or random ones."""
         start = restore(self.recipe, self.state, self.mesh)
+        if not (self.has_weights or start.brings_weights):
+            raise_on_all([CheckpointError("the checkpoints that were there as the run started are gone; start it again")])
+        self.has_weights = True
         self.origin, self.skipped, self.hf_config = start.origin, start.skipped, start.hf_config
         if start.resumed is not None:
             manifest = start.resumed.manifest

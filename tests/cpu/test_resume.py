@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from tests import tiny
+from zaya import resume
 from zaya.checkpoint.directory import complete_steps, step_path
 from zaya.checkpoint.hashing import hash_bytes
 from zaya.checkpoint.mirror import Mirror
@@ -29,6 +30,7 @@ from zaya.checkpoint.read import Checkpoint
 from zaya.checkpoint.write import CheckpointWriter
 from zaya.config import Recipe, load_recipe
 from zaya.metrics import MetricsWriter, read_rows
+from zaya.model import init
 from zaya.parallel.mesh import open_mesh
 from zaya.preemption import AGAIN_S, Preemption
 from zaya.shard import Layout
@@ -245,6 +247,44 @@ def test_going_back_keeps_the_record_of_both_tiers(folder: Path) -> None:
     assert main([str(recipe), f"--checkpoint.resume={folder / 'step-00000002'}", "--train.steps=3"]) == 0
     assert len(losses(run_dir)) == 3 and len(read_rows(run_dir / "set-aside-1/metrics.jsonl")[0]) == 6
     assert complete_steps(local.parent / "set-aside-1/checkpoints") == [4, 6] and complete_steps(local) == [2, 3]
+
+
+@pytest.mark.parametrize(("start", "draws"), [
+    ("fresh", True), ("--checkpoint.resume=never", True), ("auto", False), ("a path", False), ("init", False),
+    ('--checkpoint.allow_missing=["model.nothing*"]', True)])
+def test_weights_are_drawn_only_where_no_checkpoint_brings_them(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, start: str,
+                                                                draws: bool) -> None:
+    name = re.sub(r"\W+", "-", f"drawn-{start}")
+    run_dir, recipe = finished(folder, whole, name)
+    anew = f"--run.dir={run_dir}-new"
+    options = {"auto": [], "a path": [f"--checkpoint.resume={step_path(run_dir / 'checkpoints', 4)}"], "fresh": [anew],
+               "init": [anew, f"--init.checkpoint={run_dir}"]}.get(start, [start])
+    shutil.rmtree(step_path(run_dir / "checkpoints", 6))
+    drawn: list[str] = []
+    draw = init._normal
+
+    def drawing(shape: tuple[int, ...], std: float, key: str) -> torch.Tensor:
+        drawn.append(key)
+        return draw(shape, std, key)
+
+    monkeypatch.setattr(init, "_normal", drawing)
+    assert main([recipe, *options]) == 0 and bool(drawn) == draws
+    done = Path(f"{run_dir}-new") if anew in options else run_dir
+    assert (losses(done) == losses(whole)) == (start != "init"), "a run from other weights is another"
+
+
+def test_a_checkpoint_that_goes_away_as_a_run_starts_leaves_no_run_without_weights(folder: Path, whole: Path, capsys: Capture,
+                                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, recipe = finished(folder, whole, "gone")
+    brings = resume.brings_weights
+
+    def gone(*arguments: Any) -> bool:
+        found = brings(*arguments)
+        shutil.rmtree(run_dir / "checkpoints")
+        return found
+
+    monkeypatch.setattr("zaya.train.brings_weights", gone)
+    assert main([recipe]) == 7 and "the checkpoints that were there as the run started are gone" in capsys.readouterr().err
 
 
 class KilledError(BaseException):
