@@ -75,7 +75,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str] | None]] = {
 }
 PARTS = ("bench_checkpoint_ranks", "bench_kernels_moe")  # of other benchmarks, which start them
 
-# What the node is.
+# Versions; eight GPUs, each a gfx942.
 MACHINE = """
 import json, sys, torch, triton
 rehearsed = sys.argv[1] == "rehearse"
@@ -87,8 +87,6 @@ if not rehearsed:
     assert len(gpus) == 8, f"{len(gpus)} GPUs are visible, 8 are expected"
     for index, gpu in enumerate(gpus):
         assert gpu.gcnArchName.startswith("gfx942"), f"GPU {index} is {gpu.gcnArchName}, not gfx942"
-        free, total = torch.cuda.mem_get_info(index)
-        assert free > 0.95 * total, f"GPU {index}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free; another process holds the rest"
 """
 
 

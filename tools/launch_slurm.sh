@@ -52,7 +52,11 @@ nodes=$((SLURM_JOB_NUM_NODES - spares))
 restarts=${SLURM_RESTART_COUNT:-0}
 folder=${ZAYA_LOGS:-runs/slurm-$SLURM_JOB_ID}/attempt-$restarts
 port=$((20000 + SLURM_JOB_ID % 10000)) # below 32768, where the kernel picks ports for others
-mapfile -t fit < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # in Slurm's order, in which it numbers them, too
+mapfile -t fit < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # in Slurm's order, in which it numbers the tasks of a step, too
+if ((${#fit[@]} < SLURM_JOB_NUM_NODES)); then
+    say "scontrol names ${#fit[@]} of the job's $SLURM_JOB_NUM_NODES nodes"
+    exit 1
+fi
 
 command=()
 if [[ -n ${ZAYA_IMAGE:-} ]]; then
@@ -64,11 +68,11 @@ if [[ -n ${ZAYA_IMAGE:-} ]]; then
     while read -r name; do
         command+=(--env "$name")
     done < <(compgen -e | grep -E '^(ZAYA|NCCL|RCCL|GLOO|TORCH|PYTORCH|HSA|HIP|ROCR|GPU|TRITON|OMP|HF)_' || true)
-    command+=("$ZAYA_IMAGE" /zaya/.venv/bin/python -m zaya.resilience.supervisor -- /zaya/.venv/bin/torchrun)
+    command+=("$ZAYA_IMAGE" /zaya/.venv/bin/python -m zaya.resilience.supervisor --report NODE_REPORT -- /zaya/.venv/bin/torchrun)
 elif [[ -x .venv/bin/torchrun ]]; then
-    command=("$PWD/.venv/bin/python" -m zaya.resilience.supervisor -- "$PWD/.venv/bin/torchrun")
+    command=("$PWD/.venv/bin/python" -m zaya.resilience.supervisor --report NODE_REPORT -- "$PWD/.venv/bin/torchrun")
 else
-    command=(python3 -m zaya.resilience.supervisor -- torchrun)
+    command=(python3 -m zaya.resilience.supervisor --report NODE_REPORT -- torchrun)
 fi
 step='' code=0 wants_requeue=0 was_signalled=0 is_over=0
 # shellcheck disable=SC2329  # the traps call it
@@ -79,16 +83,17 @@ stop() {
 trap 'wants_requeue=1; stop' USR1
 trap 'stop' TERM
 
-# Run the job on the first `nodes` of the fit ones; its exit code is `code`, its logs are in `logs`.
+# Run the job on the first `nodes` of the fit ones, a task each; its exit code is `code`, and `logs` has what each node said and why it ended.
 run() {
     mkdir -p "$logs"
-    # The word NODE_RANK becomes each node's number on the node itself. All CPUs for the one task and no binding: zaya.runtime binds each
-    # worker beside its GPU.
-    # shellcheck disable=SC2016  # $SLURM_NODEID is the node's, not ours
+    # The words NODE_RANK and NODE_REPORT become each task's own. All CPUs for the one task and no binding: zaya.runtime binds each worker
+    # beside its GPU.
+    # shellcheck disable=SC2016  # $SLURM_PROCID is the task's, not ours
     srun --nodes="$nodes" --ntasks="$nodes" --nodelist="$(IFS=,; echo "${fit[*]:0:nodes}")" --ntasks-per-node=1 \
-        --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none --kill-on-bad-exit=1 --output="$logs/node-%n.log" --open-mode=append \
-        bash -c 'exec "${@/#NODE_RANK/$SLURM_NODEID}"' node "${command[@]}" --nnodes "$nodes" --node-rank NODE_RANK --nproc-per-node 8 \
-        --master-addr "${fit[0]}" --master-port "$port" -m zaya.train "$@" &
+        --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none --kill-on-bad-exit=1 --output="$logs/node-%t.log" --open-mode=append \
+        bash -c 'report=$1/node-$SLURM_PROCID.json; shift; set -- "${@/#NODE_RANK/$SLURM_PROCID}"; exec "${@/#NODE_REPORT/$report}"' \
+        node "$logs" "${command[@]}" --nnodes "$nodes" --node-rank NODE_RANK --nproc-per-node 8 --master-addr "${fit[0]}" --master-port "$port" \
+        -m zaya.train "$@" &
     step=$!
     ((was_signalled == 0)) || kill -TERM "$step"
     while true; do # a signal ends `wait` before the step ends: wait again
@@ -96,21 +101,22 @@ run() {
         if wait "$step"; then code=0; else code=$?; fi
         ((was_signalled)) || break
     done
+    step=''
 }
 
 # Take the nodes out of `fit` whose supervisors have ended with 4. Fails if there are none.
 leave_out_unfit() {
-    local node host found=1
-    for ((node = 0; node < nodes; node++)); do
-        if grep -q '^zaya.resilience.supervisor: .*exit code 4 ' "$logs/node-$node.log" 2>/dev/null; then
-            host=${fit[node]}
-            say "$host is unfit: $(grep -m 1 'zaya.resilience.supervisor: this node' "$logs/node-$node.log" || echo "see $logs/node-$node.log")"
-            unset "fit[node]"
-            found=0
+    local rank cause status=1
+    for ((rank = 0; rank < nodes; rank++)); do
+        if grep -q '"code": 4,' "$logs/node-$rank.json" 2>/dev/null; then
+            cause=$(sed -n 's/.*"cause": //; s/}$//p' "$logs/node-$rank.json")
+            say "${fit[rank]} is unfit and left out: $cause"
+            unset "fit[rank]"
+            status=0
         fi
     done
     fit=("${fit[@]}")
-    return "$found"
+    return "$status"
 }
 
 logs=$folder replaced=0
@@ -118,11 +124,12 @@ say "job $SLURM_JOB_ID, attempt $restarts: $nodes nodes of 8 GPUs, first ${fit[0
 run "$@"
 while ((code != 0 && is_over == 0)) && leave_out_unfit; do
     if ((${#fit[@]} < nodes)); then
+        code=4
         say "${#fit[@]} fit nodes are left, $nodes are needed: see ZAYA_SPARE_NODES"
         break
     fi
     replaced=$((replaced + 1)) port=$((port + 1)) logs=$folder/replaced-$replaced
-    say "going on with ${fit[nodes - 1]}; follow with: tail -f $logs/node-0.log"
+    say "going on with ${fit[*]:0:nodes}; follow with: tail -f $logs/node-0.log"
     run "$@"
 done
 

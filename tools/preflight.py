@@ -10,34 +10,36 @@ Takes about half a minute and all of the GPUs' memory: run it where no job runs.
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 from zaya.cli import Parser, positive
 from zaya.resilience.exits import Exit
-from zaya.resilience.health import UNITS, NodeReport, check_node, compare_nodes, gpu_count, gpu_devices
+from zaya.resilience.health import UNITS, NodeReport, check_node, compare_nodes, gpu_devices, host_name, visible_gpus
 
 
-def table(reports: list[NodeReport]) -> list[str]:
-    """A line for each device, or, of several nodes, one for each node with its slowest."""
-    rows = [["host", "device", *UNITS.values()]]
-    for report in reports:
-        devices = [(probed.device, probed.readings) for probed in report.devices]
-        if len(reports) > 1:
-            names = {name for _, readings in devices for name in readings}
-            slowest = {name: min(readings[name] for _, readings in devices if name in readings) for name in names}
-            devices = [(f"the slowest of {len(devices)}", slowest)]
-        rows += [[report.host, device, *(f"{readings[name]:,.4g}" if name in readings else "-" for name in UNITS)]
-                 for device, readings in devices]
-    if len(rows) > 3:
-        values = [[float(row[column].replace(",", "")) for row in rows[1:] if row[column] != "-"] for column in range(2, len(rows[0]))]
-        rows.append(["", "median", *(f"{statistics.median(column):,.4g}" if column else "-" for column in values)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def table(nodes: list[NodeReport]) -> list[str]:
+    """A line for each device, or, of several nodes, one for each node with its slowest; and their median."""
+    rows: list[tuple[str, str, dict[str, float]]] = []
+    for node in nodes:
+        if len(nodes) == 1:
+            rows += [(node.host, report.device, report.readings) for report in node.devices]
+        else:
+            slowest = {name: min(values) for name in UNITS if (values := [report.readings[name] for report in node.devices
+                                                                          if name in report.readings])}
+            rows.append((node.host, f"the slowest of {len(node.devices)}", slowest))
+    if len(rows) > 2:
+        rows.append(("", "median of these", {name: statistics.median(values) for name in UNITS
+                                             if (values := [readings[name] for _, _, readings in rows if name in readings])}))
+    cells = [["host", "device", *UNITS.values()]]
+    cells += [[host, device, *(f"{readings[name]:,.4g}" if name in readings else "-" for name in UNITS)] for host, device, readings in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths)))
-            for row in rows]
+            for row in cells]
 
 
 def read_reports(folder: Path) -> list[NodeReport]:
@@ -52,69 +54,84 @@ def read_reports(folder: Path) -> list[NodeReport]:
 
 def main() -> int:
     parser = Parser("tools.preflight", description=__doc__.partition("\n")[0])
-    parser.add_argument("--gpus", type=int, metavar="N", help="how many GPUs must be there (default: those that the drivers list)")
+    parser.add_argument("--gpus", type=_count, metavar="N", help="how many GPUs must be there (default: those that torch sees)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: rehearse it there, with two processes")
     parser.add_argument("--seconds", type=positive, default=2.0, help="how long each GPU multiplies (2); more finds rarer faults")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave the report as DIR/HOST.json")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead")
     parser.add_argument("--summary", type=Path, metavar="DIR", help="judge the reports of all nodes in DIR; probes nothing")
-    parser.add_argument("--expect", type=int, metavar="N", help="with --summary: how many nodes must have left a report")
+    parser.add_argument("--expect", type=_count, metavar="N", help="with --summary: how many nodes must have left a report")
     parser.add_argument("--bad", action="store_true", help="with --summary: print only the unfit, as Slurm's --exclude wants them")
     options = parser.parse_args()
-    if options.summary is None and (options.expect is not None or options.bad):
-        parser.error(f"{'--bad' if options.bad else '--expect'} goes with --summary DIR")
     if options.summary is not None:
-        if options.out or options.gpus is not None:
-            parser.error(f"--summary probes nothing: {'--out' if options.out else '--gpus'} does not go with it")
+        for option, given in (("--out", options.out), ("--gpus", options.gpus)):
+            if given is not None:
+                parser.error(f"--summary probes nothing: {option} does not go with it")
+        if options.bad and options.expect is not None:
+            parser.error("--bad names nodes, and --expect counts those without a name: ask for one of them")
         try:
-            reports = read_reports(options.summary)
+            nodes = read_reports(options.summary)
         except (ValueError, OSError) as error:
             return parser.refused(error)
-        return summarize(reports, options.expect, options.bad, options.json)
-    count = options.gpus if options.gpus is not None else gpu_count()
-    if options.device == "cuda" and count < 1:
-        parser.error("no driver lists a GPU here; --device cpu rehearses it" if options.gpus is None else f"--gpus {count}: at least 1")
-    devices = gpu_devices(count) if options.device == "cuda" else ("cpu", "cpu")
-    if options.out is not None:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            return parser.refused(error, "make", options.out)
-    print(f"tools.preflight: probing {len(devices)} devices; about half a minute", file=sys.stderr)
-    report = check_node(devices, options.seconds)
+        return summarize(nodes, options.expect, options.bad, options.json)
+    if options.expect is not None or options.bad:
+        parser.error(f"{'--bad' if options.bad else '--expect'} goes with --summary DIR")
+    if options.device == "cpu" and options.gpus is not None:
+        parser.error("--gpus does not go with --device cpu")
+    count = 0 if options.device == "cpu" else options.gpus or visible_gpus()
+    if options.device == "cuda" and not count:
+        parser.error("torch sees no GPU here; --device cpu rehearses it")
+    devices = gpu_devices(count) or ("cpu", "cpu")
     try:
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"{host_name()}.json").unlink(missing_ok=True)  # should this node not come to its end, it has no report
+    except OSError as error:
+        return parser.refused(error, "make", options.out)
+    print(f"tools.preflight: probing {len(devices)} devices, for about {options.seconds + 30:.0f} s", file=sys.stderr)
+    try:
+        report = check_node(devices, options.seconds)
         if options.out is not None:
             report.write(options.out)
     except OSError as error:
-        return parser.refused(error, "write", options.out)
-    print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else "\n".join(table([report])))
-    return verdict({report.host: list(report.faults)}, report.corrected)
+        return parser.refused(error, "write", options.out or "")
+    print(json.dumps(report.as_dict(), indent=1) if options.json else "\n".join(table([report])))
+    for pci, errors in report.corrected.items():
+        print(f"tools.preflight: GPU {pci}: {errors} memory errors were corrected since its driver was loaded", file=sys.stderr)
+    return verdict({report.host: list(report.faults)})
 
 
-def summarize(reports: list[NodeReport], expected: int | None, only_bad: bool, as_json: bool) -> int:
-    wrong = compare_nodes(reports)
+def summarize(nodes: list[NodeReport], expected: int | None, only_bad: bool, as_json: bool) -> int:
+    wrong = compare_nodes(nodes)
     bad = [host for host, faults in wrong.items() if faults]
     if only_bad:
         print(",".join(bad))
         return Exit.UNHEALTHY if bad else Exit.DONE
-    print(json.dumps({"nodes": len(reports), "faults": wrong}, indent=1) if as_json else "\n".join(table(reports)))
-    code = verdict(wrong, {})
-    if expected is not None and len(reports) < expected:
-        print(f"tools.preflight: {len(reports)} of {expected} nodes have left a report", file=sys.stderr)
+    print(json.dumps({"nodes": len(nodes), "faults": wrong}, indent=1) if as_json else "\n".join(table(nodes)))
+    code = verdict(wrong)
+    oldest = min(nodes, key=lambda node: node.time)
+    print(f"tools.preflight: the oldest report, {oldest.host}'s, is of {time.strftime('%Y-%m-%d %H:%M', time.localtime(oldest.time))}",
+          file=sys.stderr)
+    if expected is not None and len(wrong) < expected:
+        print(f"tools.preflight: {len(wrong)} of {expected} nodes have left a report", file=sys.stderr)
         return Exit.UNHEALTHY
     return code
 
 
-def verdict(wrong: dict[str, list[str]], corrected: dict[str, int]) -> int:
-    """Say what is wrong, a line each."""
-    for pci, count in corrected.items():
-        print(f"tools.preflight: GPU {pci}: {count} memory errors were corrected since its driver was loaded", file=sys.stderr)
-    lines = [f"{host}: {fault}" for host, faults in wrong.items() for fault in faults]
-    for line in lines:
-        print(f"tools.preflight: {line}", file=sys.stderr)
-    bad = sum(map(bool, wrong.values()))
-    print(f"tools.preflight: {len(wrong) - bad} of {len(wrong)} nodes are fit", file=sys.stderr)
-    return Exit.UNHEALTHY if lines else Exit.DONE
+def verdict(wrong: dict[str, list[str]]) -> int:
+    """Say what is wrong, a line each; the exit code."""
+    for host, faults in wrong.items():
+        for fault in faults:
+            print(f"tools.preflight: {host}: {fault}", file=sys.stderr)
+    fit = sum(not faults for faults in wrong.values())
+    print(f"tools.preflight: {fit} of {len(wrong)} nodes are fit", file=sys.stderr)
+    return Exit.DONE if fit == len(wrong) else Exit.UNHEALTHY
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1,000,000")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -216,10 +216,10 @@ class TrainConfig:
             raise ValueError(f"train.batch_ramp = {list(self.batch_ramp)}: {start} rows and a number of increments of {increment} do not "
                              f"make train.global_batch_size = {self.global_batch_size}")
 
-    def batch_sizes(self) -> list[int]:
+    def batch_sizes(self) -> range:
         """Rows of an optimizer step, every number that occurs, ascending."""
         start, increment = self.batch_ramp[:2] or (self.global_batch_size, 1)
-        return list(range(start, self.global_batch_size + 1, increment))
+        return range(start, self.global_batch_size + 1, increment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,24 +449,23 @@ class Recipe:
         self.run.validate()
         self.init.validate()
         dp = world_size // (self.parallel.tp * self.parallel.cp)
-        for rows in reversed(self.train.batch_sizes()):
-            self._validate_batch(rows, dp)
+        rows = self.train.global_batch_size
+        if rows % dp:
+            share = -(-rows // dp)  # and then a share that is one micro-batch, or several
+            share = share if share <= self.train.micro_batch_size else _next_multiple(share, self.train.micro_batch_size)
+            raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {dp} data-parallel ranks; use {share * dp}")
+        micro = self.micro_batch_rows(dp)
+        if rows // dp % micro:
+            raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // dp} rows "
+                             f"(train.global_batch_size = {rows} over {dp} data-parallel ranks); use {math.gcd(rows // dp, micro)}")
+        if any(number % dp for number in self.train.batch_ramp[:2]):
+            raise ValueError(f"train.batch_ramp = {list(self.train.batch_ramp)}: its batches must be multiples of the {dp} data-parallel "
+                             "ranks; make start and increment such")
         if self.train.eval_interval and not self.data.valid:
             raise ValueError(f"train.eval_interval = {self.train.eval_interval} but data.valid is empty; name a held-out corpus")
         if self.train.eval_interval and self.train.eval_rows % dp:
             raise ValueError(f"train.eval_rows = {self.train.eval_rows} is not a multiple of the {dp} data-parallel ranks; "
                              f"use {_next_multiple(self.train.eval_rows, dp)}")
-
-    def _validate_batch(self, rows: int, dp: int) -> None:
-        key = "train.global_batch_size" if rows == self.train.global_batch_size else "a step of train.batch_ramp"
-        if rows % dp:
-            share = -(-rows // dp)  # and then a share that is one micro-batch, or several
-            share = share if share <= self.train.micro_batch_size else _next_multiple(share, self.train.micro_batch_size)
-            raise ValueError(f"{key} = {rows} is not a multiple of the {dp} data-parallel ranks; use {share * dp}")
-        micro = self.micro_batch_rows(dp, rows)
-        if rows // dp % micro:
-            raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // dp} rows "
-                             f"(train.global_batch_size = {rows} over {dp} data-parallel ranks); use {math.gcd(rows // dp, micro)}")
 
     def _validate_deepspeed(self) -> None:
         """What the DeepSpeed engine does not do."""
@@ -493,12 +492,12 @@ class Recipe:
         """Forward passes of a full batch on each of dp data-parallel ranks."""
         return self.train.global_batch_size // dp // self.micro_batch_rows(dp)
 
-    def micro_batch_rows(self, dp: int, rows: int = 0) -> int:
-        """Rows of one forward pass on each of dp data-parallel ranks; in a step of train.batch_ramp, of so many rows, as many of them as
-        divide its share."""
+    def micro_batch_rows(self, dp: int, rows: int | None = None) -> int:
+        """Rows of one forward pass on each of dp data-parallel ranks, of a full batch or of one of train.batch_ramp: there the most that
+        divide a rank's share."""
         share = (rows or self.train.global_batch_size) // dp
         most = min(self.train.micro_batch_size, share)
-        return most if rows in (0, self.train.global_batch_size) else max(n for n in range(1, most + 1) if share % n == 0)
+        return most if rows is None else max(n for n in range(1, most + 1) if share % n == 0)
 
     def identity(self) -> dict[str, object]:
         """What makes two recipes the same run: model, data, optim, seed and sequence length. Everything else may change."""

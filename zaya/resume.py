@@ -66,7 +66,7 @@ def restore(recipe: Recipe, state: TrainState, mesh: Mesh) -> Start:
     return Start(f"new weights from seed {recipe.train.seed}", skipped, brings_weights=False)
 
 
-def brings_weights(recipe: Recipe, mesh: Mesh) -> bool:
+def will_load_weights(recipe: Recipe, mesh: Mesh) -> bool:
     """Whether `restore` will replace every weight, or fail, so that none need be drawn (collective)."""
     if recipe.checkpoint.allow_missing:  # what is missing keeps what was drawn
         return False

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, batch size of the rows consumed. Standard library only; the trainer asks once per step."""
+"""Learning rate as a pure function of the step, batch size of the rows consumed. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 def batch_size(position: int, train: TrainConfig) -> int:
     """Rows of the optimizer step that begins when `position` rows of the run are consumed: train.batch_ramp's, which grows in steps of
     equal numbers of rows, then the full batch. Whatever the batches before were, so that a resumed run may change it."""
-    if not train.batch_ramp:
+    sizes = train.batch_sizes()
+    if len(sizes) == 1:
         return train.global_batch_size
-    start, increment, rows = train.batch_ramp
-    increments = (train.global_batch_size - start) // increment
-    return start + increment * min(position * increments // rows, increments)
+    return sizes[min(position * (len(sizes) - 1) // train.batch_ramp[2], len(sizes) - 1)]
 
 
 def position_of(step: int, train: TrainConfig) -> int:
     """Rows consumed before optimizer step `step` (counted from 1) of a run that had this recipe from its start."""
-    position, left = 0, step - 1
-    while left and (size := batch_size(position, train)) < train.global_batch_size:
-        start, increment, rows = train.batch_ramp
-        increments = (train.global_batch_size - start) // increment
-        grows_at = -(-((size - start) // increment + 1) * rows // increments)  # the first position with a larger batch
-        steps = min(left, -(-(grows_at - position) // size))
+    sizes, position, left = train.batch_sizes(), 0, step - 1
+    for index, size in enumerate(sizes[:-1], start=1):
+        if not left:
+            break
+        grows_at = -(-index * train.batch_ramp[2] // (len(sizes) - 1))  # the first position with a larger batch
+        steps = min(left, max(-(-(grows_at - position) // size), 0))
         position, left = position + steps * size, left - steps
     return position + left * train.global_batch_size

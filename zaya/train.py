@@ -46,7 +46,7 @@ from zaya.parallel.mesh import Mesh, close_mesh, open_mesh, rank_from_environmen
 from zaya.resilience.exits import ACTIONS, Exit, ExitRecord
 from zaya.resilience.guard import NumericalFault
 from zaya.resilience.watchdog import Watchdog
-from zaya.resume import brings_weights
+from zaya.resume import will_load_weights
 from zaya.shard import Layout
 from zaya.tiers import Tiers, agreed, newest_recipe, objects
 from zaya.trainer import Trainer, open_data
@@ -327,7 +327,7 @@ def explain(error: BaseException | None, preempted: str) -> tuple[Exit, str]:
 def run(recipe: Recipe, mesh: Mesh, watchdog: Watchdog) -> str:
     """Train to the end, or until a signal: which, and what is saved. Ended: why not."""
     with ending(Exit.UNREADABLE):
-        trainer = Trainer(recipe, mesh, open_data(recipe, mesh), watchdog.progress, draw=not brings_weights(recipe, mesh))
+        trainer = Trainer(recipe, mesh, open_data(recipe, mesh), watchdog.progress, draw=not will_load_weights(recipe, mesh))
         trainer.restore()
     with ending(Exit.REFUSED):  # a CheckpointError here is of what cannot be written
         metrics = open_run(trainer)

@@ -85,7 +85,7 @@ class Trainer:
     """One rank's part of a run. `position` counts rows consumed by the whole job: with the recipe it determines every batch to come."""
 
     def __init__(self, recipe: Recipe, mesh: Mesh, loader: Loader, progress: Progress | None = None, *, draw: bool = True) -> None:
-        """draw = False: the weights are NaN until `restore` has taken a checkpoint's (see resume.brings_weights)."""
+        """draw = False: the weights are NaN until `restore` has taken a checkpoint's (see resume.will_load_weights)."""
         self.recipe, self.mesh, self.loader = recipe, mesh, loader
         self.progress = progress or Progress()
         """Where the loop is, for whoever watches this process."""
@@ -102,8 +102,7 @@ class Trainer:
         self.state = TrainState(self.table, self.optimizer, biases | self.balance.tensors(), mesh, rounded=train.dtype == "bf16")
         self.token_index = token_index(mesh, train.seq_len)
         self.step, self.position = 0, 0
-        self.rows = 0
-        """Of the last step's batch."""
+        self.last_batch_rows = 0
         self.origin = f"new weights from seed {train.seed}"
         self.skipped: list[str] = []
         """Checkpoints that the start passed over, and why."""
@@ -156,16 +155,17 @@ class Trainer:
         self.optimizer.update(lr=lr, grad_scale=(clip_scale / sums.labelled).to(grad_norm.dtype), commit=committed)
         self.balance.update(sums.counts_LC, commit=committed)
         self.step += 1
-        self.rows = batch_size(self.position, recipe.train)
-        self.position += self.rows
+        self.last_batch_rows = batch_size(self.position, recipe.train)
+        self.position += self.last_batch_rows
         return result
 
     def _micro_batches(self) -> list[tuple[int, int]]:
         """(first row, rows) of each forward pass of the next step on this rank."""
-        dp, batch = self.mesh.dp, batch_size(self.position, self.recipe.train)
-        share = batch // dp.size
+        dp, train = self.mesh.dp, self.recipe.train
+        batch_rows = batch_size(self.position, train)
+        share = batch_rows // dp.size
         first = self.position + dp.rank * share
-        rows = self.recipe.micro_batch_rows(dp.size, batch)
+        rows = self.recipe.micro_batch_rows(dp.size, batch_rows if batch_rows < train.global_batch_size else None)
         return [(row, rows) for row in range(first, first + share, rows)]
 
     def _mine(self, batch: Batch) -> Batch:
@@ -351,7 +351,7 @@ class Trainer:
         of an evaluation or a save between them."""
         train, loss = self.recipe.train, result.loss.item()
         seconds = time.perf_counter() - started
-        tokens_per_second = self.rows * train.seq_len / seconds
+        tokens_per_second = self.last_batch_rows * train.seq_len / seconds
         return {
             "step": self.step, "tokens": self.position * train.seq_len, "loss": loss, "grad_norm": result.grad_norm.item(),
             "lr": learning_rate(self.step, train.steps, self.recipe.optim), "tokens_per_second": tokens_per_second,

@@ -282,7 +282,7 @@ def test_the_recipes_of_the_project_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     recipe.validate(recipe.parallel.tp * recipe.parallel.cp)
     if path.name.startswith("zaya1_"):
-        recipe.validate(1024)  # as they were trained
+        recipe.validate(1024)
 
 
 def test_main_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

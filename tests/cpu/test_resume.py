@@ -276,14 +276,14 @@ def test_weights_are_drawn_only_where_no_checkpoint_brings_them(folder: Path, wh
 def test_a_checkpoint_that_goes_away_as_a_run_starts_leaves_no_run_without_weights(folder: Path, whole: Path, capsys: Capture,
                                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, recipe = finished(folder, whole, "gone")
-    brings = resume.brings_weights
+    will_load = resume.will_load_weights
 
     def gone(*arguments: Any) -> bool:
-        found = brings(*arguments)
+        found = will_load(*arguments)
         shutil.rmtree(run_dir / "checkpoints")
         return found
 
-    monkeypatch.setattr("zaya.train.brings_weights", gone)
+    monkeypatch.setattr("zaya.train.will_load_weights", gone)
     assert main([recipe]) == 7 and "the checkpoints that were there as the run started are gone" in capsys.readouterr().err
 
 

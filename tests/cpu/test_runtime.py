@@ -261,7 +261,7 @@ FAKES = {
             shift
         done
         for ((n = 0; n < nodes; n++)); do
-            SLURM_NODEID=$n "$@" > "${output/\\%n/$n}" 2>&1 &
+            SLURM_PROCID=$n "$@" > "${output/\\%t/$n}" 2>&1 &
             tasks+=($!)
         done
         trap 'kill -TERM "${tasks[@]}"' TERM
@@ -272,11 +272,16 @@ FAKES = {
             ((got > code)) && code=$got
         done
         exit "$code"''',
-    # The supervisor: once.
+    # The supervisor: once. The node FAKE_UNFIT is unfit.
     "python3": '''
-        [[ "$1 $2 $3" == "-m zaya.resilience.supervisor --" ]] || exit 99
+        [[ "$1 $2 $3 $5" == "-m zaya.resilience.supervisor --report --" ]] || exit 99
         echo "supervised" >> "$FAKE_LOG"
-        exec "${@:4}"''',
+        nodes=($(grep -o "nodelist=.*" "$FAKE_LOG" | tail -n 1 | cut -d= -f2 | tr , " "))
+        if [[ " ${FAKE_UNFIT:-} " == *" ${nodes[SLURM_PROCID]} "* ]]; then
+            echo "{\\"code\\": 4, \\"host\\": \\"x\\", \\"cause\\": \\"cuda:3: wrong\\"}" > "$4"
+            exit 4
+        fi
+        exec "${@:6}"''',
     "torchrun": '''
         echo "torchrun $*" >> "$FAKE_LOG"
         if [[ -n ${FAKE_SLEEP:-} ]]; then
@@ -333,25 +338,47 @@ def test_the_first_error_is_the_workers_own_line(tmp_path: Path, slurm: dict[str
     assert "node-1.log:2:zaya.train: cannot read recipe" in err and "Traceback" not in err
 
 
-UNFIT = ("zaya.resilience.supervisor: this node, host2: cuda:3: wrong\n"
-         "zaya.resilience.supervisor: not started again: exit code 4 (unhealthy); there is no checkpoint")
+def spared(folder: Path, slurm: dict[str, str], spares: int, unfit: str) -> tuple[int, str, list[str]]:
+    """2 nodes train, of host1 to host4 as many as spares say; the exit code, stderr, and on which nodes each start was."""
+    write(folder / "bin/scontrol", f'#!/usr/bin/env bash\nfor i in $(seq {2 + spares}); do echo host$i; done\n')
+    environ = {**slurm, "SLURM_JOB_NUM_NODES": str(2 + spares), "ZAYA_SPARE_NODES": str(spares), "FAKE_UNFIT": unfit}
+    code, err, calls = launch(folder, environ, "recipe.toml")
+    return code, err, [call.removeprefix("srun --nodelist=") for call in calls if "nodelist" in call]
 
 
-def test_a_spare_node_takes_the_place_of_an_unfit_one(tmp_path: Path, slurm: dict[str, str]) -> None:
-    """Node 1 of the first start is host2; host3 takes its place, and what was node 1's is unfit again: then nothing is left."""
-    environ = {**slurm, "SLURM_JOB_NUM_NODES": "3", "ZAYA_SPARE_NODES": "1", "FAKE_CODE": "4", "FAKE_WORDS": UNFIT}
-    write(tmp_path / "bin/scontrol", '#!/usr/bin/env bash\nprintf "host%s\\n" 1 2 3\n')
-    code, err, calls = launch(tmp_path, environ, "recipe.toml")
-    assert code == 4 and [call for call in calls if "nodelist" in call] == ["srun --nodelist=host1,host2", "srun --nodelist=host1,host3"]
-    assert [re.search(r"--nnodes 2 .*--master-port (\d+)", call)[1] for call in calls if "--node-rank 1" in call] == ["23456", "23457"]  # type: ignore[index]
-    assert "host2 is unfit: zaya.resilience.supervisor: this node, host2: cuda:3: wrong\nlaunch_slurm: going on with host3;" in err
-    assert "host3 is unfit" in err and "1 fit nodes are left, 2 are needed: see ZAYA_SPARE_NODES\n" in err
-    assert sorted(path.name for path in (tmp_path / "runs/slurm-123456/attempt-0").iterdir()) == ["node-0.log", "node-1.log", "replaced-1"]
+@pytest.mark.parametrize(("spares", "unfit", "code", "starts"), [
+    (1, "host2", 0, ["host1,host2", "host1,host3"]),
+    (2, "host1", 0, ["host1,host2", "host2,host3"]),  # the others' meeting point
+    (2, "host1 host2", 0, ["host1,host2", "host3,host4"]),
+    (2, "host2 host3", 0, ["host1,host2", "host1,host3", "host1,host4"]),
+    (1, "host2 host3", 4, ["host1,host2", "host1,host3"]),
+    (0, "host2", 4, ["host1,host2"]),
+])
+def test_a_spare_node_takes_the_place_of_an_unfit_one(tmp_path: Path, slurm: dict[str, str], spares: int, unfit: str, code: int,
+                                                      starts: list[str]) -> None:
+    ended, err, started = spared(tmp_path, slurm, spares, unfit)
+    assert (ended, started) == (code, sorted(starts)), err
+    assert f'{unfit.split()[0]} is unfit and left out: "cuda:3: wrong"\n' in err
+    assert (f"going on with {starts[-1].replace(',', ' ')};" in err) == (len(starts) > 1)
+    assert ("fit nodes are left, 2 are needed: see ZAYA_SPARE_NODES\n" in err) == (code == 4)
+    last = (tmp_path / "calls").read_text().rpartition("nodelist")[2]
+    if code == 0:
+        first = starts[-1].partition(",")[0]
+        assert re.search(rf"torchrun --nnodes 2 --node-rank 1 .* --master-addr {first} --master-port {23455 + len(starts)} ", last)
+    logs = tmp_path / "runs/slurm-123456/attempt-0"
+    assert (logs / "node-1.log").exists() and (logs / f"replaced-{len(starts) - 1}/node-1.log").exists() == (len(starts) > 1)
 
 
-def test_spares_wait_where_all_are_fit(tmp_path: Path, slurm: dict[str, str]) -> None:
-    code, _, calls = launch(tmp_path, {**slurm, "SLURM_JOB_NUM_NODES": "4", "ZAYA_SPARE_NODES": "2", "FAKE_CODE": "1"}, "recipe.toml")
-    assert code == 1 and calls.count("supervised") == 2 and "srun --nodelist=host1,host2" in calls, "another failure replaces nobody"
+def test_another_failure_replaces_nobody(tmp_path: Path, slurm: dict[str, str]) -> None:
+    write(tmp_path / "bin/scontrol", "#!/usr/bin/env bash\nfor i in 1 2 3 4; do echo host$i; done\n")
+    code, err, calls = launch(tmp_path, {**slurm, "SLURM_JOB_NUM_NODES": "4", "ZAYA_SPARE_NODES": "2", "FAKE_CODE": "1"}, "recipe.toml")
+    assert code == 1 and calls.count("supervised") == 2 and "unfit" not in err
+
+
+def test_too_few_names_are_one_line(tmp_path: Path, slurm: dict[str, str]) -> None:
+    write(tmp_path / "bin/scontrol", "#!/usr/bin/env bash\nexit 1\n")
+    code, err, calls = launch(tmp_path, slurm, "recipe.toml")
+    assert (code, err, calls) == (1, "launch_slurm: scontrol names 0 of the job's 2 nodes\n", [])
 
 
 @pytest.mark.parametrize("spares", ["2", "-1", "x"])
@@ -405,7 +432,8 @@ def test_the_container_gets_devices_and_settings(tmp_path: Path, slurm: dict[str
     (first, second) = (call for call in calls if call.startswith("docker"))
     assert code == 0, err
     for part in ("--device=/dev/kfd", "--device=/dev/dri", "--group-add 109", "--network=host", "--ipc=host", "--env NCCL_IB_HCA",
-                 f"--volume {tmp_path}:{tmp_path}", "zaya:1 /zaya/.venv/bin/python -m zaya.resilience.supervisor -- /zaya/",
+                 f"--volume {tmp_path}:{tmp_path}", "zaya:1 /zaya/.venv/bin/python -m zaya.resilience.supervisor --report "
+                 "runs/slurm-123456/attempt-0/node-0.json -- /zaya/",
                  "torchrun --nnodes 2 --node-rank 0"):
         assert part in first, part
     assert "SECRET" not in first and "--node-rank 1" in second

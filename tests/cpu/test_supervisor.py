@@ -179,12 +179,11 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 PROBED = """
 import sys
 from zaya.resilience import supervisor
-from zaya.resilience.health import NodeReport
+from zaya.resilience.health import DeviceReport, Fault, NodeReport
 answers = iter({answers!r})
 def check_node(devices, is_over):
-    print("probing", *devices, file=sys.stderr)
-    return NodeReport("n1", 0.0, (), next(answers))
-supervisor.check_node, supervisor.gpu_count = check_node, lambda: {gpus}
+    return NodeReport("n1", 0.0, tuple(DeviceReport("cuda:1", faults=[Fault(text)]) for text in next(answers)))
+supervisor.check_node, supervisor.visible_gpus, supervisor.host_name = check_node, lambda: {gpus}, lambda: "n1"
 sys.exit(supervisor.main(sys.argv[1:]))
 """
 
@@ -203,15 +202,17 @@ def probed(folder: Path, answers: list[tuple[str, ...]], *options: str, gpus: in
 
 
 def test_an_unfit_node_starts_nothing(tmp_path: Path) -> None:
-    code, said = probed(tmp_path, [("cuda:1: 3 wrong",)], gpus=8)
-    assert code == 4 and "this node, n1: cuda:1: 3 wrong\n" in said and not (tmp_path / "starts").exists()
-    assert "probing cuda:0 cuda:1\n" in said and "--health never would start the job all the same" in said
-    assert "exit code 4 (unhealthy); there is no checkpoint; take the node out" in said.splitlines()[-1]
+    code, said = probed(tmp_path, [("3 wrong",)], "--report", str(tmp_path / "end.json"), gpus=8)
+    assert code == 4 and "supervisor: n1: cuda:1: 3 wrong\n" in said and not (tmp_path / "starts").exists()
+    assert "probing cuda:0, cuda:1 of n1, for" in said and "--health never starts the job all the same" in said
+    assert "exit code 4 (unhealthy) of n1: cuda:1: 3 wrong; there is no checkpoint; take the node out" in said.splitlines()[-1]
+    assert (tmp_path / "end.json").read_text() == '{"code": 4, "host": "n1", "cause": "cuda:1: 3 wrong"}\n'
 
 
 def test_a_node_that_becomes_unfit_starts_nothing_again(tmp_path: Path) -> None:
-    code, said = probed(tmp_path, [(), ("cuda:0: slow",)], gpus=8)
-    assert code == 4 and len((tmp_path / "starts").read_text().splitlines()) == 1 and "2 devices of this node probed in 0 s: fit" in said
+    code, said = probed(tmp_path, [(), ("slow",)], "--report", "/nowhere/end.json", gpus=8)
+    assert code == 4 and len((tmp_path / "starts").read_text().splitlines()) == 1 and "probed in 0 s: fit\n" in said
+    assert "cannot write --report /nowhere/end.json: No such file or directory\n" in said, "that changes no exit code"
 
 
 @pytest.mark.parametrize(("options", "gpus", "recipe", "probes"), [
@@ -219,12 +220,22 @@ def test_a_node_that_becomes_unfit_starts_nothing_again(tmp_path: Path) -> None:
     (["--health", "always"], 0, "--train.device=auto", 2), ([], 1, "--train.device=auto", 2)])
 def test_the_devices_that_the_job_uses_are_probed(tmp_path: Path, options: list[str], gpus: int, recipe: str, probes: int) -> None:
     code, said = probed(tmp_path, [()] * 2, *options, gpus=gpus, recipe=recipe)
-    assert (code, said.count("probing")) == (0, probes) and said.count("probing cpu\n") == (probes if not gpus else 0), said
+    assert (code, said.count("probing")) == (0, probes) and said.count("probing cpu of n1") == (probes if not gpus else 0), said
 
 
 def test_the_real_probes_of_a_cpu(tmp_path: Path) -> None:
     code, said, _ = supervised(tmp_path, [{}], "--health", "always")
-    assert code == 0 and "1 devices of this node probed in" in said
+    assert code == 0 and ": probed in" in said and said.count(": fit\n") == 1
+
+
+def test_a_signal_during_the_probes_is_obeyed(tmp_path: Path) -> None:
+    process = start(tmp_path, [{}], "--health", "always")
+    assert process.stderr is not None and "probing cpu of" in process.stderr.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "SIGTERM: not started again: exit code 130" in said and "unfit" not in said
+    assert not (tmp_path / "starts").exists()
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -13,10 +13,10 @@ DEVICE = torch.device("cuda:0")
 
 
 def test_this_gpu_is_good_and_its_readings_are_those_of_a_gpu() -> None:
-    report = health.check_node(("cuda:0",), seconds=1)
-    (probed,) = report.devices
-    assert report.faults == () and set(probed.readings) == set(health.ALONE)
-    assert probed.readings["tflops"] > 50 and probed.readings["copy_gbs"] > 300
+    report = health.check_node(("cuda:0",), matmul_s=1)
+    (device,) = report.devices
+    assert report.faults == () and set(device.readings) == set(health.ALONE)
+    assert device.readings["tflops"] > 50 and device.readings["copy_gbs"] > 300
 
 
 def test_one_wrong_bit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,4 +28,4 @@ def test_one_wrong_bit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return kwargs["out"]
 
     monkeypatch.setattr(torch, "mm", spoiled)
-    assert probes.matmul(DEVICE, probes.GPU, 0)[1] == ["10 of 671,088,640 elements of 10 bf16 products are wrong"]
+    assert probes.matmul(DEVICE, probes.GPU_SIZES, 0)[1] == ["10 of 671,088,640 elements of 10 bf16 products are wrong"]

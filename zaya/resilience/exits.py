@@ -18,7 +18,7 @@ from zaya.cli import INTERRUPTED, replace_text
 
 
 class Exit(enum.IntEnum):
-    """Exit codes of zaya.train, of its workers and of the supervisor."""
+    """Exit codes of zaya.train, of its workers and of the supervisor; 0, 2 and 4 of tools.preflight, too."""
 
     DONE = 0
     FAILED = 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import statistics
@@ -27,71 +28,98 @@ from zaya.runtime import Machine
 
 SLOW_SHARE = 0.85
 """Of the median of its like: what is slower holds all others back. Good GPUs of one kind differ by a few percent."""
-TIMEOUT_S = 180.0
-"""For the probes of a device: some 20 s, of which torch's start is half."""
+OVERHEAD_S = 180.0
+"""For a device's probe beside its products: some 20 s, of which torch's start is half."""
+UNITS = {"tflops": "TFLOP/s", "copy_gbs": "GB/s copied", "to_device_gbs": "GB/s to it", "from_device_gbs": "GB/s from it",
+         "reduce_gbs": "GB/s all-reduced", "exchange_gbs": "GB/s all-to-all"}
+"""Of the readings. tflops: bf16 products; copy_gbs: device memory, read and written; to_device_gbs, from_device_gbs: pinned host memory;
+reduce_gbs, exchange_gbs: bytes that a rank has to send, over the time of a collective of all devices."""
+ALONE = ("tflops", "copy_gbs", "to_device_gbs", "from_device_gbs")
+"""Readings of one device. Those of all together are as slow as the slowest, so within a node no outlier shows."""
 
 
 class Floor(NamedTuple):
+    """What a good device of an architecture reaches at least, where it is one of so many that are probed together (0: any number)."""
+
     reading: str
     least: float
+    devices: int
     source: str
 
 
 FLOORS: Mapping[str, tuple[Floor, ...]] = {
     "gfx942": (
-        Floor("tflops", 560.0, "0.8 of 708, the most that AMD reports for bf16"),
-        Floor("copy_gbs", 3200.0, "0.8 of 4,000, the least of published copies"),
-        Floor("reduce_gbs", 150.0, "0.75 of 199, the least published for all-reduces of 64 MB over 8 GPUs"),
+        Floor("tflops", 580.0, 0, "0.8 of 724, the least published for bf16 of this size"),
+        Floor("copy_gbs", 3200.0, 0, "0.8 of 4,000, the least of published copies"),
+        Floor("reduce_gbs", 150.0, 8, "0.75 of 199, the least published for all-reduces of 64 MB over 8 GPUs"),
     ),
 }
-"""Where the whole node is slow there is no median to tell it. By architecture; the last holds for 8 GPUs together."""
-UNITS = {"tflops": "TFLOP/s", "copy_gbs": "GB/s copied", "to_device_gbs": "GB/s to it", "from_device_gbs": "GB/s from it",
-         "reduce_gbs": "GB/s all-reduced", "exchange_gbs": "GB/s all-to-all"}
-ALONE = ("tflops", "copy_gbs", "to_device_gbs", "from_device_gbs")
-"""Readings of one device. Those of all together are as slow as the slowest, so within a node no outlier shows."""
+"""Where a whole node is slow there is no median to tell it. By architecture."""
+
+
+class Fault(NamedTuple):
+    """What is wrong with a device, in words; of which reading, where it is slow."""
+
+    text: str
+    reading: str = ""
 
 
 @dataclass
-class Probed:
+class DeviceReport:
     """What the probes of one device have found (zaya/resilience/probes.py)."""
 
     device: str
     """cuda:N or cpu."""
     name: str = ""
-    """Of its kind, with the architecture: "AMD Instinct MI300X gfx942"."""
+    arch: str = ""
+    """gfx942, sm_90, ..."""
     readings: dict[str, float] = field(default_factory=dict)
-    """By the names of UNITS. tflops: bf16 products; copy_gbs: device memory, read and written; to_device_gbs, from_device_gbs: pinned host
-    memory; reduce_gbs, exchange_gbs: all-reduce and all-to-all, in bytes that a rank has to send."""
-    faults: list[str] = field(default_factory=list)
-    """A line each; none, and the device is good."""
+    """By the names of UNITS."""
+    faults: list[Fault] = field(default_factory=list)
 
     @classmethod
-    def of(cls, table: Mapping[str, Any]) -> Probed:
+    def of(cls, table: Mapping[str, Any]) -> DeviceReport:
         """From JSON. ValueError: it is not one."""
         try:
-            readings = {str(name): float(value) for name, value in table["readings"].items()}
-            return cls(str(table["device"]), str(table["name"]), readings, [str(fault) for fault in table["faults"]])
+            readings = {name: float(value) for name, value in table["readings"].items() if name in UNITS}
+            if not all(math.isfinite(value) and value > 0 for value in readings.values()):
+                raise ValueError(f"a reading is no positive number: {readings}")
+            return cls(str(table["device"]), str(table["name"]), str(table["arch"]), readings,
+                       [Fault(str(text), str(reading)) for text, reading in table["faults"]])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not what a probe has found ({type(error).__name__}: {error})") from None
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """Of one node; it is fit where there are no faults, those of its devices among them."""
+    """Of one node."""
 
     host: str
+    """As Slurm calls it, where Slurm has started this process."""
     time: float
     """Seconds since 1970."""
-    devices: tuple[Probed, ...]
-    faults: tuple[str, ...]
+    devices: tuple[DeviceReport, ...]
+    uncorrected: dict[str, int] = field(default_factory=dict)
+    """Memory errors since the driver was loaded, by the GPU's PCI address: it must be reset."""
     corrected: dict[str, int] = field(default_factory=dict)
-    """Memory errors that were corrected, by the GPU's PCI address: no fault, but worth watching."""
+    """The same, that did no harm: worth watching."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """A line each; none, and the node is fit."""
+        errors = (f"GPU {pci}: {count} errors of its memory could not be corrected since its driver was loaded; reset it"
+                  for pci, count in self.uncorrected.items())
+        return (*(f"{report.device}: {fault.text}" for report in self.devices for fault in report.faults), *errors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `read` takes it back."""
+        return {**asdict(self), "faults": self.faults}
 
     def write(self, folder: Path) -> Path:
         """FOLDER/HOST.json, atomically; the folder is made. OSError: it cannot be written."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.host}.json"
-        replace_text(path, json.dumps(asdict(self), indent=1) + "\n")
+        replace_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
         return path
 
     @classmethod
@@ -99,62 +127,83 @@ class NodeReport:
         """ValueError: it is not a node's report. OSError: it cannot be read."""
         try:
             table = json.loads(path.read_bytes())
-            return cls(str(table["host"]), float(table["time"]), tuple(Probed.of(device) for device in table["devices"]),
-                       tuple(str(fault) for fault in table["faults"]),
-                       {str(pci): int(count) for pci, count in table["corrected"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(str(table["host"]), float(table["time"]), tuple(DeviceReport.of(device) for device in table["devices"]),
+                       *({str(pci): int(count) for pci, count in table[kind].items()} for kind in ("uncorrected", "corrected")))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a node's report ({type(error).__name__}: {error})") from None
 
 
-def gpu_count(root: Path = Path("/")) -> int:
-    """GPUs of this machine, as the drivers of AMD and NVIDIA list them; what *_VISIBLE_DEVICES hides is counted."""
-    return len(Machine(root).gpus) or len(list((root / "dev").glob("nvidia[0-9]*")))
+def host_name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+# ---------------------------------------------------------------------------------------------------------------- a node
+
+
+def has_gpus(root: Path = Path("/")) -> bool:
+    """Whether a driver of AMD or NVIDIA lists one; without starting torch."""
+    return bool(Machine(root).gpus) or any((root / "dev").glob("nvidia[0-9]*"))
+
+
+def visible_gpus() -> int:
+    """How many torch would use in this environment; takes its start of some seconds. 0 where it does not start within OVERHEAD_S."""
+    if not has_gpus():
+        return 0
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    try:
+        return int(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=OVERHEAD_S).stdout.split()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return 0
 
 
 def gpu_devices(count: int) -> tuple[str, ...]:
     return tuple(f"cuda:{index}" for index in range(count))
 
 
-def check_node(devices: Sequence[str], seconds: float = 2.0, timeout_s: float = TIMEOUT_S, is_over: Callable[[], bool] = lambda: False,
+class InterruptedCheck(Exception):
+    """Whoever asked does not wait for the end."""
+
+
+def check_node(devices: Sequence[str], matmul_s: float = 2.0, overhead_s: float = OVERHEAD_S, is_over: Callable[[], bool] = lambda: False,
                machine: Machine | None = None) -> NodeReport:
-    """Probe all devices at once, as a job would use them, then their links; seconds: of products. `is_over`: asked all the time, and once
-    it holds the rest is left out."""
+    """Probe all devices at once, as a job would use them, then their links. `matmul_s`: how long each multiplies; its probe may take
+    `overhead_s` longer. `is_over` is asked all the time; once it holds, InterruptedCheck. OSError: no process can be started."""
     machine = machine or Machine()
-    found = _run([[*_PROBE, "--device", device, "--seconds", str(seconds)] for device in devices], devices, timeout_s, is_over)
-    if len(devices) > 1 and not any(probed.faults for probed in found):  # a collective with a broken part tells nothing more
+    limit_s = matmul_s + overhead_s
+    reports = _run([["--device", device, "--seconds", str(matmul_s)] for device in devices], devices, limit_s, is_over)
+    if len(devices) > 1 and not any(report.faults for report in reports):  # a collective with a broken part tells nothing more
         with tempfile.TemporaryDirectory(prefix="zaya-links-") as folder:
-            commands = [[*_PROBE, "--device", device, "--links", str(rank), str(len(devices)), f"{folder}/store"]
+            commands = [["--device", device, "--links", str(rank), str(len(devices)), f"{folder}/store"]
                         for rank, device in enumerate(devices)]
-            for probed, linked in zip(found, _run(commands, devices, timeout_s, is_over)):
-                probed.readings.update(linked.readings)
-                probed.faults += linked.faults
-    for probed, fault in [*slow_ones(found), *below_floors(found)]:
-        probed.faults.append(fault)
-    errors = memory_errors(machine)
-    faults = [f"{probed.device}: {fault}" for probed in found for fault in probed.faults]
-    faults += [f"GPU {pci}: {uncorrected} errors of its memory could not be corrected since its driver was loaded; reset it"
-               for pci, (uncorrected, _) in errors.items() if uncorrected]
-    return NodeReport(socket.gethostname(), time.time(), tuple(found), tuple(faults),
-                      {pci: corrected for pci, (_, corrected) in errors.items() if corrected})
+            for report, linked in zip(reports, _run(commands, devices, limit_s, is_over)):
+                report.readings.update(linked.readings)
+                report.faults += linked.faults
+    for report, fault in [*outliers(reports), *below_floors(reports)]:
+        report.faults.append(fault)
+    uncorrected, corrected = memory_errors(machine, "ue"), memory_errors(machine, "ce")
+    return NodeReport(host_name(), time.time(), tuple(reports), uncorrected, corrected)
 
 
 _PROBE = (sys.executable, "-m", "zaya.resilience.probes")
 
 
-def _run(commands: Sequence[Sequence[str]], devices: Sequence[str], timeout_s: float, is_over: Callable[[], bool]) -> list[Probed]:
-    """Each device's command, all at once: what it found, or that it died or did not end."""
+def _run(arguments: Sequence[Sequence[str]], devices: Sequence[str], limit_s: float, is_over: Callable[[], bool]) -> list[DeviceReport]:
+    """A probe for each device, all at once: what it found, or that it died or did not end."""
     with tempfile.TemporaryDirectory(prefix="zaya-probes-") as folder, contextlib.ExitStack() as stack:
         started = []
-        for index, command in enumerate(commands):
+        for index, words in enumerate(arguments):
             out, err = (stack.enter_context(open(f"{folder}/{index}.{name}", "w+b")) for name in ("out", "err"))
             environment = {**os.environ, "LOCAL_RANK": str(index)}  # beside its GPU, as the job's worker is (zaya/runtime.py)
-            started.append((subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment,
-                                             start_new_session=True), out, err))
-            stack.callback(_end, started[-1][0])
-        until = time.monotonic() + timeout_s
-        while any(process.poll() is None for process, _, _ in started) and time.monotonic() < until and not is_over():
+            process = subprocess.Popen([*_PROBE, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment,
+                                       start_new_session=True)
+            stack.callback(_end, process)
+            started.append((process, out, err))
+        until = time.monotonic() + limit_s
+        while any(process.poll() is None for process, _, _ in started) and time.monotonic() < until:
+            if is_over():
+                raise InterruptedCheck
             time.sleep(0.05)
-        return [_result(device, process, out, err, timeout_s) for device, (process, out, err) in zip(devices, started)]
+        return [_result(device, process, out, err, limit_s) for device, (process, out, err) in zip(devices, started)]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -165,72 +214,73 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(1)
 
 
-def _result(device: str, process: subprocess.Popen[bytes], out: IO[bytes], err: IO[bytes], timeout_s: float) -> Probed:
+def _result(device: str, process: subprocess.Popen[bytes], out: IO[bytes], err: IO[bytes], limit_s: float) -> DeviceReport:
     status = process.poll()
-    out.seek(0)
-    err.seek(0)
+    if status is None:
+        return DeviceReport(device, faults=[Fault(f"its probe did not end within {limit_s:g} s")])
     if status == 0:
-        with contextlib.suppress(ValueError, IndexError):
-            return Probed.of(json.loads(out.read().splitlines()[-1]))
-    lines = [line.strip() for line in err.read().decode(errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else "silently"
-    how = f"did not end within {timeout_s:g} s" if status is None else f"ended with exit code {status}: {last}"
-    return Probed(device, faults=[f"its probe {how}"])
+        with contextlib.suppress(ValueError):
+            return DeviceReport.of(json.loads(_last_line(out)))
+    return DeviceReport(device, faults=[Fault(f"its probe ended with exit code {status}: {_last_line(err) or 'silently'}")])
+
+
+def _last_line(file: IO[bytes]) -> str:
+    file.seek(max(file.seek(0, os.SEEK_END) - 100_000, 0))
+    lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is slow, and errors
 
 
-def slow_ones(found: Sequence[Probed], readings: Sequence[str] = ALONE) -> list[tuple[Probed, str]]:
-    """Devices slower than SLOW_SHARE of the median of those with the same name, where there are three or more, and what to say of each."""
+def outliers(reports: Sequence[DeviceReport], readings: Sequence[str] = ALONE) -> list[tuple[DeviceReport, Fault]]:
+    """Devices slower than SLOW_SHARE of the median of those with the same name, where there are three or more."""
     slow = []
-    for name in sorted({probed.name for probed in found}):
+    for name in sorted({report.name for report in reports}):
         for reading in readings:
-            alike = [probed for probed in found if probed.name == name and reading in probed.readings]
+            alike = [report for report in reports if report.name == name and reading in report.readings]
             if len(alike) >= 3:
-                median = statistics.median(probed.readings[reading] for probed in alike)
-                slow += [(probed, f"{told(probed, reading)}, {probed.readings[reading] / median:.2f} of the median of its like")
-                         for probed in alike if probed.readings[reading] < SLOW_SHARE * median]
+                median = statistics.median(report.readings[reading] for report in alike)
+                slow += [(report, Fault(f"{format_reading(report, reading)}, {report.readings[reading] / median:.2f} of the median of its "
+                                        "like", reading))
+                         for report in alike if report.readings[reading] < SLOW_SHARE * median]
     return slow
 
 
-def below_floors(found: Sequence[Probed]) -> list[tuple[Probed, str]]:
-    return [(probed, f"{told(probed, floor.reading)}, less than {floor.least:g} ({floor.source})")
-            for probed in found for floor in FLOORS.get(probed.name.rpartition(" ")[2], ())
-            if floor.reading in probed.readings and probed.readings[floor.reading] < floor.least
-            and (floor.reading in ALONE or len(found) == 8)]
+def below_floors(reports: Sequence[DeviceReport]) -> list[tuple[DeviceReport, Fault]]:
+    return [(report, Fault(f"{format_reading(report, floor.reading)}, less than {floor.least:g} ({floor.source})", floor.reading))
+            for report in reports for floor in FLOORS.get(report.arch, ())
+            if report.readings.get(floor.reading, math.inf) < floor.least and floor.devices in (0, len(reports))]
 
 
-def told(probed: Probed, reading: str) -> str:
-    return f"{probed.readings[reading]:,.4g} {UNITS[reading]}"
+def format_reading(report: DeviceReport, reading: str) -> str:
+    return f"{report.readings[reading]:,.4g} {UNITS[reading]}"
 
 
-def compare_nodes(reports: Sequence[NodeReport]) -> dict[str, list[str]]:
+def compare_nodes(nodes: Sequence[NodeReport]) -> dict[str, list[str]]:
     """What is wrong, by host: each node's own faults, and what is slow beside the devices of all nodes, collectives included."""
-    wrong = {report.host: list(report.faults) for report in reports}
-    hosts = {id(probed): report.host for report in reports for probed in report.devices}
-    for probed, fault in slow_ones([probed for report in reports for probed in report.devices], tuple(UNITS)):
-        line = f"{probed.device}: {fault}"
-        if not any(known.startswith(f"{probed.device}: {fault.partition(',')[0]}") for known in wrong[hosts[id(probed)]]):
-            wrong[hosts[id(probed)]].append(line)
+    wrong: dict[str, list[str]] = {}
+    for node in nodes:
+        wrong.setdefault(node.host, []).extend(node.faults)
+    hosts = {id(report): node.host for node in nodes for report in node.devices}
+    for report, fault in outliers([report for node in nodes for report in node.devices], tuple(UNITS)):
+        if fault.reading not in {known.reading for known in report.faults}:
+            wrong[hosts[id(report)]].append(f"{report.device}: {fault.text}")
     return wrong
 
 
-def memory_errors(machine: Machine) -> dict[str, tuple[int, int]]:
-    """(uncorrected, corrected) errors of each GPU's blocks since the driver was loaded, by PCI address; those that the driver tells of.
+def memory_errors(machine: Machine, kind: str) -> dict[str, int]:
+    """Errors of each GPU's blocks since the driver was loaded, by PCI address, where there are any. kind: ue, which could not be
+    corrected, or ce, which were.
 
     Source: docs.kernel.org, AMDGPU RAS support: files of lines "ue: N" and "ce: N".
     """
-    errors = {}
+    counts: dict[str, int] = {}
     for gpu in machine.gpus:
-        counts = {"ue": 0, "ce": 0}
-        files = sorted((machine.root / "sys/bus/pci/devices" / gpu.pci / "ras").glob("*_err_count"))
-        for file in files:
+        for file in (machine.root / "sys/bus/pci/devices" / gpu.pci / "ras").glob("*_err_count"):
             with contextlib.suppress(OSError):
                 for line in file.read_text().splitlines():
-                    kind, _, number = line.partition(":")
-                    if kind in counts and number.strip().isdecimal():
-                        counts[kind] += int(number)
-        if files:
-            errors[gpu.pci] = counts["ue"], counts["ce"]
-    return errors
+                    name, _, number = line.partition(":")
+                    if name == kind and number.strip().isdecimal() and int(number):
+                        counts[gpu.pci] = counts.get(gpu.pci, 0) + int(number)
+    return counts

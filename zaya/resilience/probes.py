@@ -1,6 +1,6 @@
 """Is this GPU right, and how fast is it: small programs whose results are known to the last bit.
 
-    python -m zaya.resilience.probes --device cuda:3 [--seconds 2]               # one GPU: a JSON line of readings and faults
+    python -m zaya.resilience.probes --device cuda:3 [--seconds 2]               # one GPU: a JSON line, its DeviceReport
     python -m zaya.resilience.probes --device cuda:3 --links 3 8 FILE            # its part in a collective of 8
 
 A GPU that multiplies wrongly once in a million times, or a bit of its memory that sticks, stops no run: it shows as a loss spike days
@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,28 +32,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zaya.cli import Parser, positive
-from zaya.resilience.health import Probed
+from zaya.resilience.health import DeviceReport, Fault
 
 ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # of the golden ratio: its multiples change all bits of a word
 FREE_SHARE = 0.95
 """Of a GPU's memory that must be free before a job; a context takes less than 1 %."""
 REPEATS = 10
+"""Of what is timed; its time is their median."""
 LINK_S = 60.0
+"""For a collective."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """matmul: rows, inner and columns are all of that length, in blocks of `block`; piece and memory in bytes."""
+    """Of the probes. Rows, inner and columns of a product are `matmul` long, in blocks of `block`."""
 
     matmul: int
     block: int
-    piece: int
-    memory: int | None
-    """None: nine tenths of what is free."""
+    piece_bytes: int
+    """Of the memory that is filled: one copy, beyond every cache."""
+    memory_bytes: int | None
+    """None: nine tenths of what is free, but for what the check needs itself."""
+    transfer_bytes: int
+    reduce_bytes: int
 
 
-GPU = Sizes(8192, 512, 1 << 30, None)  # 1.1 TFLOP a product; a piece is beyond every cache
-CPU = Sizes(512, 64, 16 << 20, 128 << 20)
+GPU_SIZES = Sizes(8192, 512, 1 << 30, None, 256 << 20, 64 << 20)  # 1.1 TFLOP a product
+CPU_SIZES = Sizes(512, 64, 16 << 20, 128 << 20, 16 << 20, 4 << 20)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
@@ -75,8 +81,8 @@ def synchronize(device: torch.device) -> None:
 def operands(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """a [block, n], b [n, block] and a @ b [block, block], bf16, on the CPU.
 
-    Integers of 7 bits, of the 8 that bf16 holds. Products have 13 bits, and sums of 8,192 of them, which walk at random, 20 of the 24 that
-    fp32 holds. So a @ b does not depend on the order of summation, and its rounding to bf16 is the only one.
+    Integers of 7 bits, of the 8 that bf16 holds. The absolute values of the 8,192 products of an element add up to 2^23 or a little more,
+    less than the 2^24 that fp32 counts to: every partial sum, in whatever order, is exact, and the rounding to bf16 is the only one.
     """
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-64, 64, (sizes.block, sizes.matmul), generator=generator)
@@ -98,12 +104,15 @@ def matmul(device: torch.device, sizes: Sizes, seconds: float) -> tuple[float, l
     until = time.monotonic() + seconds
     with exact_sums():
         while time.monotonic() < until or len(spent) < REPEATS:
-            product.fill_(float("nan"))
+            product.fill_(math.nan)
             spent.append(seconds_of(lambda: torch.mm(a, b, out=product), device))
             wrong += (product.view(times, sizes.block, times, sizes.block) != expected[:, None, :]).sum()
-    count = int(wrong)
-    faults = [f"{count:,} of {len(spent) * n * n:,} elements of {len(spent)} bf16 products are wrong"] if count else []
-    return 2 * n**3 / statistics.median(spent) / 1e12, faults
+    return 2 * n**3 / statistics.median(spent) / 1e12, fault(wrong, len(spent) * n * n, f"elements of {len(spent)} bf16 products are wrong")
+
+
+def fault(wrong: Tensor, count: int, what: str) -> list[str]:
+    """A line, if any is wrong."""
+    return [f"{int(wrong):,} of {count:,} {what}"] if int(wrong) else []
 
 
 @contextlib.contextmanager
@@ -123,9 +132,14 @@ def memory(device: torch.device, sizes: Sizes) -> tuple[float, list[str]]:
 
     Each bit is 0 once and 1 once; a word that lands at another's address is seen, too.
     """
-    total = sizes.memory or int(0.9 * torch.cuda.mem_get_info(device)[0]) - 2 * sizes.piece  # the check needs two pieces itself
-    base = torch.arange(sizes.piece // 8, dtype=torch.int64, device=device) * ODD
-    pieces = [torch.empty_like(base) for _ in range(max(total // sizes.piece - 1, 2))]
+    words = sizes.piece_bytes // 8
+
+    def pattern() -> Tensor:
+        return torch.arange(words, dtype=torch.int64, device=device).mul_(ODD)
+
+    total = sizes.memory_bytes or int(0.9 * torch.cuda.mem_get_info(device)[0]) - 2 * sizes.piece_bytes  # the check needs two itself
+    base = pattern()
+    pieces = [torch.empty_like(base) for _ in range(max(total // sizes.piece_bytes - 1, 2))]
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     for turned in (0, -1):
         keys = [(index << 40) ^ turned for index in range(len(pieces))]
@@ -133,74 +147,76 @@ def memory(device: torch.device, sizes: Sizes) -> tuple[float, list[str]]:
             torch.bitwise_xor(base, key, out=piece)
         for piece, key in zip(pieces, keys):
             wrong += (torch.bitwise_xor(piece, base) != key).sum()
-    count, words = int(wrong), 2 * len(pieces) * base.numel()
+    wrong += (base != pattern()).sum()  # what is wrong in both does not show above
     times = [seconds_of(lambda: pieces[1].copy_(pieces[0]), device) for _ in range(REPEATS)]
-    faults = [f"{count:,} of {words:,} words of memory do not hold what was written"] if count else []
-    return 2 * sizes.piece / statistics.median(times) / 1e9, faults
+    return (2 * sizes.piece_bytes / statistics.median(times) / 1e9,
+            fault(wrong, (2 * len(pieces) + 1) * words, "words of memory do not hold what was written"))
 
 
 def transfer(device: torch.device, sizes: Sizes) -> tuple[float, float, list[str]]:
-    """A piece from pinned host memory and back: (GB/s to the device, GB/s from it, faults)."""
-    there = torch.arange(sizes.piece // 32, dtype=torch.int64, pin_memory=device.type == "cuda").mul_(ODD)
-    back = torch.empty_like(there, pin_memory=device.type == "cuda")
+    """From pinned host memory and back: (GB/s to the device, GB/s from it, faults)."""
+    pinned = device.type == "cuda"
+    there = torch.arange(sizes.transfer_bytes // 8, dtype=torch.int64, pin_memory=pinned).mul_(ODD)
+    back = torch.empty_like(there, pin_memory=pinned)
     away = torch.empty_like(there, device=device)
-    to_device = [seconds_of(lambda: away.copy_(there), device) for _ in range(REPEATS)]
-    from_device = [seconds_of(lambda: back.copy_(away), device) for _ in range(REPEATS)]
-    faults = [] if torch.equal(there, back) else ["what goes to the device and back is not the same"]
-    gigabytes = there.numel() * 8 / 1e9
-    return gigabytes / statistics.median(to_device), gigabytes / statistics.median(from_device), faults
+    to_device, from_device, lost = [], [], torch.zeros((), dtype=torch.int64)
+    for _ in range(REPEATS):
+        away.fill_(-1)
+        back.fill_(-1)
+        to_device.append(seconds_of(lambda: away.copy_(there), device))
+        from_device.append(seconds_of(lambda: back.copy_(away), device))
+        lost += (there != back).sum()
+    gigabytes = sizes.transfer_bytes / 1e9
+    return (gigabytes / statistics.median(to_device), gigabytes / statistics.median(from_device),
+            fault(lost, REPEATS * there.numel(), "words are not the same after a way to the device and back"))
 
 
-def probe(device: torch.device, seconds: float) -> Probed:
-    """All of one device."""
+def probe(device: torch.device, seconds: float) -> DeviceReport:
+    """All of one device; `seconds` of products."""
     if device.type == "cpu":
-        found, sizes = Probed("cpu", "CPU"), CPU
+        report, sizes, lines = DeviceReport("cpu", "CPU", "cpu"), CPU_SIZES, []
     else:
         torch.cuda.set_device(device)
-        properties, sizes = torch.cuda.get_device_properties(device), GPU
-        arch = getattr(properties, "gcnArchName", "") or f"sm_{properties.major}{properties.minor}"
-        found = Probed(str(device), f"{properties.name} {arch.partition(':')[0]}")
+        properties, sizes = torch.cuda.get_device_properties(device), GPU_SIZES
+        arch = getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm_{properties.major}{properties.minor}"
+        report = DeviceReport(str(device), properties.name, arch)
         free, total = torch.cuda.mem_get_info(device)
-        if free < FREE_SHARE * total:
-            found.faults.append(f"{(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB of its memory are taken by another process")
-    found.readings["tflops"], wrong = matmul(device, sizes, seconds)
-    found.readings["copy_gbs"], broken = memory(device, sizes)
-    found.readings["to_device_gbs"], found.readings["from_device_gbs"], lost = transfer(device, sizes)
-    found.faults += wrong + broken + lost
-    return found
+        lines = [] if free >= FREE_SHARE * total else [
+            f"{(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB of its memory are taken by another process"]
+    report.readings["tflops"], wrong = matmul(device, sizes, seconds)
+    report.readings["copy_gbs"], broken = memory(device, sizes)
+    report.readings["to_device_gbs"], report.readings["from_device_gbs"], lost = transfer(device, sizes)
+    report.faults += [Fault(line) for line in lines + wrong + broken + lost]
+    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------- several devices
 
 
-def links(device: torch.device, rank: int, ranks: int, store: str) -> Probed:
-    """This device's part in an all-reduce and an all-to-all of all of the node's, 64 MiB each, checked to the bit."""
+def links(device: torch.device, rank: int, ranks: int, store: str) -> DeviceReport:
+    """This device's part in an all-reduce and an all-to-all of all of the node's, 64 MiB each on GPUs, checked to the bit."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
                             timeout=timedelta(seconds=LINK_S))
-    found = Probed(str(device), "")
-    count = (16 << 20) // ranks * ranks
-    pattern = torch.arange(count, dtype=torch.float32, device=device) % 1021
-    total, received = torch.empty_like(pattern), torch.empty_like(pattern)
-
-    def reduce() -> None:
-        total.copy_(pattern + rank)
-        dist.all_reduce(total)
-
-    def exchange() -> None:
-        dist.all_to_all_single(received, pattern + rank)
-
-    share = count * 4 * (ranks - 1) / ranks / 1e9
-    found.readings["reduce_gbs"] = 2 * share / statistics.median(seconds_of(reduce, device) for _ in range(REPEATS))
-    found.readings["exchange_gbs"] = share / statistics.median(seconds_of(exchange, device) for _ in range(REPEATS))
-    wrong = int((total != ranks * pattern + sum(range(ranks))).sum())
-    sent = pattern.view(ranks, -1)[rank] + torch.arange(ranks, dtype=torch.float32, device=device)[:, None]
-    lost = int((received.view(ranks, -1) != sent).sum())
-    found.faults += [f"{wrong:,} of {count:,} elements of an all-reduce over {ranks} devices are wrong"] if wrong else []
-    found.faults += [f"{lost:,} of {count:,} elements of an all-to-all over {ranks} devices are wrong"] if lost else []
+    count = (GPU_SIZES if device.type == "cuda" else CPU_SIZES).reduce_bytes // 4 // ranks * ranks
+    pattern = torch.arange(count, dtype=torch.float32, device=device) % 1021  # small integers: sums are exact
+    mine, total, received = pattern + rank, torch.empty_like(pattern), torch.empty_like(pattern)
+    summed = ranks * pattern + sum(range(ranks))
+    sent = (pattern.view(ranks, -1)[rank] + torch.arange(ranks, dtype=torch.float32, device=device)[:, None]).flatten()
+    reduce_s, exchange_s, wrong = [], [], torch.zeros(2, dtype=torch.int64, device=device)
+    for _ in range(REPEATS):
+        total.copy_(mine)
+        received.fill_(math.nan)
+        reduce_s.append(seconds_of(lambda: dist.all_reduce(total), device))
+        exchange_s.append(seconds_of(lambda: dist.all_to_all_single(received, mine), device))
+        wrong += torch.stack([(total != summed).sum(), (received != sent).sum()])
     dist.destroy_process_group()
-    return found
+    share = count * 4 * (ranks - 1) / ranks / 1e9
+    lines = [line for number, what in zip(wrong, ("all-reduces", "all-to-alls"))
+             for line in fault(number, REPEATS * count, f"elements of {REPEATS} {what} over {ranks} devices are wrong")]
+    return DeviceReport(str(device), readings={"reduce_gbs": 2 * share / statistics.median(reduce_s),
+                                               "exchange_gbs": share / statistics.median(exchange_s)}, faults=list(map(Fault, lines)))
 
 
 def main(argv: list[str]) -> int:
@@ -212,10 +228,10 @@ def main(argv: list[str]) -> int:
     device = arguments.device
     if arguments.links:
         rank, ranks, store = arguments.links
-        found = links(device, int(rank), int(ranks), store)
+        report = links(device, int(rank), int(ranks), store)
     else:
-        found = probe(device, arguments.seconds)
-    print(json.dumps(asdict(found)))
+        report = probe(device, arguments.seconds)
+    print(json.dumps(asdict(report)))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Start a job, and start it again when it fails: from its newest checkpoint, until it is done, or starting it again makes no sense.
 
-    python -m zaya.resilience.supervisor [--give-up N] -- torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]
+    python -m zaya.resilience.supervisor [--health auto|always|never] -- torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]
 
 One runs on each node, above that node's torchrun, and looks before every start whether the node is fit (zaya/resilience/health.py).
 Every rank of the node leaves it an exit record, and what has ended one rank all ranks know (zaya/resilience/watchdog.py), so all nodes
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import json
 import math
 import os
 import signal
@@ -28,13 +29,13 @@ from typing import NamedTuple
 from zaya import runtime
 from zaya.checkpoint.directory import MANIFEST, complete_steps, local_root, step_path
 from zaya.checkpoint.errors import CheckpointError
-from zaya.cli import Parser, positive
+from zaya.cli import Parser, positive, replace_text
 from zaya.config import Recipe, check_recipe, load_recipe
 from zaya.metrics import read_rows
 from zaya.preemption import AGAIN_S
 from zaya.resilience.exits import ACTIONS, REPORTS, Exit, ExitRecord, attempt_path, attempts, read_records
 from zaya.resilience.guard import MAX_SKIPPED
-from zaya.resilience.health import check_node, gpu_count, gpu_devices
+from zaya.resilience.health import InterruptedCheck, check_node, gpu_devices, host_name, visible_gpus
 
 RESTARTED = (Exit.FAILED, Exit.HANG, Exit.NUMERICAL)
 """Ends after which the job is started again; after all others the supervisor ends with the same code."""
@@ -87,20 +88,20 @@ class Job(NamedTuple):
         return recipe
 
 
-    def devices(self, recipe: Recipe) -> tuple[str, ...]:
-        """Those of this node that its ranks will use: as many GPUs as the launcher is told to start ranks on, or all; else the CPU."""
-        count = self.options.get("nproc-per-node", "")
-        if recipe.train.device == "cpu" or not gpu_count():
-            return ("cpu",)
-        return gpu_devices(int(count) if count.isdecimal() else gpu_count())
-
-
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Of --name=value and --name value, with - or _ in the name."""
     for word, following in zip(words, [*words[1:], ""]):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             yield name[2:].replace("_", "-"), value if equals else following
+
+
+def devices_of(job: Job, recipe: Recipe) -> tuple[str, ...]:
+    """Those of this node that the job's ranks will use: a GPU for each that the launcher is told to start, else all that torch sees. Starts
+    torch, where there are GPUs."""
+    visible = 0 if recipe.train.device == "cpu" else visible_gpus()
+    count = job.options.get("nproc-per-node", "")
+    return gpu_devices(int(count) if count.isdecimal() else visible) if visible else ("cpu",)
 
 
 def end_of(status: int, records: Sequence[ExitRecord]) -> End:
@@ -157,6 +158,8 @@ class Supervisor:
     """This node's own tier of checkpoints."""
     devices: tuple[str, ...] = ()
     """Probed before every start."""
+    report: Path | None = None
+    """Where it leaves a line of JSON when it ends: {"code", "host", "cause"}."""
     signal: str = ""
     """The first that came; the job is told, and not started again."""
     _process: subprocess.Popen[bytes] | None = None
@@ -173,10 +176,11 @@ class Supervisor:
         start = 0
         while True:
             start += 1
-            if not self._is_fit():
-                return self._ends(Exit.UNHEALTHY)
+            unfit = self._unfit()
             if self.signal:
                 return self._ends(Exit.INTERRUPTED)
+            if unfit:
+                return self._ends(Exit.UNHEALTHY, unfit)
             before = self._saved()
             began = time.monotonic()
             end = self._start([f"--checkpoint.resume={step_path(self._checkpoints, target)}"] if target >= 0 else
@@ -186,7 +190,7 @@ class Supervisor:
                 # No rank has said: it was killed, or the signal came before there was anything to save.
                 return self._ends(end.code if end.step >= 0 else Exit.INTERRUPTED)
             if end.code not in RESTARTED:
-                return self._ends(end.code)
+                return self._ends(end.code, end.cause if end.code == Exit.UNHEALTHY else "")
             has_new = bool(self._saved().items() - before.items())
             fruitless, has_saved = (0, True) if has_new else (fruitless + 1, has_saved)
             if has_new or end.has_opened:  # a start that goes back and dies before has not gone back
@@ -201,28 +205,37 @@ class Supervisor:
                 return self._ends(Exit.NO_PROGRESS)
             self._pause(min(self.pause_s * 2 ** max(fruitless - 1, 0), MOST_PAUSE_S), fruitless, target)
 
-    def _is_fit(self) -> bool:
-        """Whether this node may take part; what is wrong with it is said."""
+    def _unfit(self) -> str:
+        """What is wrong with this node, if anything is."""
         if not self.devices or self.signal:
-            return True
+            return ""
         began = time.monotonic()
-        report = check_node(self.devices, is_over=lambda: bool(self.signal))
-        if self.signal:
-            return True
-        for fault in report.faults:
-            say(f"this node, {report.host}: {fault}")
-        say(f"{len(self.devices)} devices of this node probed in {time.monotonic() - began:.0f} s: "
-            f"{'unfit; --health never would start the job all the same' if report.faults else 'fit'}")
-        return not report.faults
+        say(f"probing {', '.join(self.devices)} of {host_name()}, for about half a minute (--health)")
+        try:
+            faults = check_node(self.devices, is_over=lambda: bool(self.signal)).faults
+        except InterruptedCheck:
+            return ""
+        except OSError as error:
+            faults = (f"its devices cannot be probed: {error.strerror}",)
+        for fault in faults:
+            say(f"{host_name()}: {fault}")
+        say(f"probed in {time.monotonic() - began:.0f} s: {'unfit; --health never starts the job all the same' if faults else 'fit'}")
+        return faults[0] if faults else ""
 
-    def _ends(self, code: Exit) -> Exit:
-        """Say what is left, and what to do."""
+    def _ends(self, code: Exit, cause: str = "") -> Exit:
+        """Say what is left, and what to do; leave the report."""
+        if self.report is not None:
+            try:
+                replace_text(self.report, json.dumps({"code": code, "host": host_name(), "cause": cause}) + "\n")
+            except OSError as error:
+                say(f"cannot write --report {self.report}: {error.strerror}")
         if code == Exit.DONE:
             return code
         newest = self._before(sys.maxsize)
         state = f"the newest checkpoint is of step {newest}" if newest >= 0 else "there is no checkpoint"
         why = f"{self.signal}: " if self.signal else ""
-        say(f"{why}not started again: exit code {code} ({code.name.lower()}); {state}; {ACTIONS[code]}")
+        what = f" of {host_name()}: {cause}" if cause else ""
+        say(f"{why}not started again: exit code {code} ({code.name.lower()}){what}; {state}; {ACTIONS[code]}")
         return code
 
     def _causes(self) -> str:
@@ -358,7 +371,7 @@ def say(line: str) -> None:
 
 def main(argv: list[str]) -> int:
     parser = Parser("zaya.resilience.supervisor", description="Run a job of zaya.train, and start it again when it fails.",
-                    usage="python -m zaya.resilience.supervisor [--give-up N] [--pause SECONDS] [--health WHEN] -- "
+                    usage="python -m zaya.resilience.supervisor [--give-up N] [--pause SECONDS] [--health WHEN] [--report FILE] -- "
                           "torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]",
                     epilog=f"Exit codes: {', '.join(f'{code} {code.name.lower()}' for code in Exit)}. Started again after "
                            f"{', '.join(map(str, map(int, RESTARTED)))}. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the job, its state saved.")
@@ -368,6 +381,7 @@ def main(argv: list[str]) -> int:
                         help="before it is started again (5); doubled with each start that saved none")
     parser.add_argument("--health", choices=["auto", "always", "never"], default="auto",
                         help="probe this node's devices before each start (half a minute); auto: where they are GPUs. Unfit: 4")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="leave {code, host, cause} there as JSON when it ends")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what starts the job")
     arguments = parser.parse_args(argv)
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
@@ -377,10 +391,10 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         return parser.refused(error)
     local = local_root(recipe.run.dir, recipe.checkpoint.local_dir) if recipe.checkpoint.local_dir else None
-    devices = job.devices(recipe)
-    if arguments.health == "never" or (arguments.health == "auto" and devices == ("cpu",)):
+    devices = () if arguments.health == "never" else devices_of(job, recipe)
+    if arguments.health == "auto" and devices == ("cpu",):
         devices = ()
-    return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause, local, devices).run()
+    return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause, local, devices, arguments.report).run()
 
 
 def _count(text: str) -> int:
