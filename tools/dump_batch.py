@@ -4,7 +4,7 @@
 
 F.npz holds tokens, labels, positions, documents (int64) and loss_mask (bool: this token has a label), each [rows, seq_len].
 Step N, counted from 1, takes the rows of the run's order that follow those of the steps before: train.global_batch_size, or what
-train.batch_ramp makes of it.
+train.batch_ramp makes of it. Of a run that went on with other batches than it began with, the record (metrics.jsonl: tokens) says which.
 """
 
 from __future__ import annotations

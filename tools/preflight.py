@@ -3,7 +3,7 @@
     python -m tools.preflight                              # all GPUs of this node; --device cpu rehearses it on a CPU
     srun --ntasks-per-node=1 python -m tools.preflight --out DIR       # every node leaves DIR/HOST.json
     python -m tools.preflight --summary DIR --expect 16    # all nodes: the faulty, the missing, and those slow beside the others
-    sbatch --exclude=$(python -m tools.preflight --summary DIR --bad) ...
+    bad=$(python -m tools.preflight --summary DIR --bad) || sbatch --exclude="$bad" ...     # 4: there are some
 
 Takes about half a minute and all of the GPUs' memory: run it where no job runs. Exit code 0: fit; 4: not; 2: a bad call.
 """

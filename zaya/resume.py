@@ -133,7 +133,7 @@ def _changes(recipe: Recipe, checkpoint: Checkpoint) -> str:
     theirs = checkpoint.manifest.recipe
 
     def changed(ours: dict[str, object]) -> str:
-        return "; ".join(f"{key} was {theirs.get(section, {}).get(name)!r}, is {value!r}" for key, value in ours.items()
+        return "; ".join(f"{key} was {theirs.get(section, {}).get(name)!r}, is {_plain(value)!r}" for key, value in ours.items()
                          for section, _, name in [key.partition(".")] if _plain(theirs.get(section, {}).get(name)) != _plain(value))
 
     has_ramp = recipe.train.batch_ramp or theirs.get("train", {}).get("batch_ramp")

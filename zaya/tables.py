@@ -38,7 +38,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         item = typing.get_args(hint)[0]
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{key} = {value!r} must be a list of {item.__name__}")
-        return tuple(_typed(key, v, item) for v in value)
+        return tuple(_typed(f"{key}[{index}]", v, item) for index, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1 << 1023 else math.inf  # which is refused below
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

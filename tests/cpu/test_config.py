@@ -69,8 +69,8 @@ def test_the_valid_recipe_is_valid() -> None:
     ({"optim__lr": float("inf")}, "optim.lr = inf is not finite"),
     ({"model__skip_expert": 1}, "model.skip_expert = 1 must be a bool, not an int"),
     ({"data__train": "corpora/a"}, "data.train = 'corpora/a' must be a list of str"),
-    ({"data__train": [1]}, "data.train = 1 must be a str, not an int"),
-    ({"data__weights": [True]}, "data.weights = True must be a float, not a bool"),
+    ({"data__train": [1]}, "data.train[0] = 1 must be a str, not an int"),
+    ({"data__weights": [True]}, "data.weights[0] = True must be a float, not a bool"),
     ({"train__seed": ...}, "recipe lacks train.seed"),
     ({"optim__lr": ..., "optim__name": ...}, "recipe lacks optim.name, optim.lr"),
 ])

@@ -262,6 +262,22 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
     assert NodeReport.read(report.write(tmp_path / "new")) == report
 
 
+@pytest.mark.parametrize("spoil", [
+    {"devices": []}, {"devices": [{"device": "cuda:0"}]}, {"time": "x"}, {"corrected": {"x": float("inf")}}, {"uncorrected": 3},
+    {"devices": [{"device": "cuda:0", "name": "", "arch": "", "readings": {}, "faults": "abc"}]},
+    {"devices": [{"device": "cuda:0", "name": "", "arch": "", "readings": {"tflops": float("nan")}, "faults": []}]}], ids=str)
+def test_what_is_no_report_is_one_line(tmp_path: Path, spoil: dict[str, Any]) -> None:
+    path = report_of("n1").write(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **spoil}))
+    with pytest.raises(ValueError, match=r"n1\.json is not a node's report \(\w+: ") as caught:
+        NodeReport.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_reports_of_a_host_are_one_node_with_the_faults_of_both() -> None:
+    assert compare_nodes([report_of("n1", faults=(Fault("broken"),)), report_of("n1")]) == {"n1": ["cuda:0: broken"]}
+
+
 def test_a_node_that_is_slow_beside_the_others_is_found() -> None:
     nodes = [report_of(f"n{index}") for index in range(6)] + [report_of("slow", tflops=480.0), report_of("far", reduce=160.0)]
     wrong = compare_nodes(nodes)

@@ -127,9 +127,11 @@ class NodeReport:
         """ValueError: it is not a node's report. OSError: it cannot be read."""
         try:
             table = json.loads(path.read_bytes())
+            if not table["devices"]:
+                raise ValueError("it has no devices")
             return cls(str(table["host"]), float(table["time"]), tuple(DeviceReport.of(device) for device in table["devices"]),
                        *({str(pci): int(count) for pci, count in table[kind].items()} for kind in ("uncorrected", "corrected")))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is not a node's report ({type(error).__name__}: {error})") from None
 
 
