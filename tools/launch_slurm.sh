@@ -44,7 +44,7 @@ if [[ $# -eq 0 || $1 == -* || -z ${SLURM_JOB_ID:-} || -z ${SLURM_JOB_NODELIST:-}
 fi
 
 spares=${ZAYA_SPARE_NODES:-0}
-if [[ ! $spares =~ ^[0-9]+$ ]] || ((spares >= SLURM_JOB_NUM_NODES)); then
+if [[ ! $spares =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((spares >= SLURM_JOB_NUM_NODES)); then
     say "ZAYA_SPARE_NODES=$spares is not a number below the job's $SLURM_JOB_NUM_NODES nodes"
     exit 2
 fi
@@ -86,6 +86,7 @@ trap 'stop' TERM
 # Run the job on the first `nodes` of the fit ones, a task each; its exit code is `code`, and `logs` has what each node said and why it ended.
 run() {
     mkdir -p "$logs"
+    rm -f "$logs"/node-*.json # of another job with these ZAYA_LOGS
     # The words NODE_RANK and NODE_REPORT become each task's own. All CPUs for the one task and no binding: zaya.runtime binds each worker
     # beside its GPU.
     # shellcheck disable=SC2016  # $SLURM_PROCID is the task's, not ours

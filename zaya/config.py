@@ -160,6 +160,9 @@ def blend_rows(names: typing.Sequence[str], weights: typing.Sequence[float]) -> 
     return rows
 
 
+MOST_BATCH_SIZES = 1000  # of a ramp
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop: batch, length, arithmetic."""
@@ -212,6 +215,9 @@ class TrainConfig:
         if len(self.batch_ramp) != 3 or not all(1 <= number < 2**62 for number in self.batch_ramp):
             raise ValueError(f"train.batch_ramp = {list(self.batch_ramp)} must be [start, increment, rows], three numbers of at least 1")
         start, increment, _ = self.batch_ramp
+        if len(self.batch_sizes()) > MOST_BATCH_SIZES:
+            raise ValueError(f"train.batch_ramp = {list(self.batch_ramp)} makes {len(self.batch_sizes())} sizes of batches; use a larger "
+                             f"increment, for at most {MOST_BATCH_SIZES}")
         if start > self.global_batch_size or (self.global_batch_size - start) % increment:
             raise ValueError(f"train.batch_ramp = {list(self.batch_ramp)}: {start} rows and a number of increments of {increment} do not "
                              f"make train.global_batch_size = {self.global_batch_size}")

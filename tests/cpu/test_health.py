@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,39 @@ SMALL = probes.Sizes(matmul=64, block=16, piece_bytes=1 << 12, memory_bytes=1 <<
 
 
 @pytest.mark.parametrize("sizes", [probes.GPU_SIZES, probes.CPU_SIZES, SMALL], ids=["GPU", "CPU", "small"])
-def test_products_are_exact_in_any_order_of_summation(sizes: probes.Sizes) -> None:
-    a, b, expected = probes.operands(sizes)
-    assert torch.equal(a, a.double().round().bfloat16()) and a.abs().max() <= 64
-    assert torch.equal((a.double() @ b.double()).bfloat16(), expected)
-    assert (a.double().abs() @ b.double().abs()).max() < 2**24, "no partial sum, in whatever order, is beyond what fp32 counts to"
-    single = (a[0].float() * b[:, 0].float())[torch.randperm(sizes.matmul)].cumsum(0)
-    assert single[-1].bfloat16() == expected[0, 0]
+def test_products_are_exact_in_any_order_and_show_every_wrong_bit(sizes: probes.Sizes) -> None:
+    a, b = probes.operands(sizes)
+    product = a @ b
+    assert all(torch.equal(exact, exact.round().bfloat16().double()) for exact in (a, b, product)) and (product != 0).float().mean() > 0.95
+    assert (a.abs() @ b.abs()).max() < 2**24, "no partial sum, in whatever order, is beyond what fp32 counts to"
+    assert product.abs().max() < 256, "an element that is wrong by 1 is another bf16"
+    assert {int(bit) for bit in range(8) if (a.abs().long() >> bit & 1).any()} == set(range(8)), "all bits of a bf16 are in use"
+
+
+def test_no_partial_sum_may_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, multiply, seen = torch.backends.cuda.matmul, torch.mm, []
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(bool(settings.allow_bf16_reduced_precision_reduction))
+        return multiply(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    probes.matmul(CPU, SMALL, 0)
+    assert not any(seen) and settings.allow_bf16_reduced_precision_reduction
+
+
+def test_readings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: Iterator[float] = itertools.cycle([0.25, 0.5])
+
+    def timed(call: Callable[[], object], device: torch.device) -> float:
+        call()
+        return next(seconds)
+
+    monkeypatch.setattr(probes, "seconds_of", timed)
+    assert probes.transfer(CPU, SMALL)[:2] == (1024 / 0.25 / 1e9, 1024 / 0.5 / 1e9)
+    seconds = itertools.repeat(0.25)
+    assert probes.matmul(CPU, SMALL, 0)[0] == 2 * 64**3 / 0.25 / 1e12
+    assert probes.memory(CPU, SMALL)[0] == 2 * 4096 / 0.25 / 1e9
 
 
 def test_a_good_device_is_not_accused() -> None:
@@ -65,6 +92,15 @@ def test_one_wrong_element_of_one_product_is_found(monkeypatch: pytest.MonkeyPat
     assert re.fullmatch(r"1 of 40,960 elements of 10 bf16 products are wrong", fault)
 
 
+def test_a_tile_in_anothers_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though all blocks are made of one."""
+    def move(product: torch.Tensor) -> None:
+        product[16:32, :16] = product[:16, :16]
+
+    spoiling(monkeypatch, "mm", 3, move)
+    assert "bf16 products are wrong" in probes.matmul(CPU, SMALL, 0)[1][0]
+
+
 def test_elements_that_are_not_written_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
     assert probes.matmul(CPU, SMALL, 0)[1] == ["40,960 of 40,960 elements of 10 bf16 products are wrong"]
@@ -87,7 +123,13 @@ def test_a_bit_of_memory_that_sticks_is_found_whatever_it_sticks_at(monkeypatch:
         return out
 
     monkeypatch.setattr(torch, "bitwise_xor", writing)
-    assert probes.memory(CPU, SMALL)[1] == ["1 of 3,584 words of memory do not hold what was written"]
+    assert probes.memory(CPU, SMALL)[1] == ["1 of 8,704 words of memory do not hold what was written"]
+
+
+def test_a_copy_within_memory_that_goes_wrong_once_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, calls = torch.Tensor.copy_, iter(range(1 << 30))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self if next(calls) == 4 else copy(self, other))
+    assert "words of memory do not hold" in probes.memory(CPU, SMALL)[1][0]
 
 
 def test_words_at_anothers_address_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +146,7 @@ def test_a_bit_that_is_wrong_in_what_all_is_compared_with_is_found(monkeypatch: 
         return base
 
     monkeypatch.setattr(torch, "arange", sticking)
-    assert probes.memory(CPU, SMALL)[1] == ["1 of 3,584 words of memory do not hold what was written"]
+    assert probes.memory(CPU, SMALL)[1] == ["1 of 8,704 words of memory do not hold what was written"]
 
 
 @pytest.mark.parametrize("lost", [0, 7, 19])
@@ -148,19 +190,22 @@ def test_a_wrong_element_of_a_collective_is_found(tmp_path: Path) -> None:
 FAKE = """
 import json, os, sys, time
 device = sys.argv[sys.argv.index("--device") + 1]
+assert device == "cuda:" + os.environ["LOCAL_RANK"] and ("--links" in sys.argv or sys.argv[-2:] == ["--seconds", "1.0"]), sys.argv
 act = json.loads({acts!r}).get(device, {{}})
 if "--links" in sys.argv:
     readings = {{"reduce_gbs": act.get("reduce_gbs", 200.0), "exchange_gbs": 100.0}}
 else:
     readings = {{"tflops": 600.0, "copy_gbs": 4000.0, **act.get("readings", {{}})}}
-if "sleep" in act:
+if "sleep" in act and ("--links" in sys.argv) == act.get("links", False):
     time.sleep(act["sleep"])
-if "words" in act:
+if "words" in act and ("--links" in sys.argv) == act.get("links", False):
     print(act["words"], file=sys.stderr)
     sys.exit(3)
 print("a library's words")
-found = {{"device": device, "name": "MI300X", "arch": act.get("arch", "gfx942"), "readings": readings, "faults": act.get("faults", [])}}
+found = {{"device": "its own", "name": act.get("name", "AMD Instinct MI300X"), "arch": "gfx942", "readings": readings,
+          "faults": act.get("faults", [])}}
 print(act.get("print") or json.dumps(found))
+print("and its last word")
 """
 Acts = dict[str, dict[str, Any]]
 
@@ -178,8 +223,9 @@ def test_a_good_node_is_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("act", "fault"), [
     ({"faults": [["3 of 9 elements of 1 bf16 products are wrong", ""]]}, "3 of 9 elements of 1 bf16 products are wrong"),
-    ({"words": "Traceback\nRuntimeError: HIP error: invalid device ordinal"},
-     "its probe ended with exit code 3: RuntimeError: HIP error: invalid device ordinal"),
+    ({"words": "Traceback\ntorch.AcceleratorError: HIP error: invalid device ordinal\nCompile with `TORCH_USE_HIP_DSA` to enable it."},
+     "its probe ended with exit code 3: torch.AcceleratorError: HIP error: invalid device ordinal"),
+    ({"words": "killed by a driver", "links": True}, "its probe ended with exit code 3: killed by a driver"),
     ({"print": "no JSON"}, "its probe ended with exit code 0: silently"),
     ({"readings": {"tflops": float("nan")}}, "its probe ended with exit code 0: silently"),
     ({"readings": {"copy_gbs": 0.0}}, "its probe ended with exit code 0: silently"),
@@ -196,6 +242,19 @@ def test_the_device_with_the_fault_is_named(monkeypatch: pytest.MonkeyPatch, act
     assert [bool(probed.faults) for probed in report.devices] == [index == 2 for index in range(8)]
 
 
+def test_one_that_dies_in_a_collective_is_not_the_others_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    acts: Acts = {f"cuda:{index}": {"links": True, "sleep": 0.7 if index != 5 else 0, "words": "RuntimeError: connection closed"}
+                  for index in range(8)}
+    assert check(monkeypatch, acts).faults == ("cuda:5: its probe ended with exit code 3: RuntimeError: connection closed",)
+
+
+def test_two_have_no_median_and_other_kinds_are_not_its_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow: Acts = {"cuda:1": {"readings": {"tflops": 590.0, "copy_gbs": 5000.0}}, "cuda:0": {"readings": {"tflops": 900.0}}}
+    assert check(monkeypatch, slow, count=2).faults == ()
+    other: Acts = {"cuda:7": {"name": "another", "readings": {"tflops": 1.0}}}
+    assert check(monkeypatch, other).faults == ()
+
+
 def test_a_collective_is_not_asked_of_a_broken_part(monkeypatch: pytest.MonkeyPatch) -> None:
     report = check(monkeypatch, {"cuda:1": {"faults": [["broken", ""]]}})
     assert report.faults == ("cuda:1: broken",) and "reduce_gbs" not in report.devices[0].readings
@@ -204,7 +263,7 @@ def test_a_collective_is_not_asked_of_a_broken_part(monkeypatch: pytest.MonkeyPa
 def test_a_node_that_is_slow_as_a_whole_is_found_by_what_its_kind_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {f"cuda:{index}": {"readings": {"tflops": 400.0}} for index in range(8)}
     assert len(check(monkeypatch, slow).faults) == 8 and "less than 580 (0.8 of 724" in check(monkeypatch, slow).faults[0]
-    other = {device: {**act, "arch": "sm_90"} for device, act in slow.items()}
+    other = {device: {**act, "name": "AMD Instinct MI308X"} for device, act in slow.items()}
     assert check(monkeypatch, other).faults == (), "of this kind nothing is known"
     two = {f"cuda:{index}": {"reduce_gbs": 40.0} for index in range(2)}
     assert check(monkeypatch, two, count=2).faults == (), "two GPUs have one link of seven"
@@ -252,7 +311,7 @@ def test_memory_errors_that_the_driver_counts_are_read(monkeypatch: pytest.Monke
 
 def report_of(host: str, tflops: float = 600.0, reduce: float = 200.0, faults: tuple[Fault, ...] = ()) -> NodeReport:
     """Of two devices; the first has the faults."""
-    devices = tuple(DeviceReport(f"cuda:{index}", "MI300X", "gfx942", {"tflops": tflops, "reduce_gbs": reduce},
+    devices = tuple(DeviceReport(f"cuda:{index}", "AMD Instinct MI300X", "gfx942", {"tflops": tflops, "reduce_gbs": reduce},
                                  list(faults) if index == 0 else []) for index in range(2))
     return NodeReport(host, 1.5, devices, {}, {"0000:05:01.0": 3})
 

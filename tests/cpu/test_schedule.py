@@ -15,6 +15,7 @@ from tests import tiny
 from tests.cpu.test_trainer import equal, run, trainer
 from tools import dump_batch
 from zaya.config import TrainConfig, load_recipe
+from zaya.metrics import read_rows
 from zaya.schedule import batch_size, position_of
 
 TRAIN = TrainConfig(steps=100, global_batch_size=64, micro_batch_size=2, seq_len=48, seed=0)
@@ -49,9 +50,11 @@ def test_the_position_of_a_step_is_that_of_the_chain(ramp: tuple[int, int, int])
     ([8], "must be [start, increment, rows], three numbers of at least 1"),
     ([8, 0, 5], "must be [start, increment, rows]"),
     ([8, 5, 100], "8 rows and a number of increments of 5 do not make train.global_batch_size = 64"),
+    ([1, 1, 100], "makes 64 sizes of batches; use a larger increment, for at most 20"),
     ([128, 64, 100], "do not make train.global_batch_size = 64"),
 ])
-def test_a_ramp_that_cannot_be_is_one_line(ramp: list[int], message: str) -> None:
+def test_a_ramp_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, ramp: list[int], message: str) -> None:
+    monkeypatch.setattr("zaya.config.MOST_BATCH_SIZES", 20)
     with pytest.raises(ValueError) as caught:
         ramped(*ramp).validate()
     assert str(caught.value).startswith(f"train.batch_ramp = {ramp}") and message in str(caught.value)
@@ -75,11 +78,24 @@ def test_a_ramped_run_trains_on_the_same_rows_and_resumes_bitwise(tmp_path: Path
     rows, state = run(recipes[0])
     sizes = [2, 2, 4, 6, 8, 8, 8]  # from 4 rows on 4, from 8 on 6, from 12 on 8
     assert [row["tokens"] for row in rows] == [sum(sizes[:step]) * tiny.SEQ_LEN for step in range(1, 8)]
+    timed, _ = read_rows(tmp_path / "run0/metrics.jsonl")
+    assert [round(row["tokens_per_second"] * row["step_time_s"]) for row in timed] == [rows * tiny.SEQ_LEN for rows in sizes]
     run(recipes[1])
     for step in (6, 7):
         (tmp_path / f"run1/checkpoints/step-{step:08d}/manifest.json").unlink()
     rows_resumed, state_resumed = run(recipes[1])
     assert rows_resumed == rows and equal(state_resumed, state)
+
+
+def test_a_run_that_goes_on_with_another_ramp_says_so(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, train__batch_ramp=[2, 2, 12], train__steps=2, checkpoint__interval=1)
+    run(recipe)
+    other = trainer(tiny.variant(recipe, train__batch_ramp=[4, 4, 20], train__steps=4))
+    other.restore()
+    assert "train.batch_ramp was [2, 2, 12], is [4, 4, 20]" in other.origin
+    same = trainer(recipe)
+    same.restore()
+    assert "ramp" not in same.origin
 
 
 def test_the_rows_of_a_ramped_step_can_be_dumped(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from tests import tiny
 from zaya.checkpoint.directory import local_root, step_path
+from zaya.config import load_recipe
 from zaya.resilience import supervisor
 from zaya.resilience.exits import Exit, ExitRecord
 from zaya.resilience.guard import MAX_SKIPPED, Guard, NumericalFault
@@ -213,6 +214,21 @@ def test_a_node_that_becomes_unfit_starts_nothing_again(tmp_path: Path) -> None:
     code, said = probed(tmp_path, [(), ("slow",)], "--report", "/nowhere/end.json", gpus=8)
     assert code == 4 and len((tmp_path / "starts").read_text().splitlines()) == 1 and "probed in 0 s: fit\n" in said
     assert "cannot write --report /nowhere/end.json: No such file or directory\n" in said, "that changes no exit code"
+
+
+@pytest.mark.parametrize(("launcher", "visible", "device", "devices"), [
+    ("torchrun --nproc-per-node 2", 8, "auto", ("cuda:0", "cuda:1")),
+    ("torchrun --nproc-per-node=gpu", 2, "auto", ("cuda:0", "cuda:1")),
+    ("torchrun", 8, "auto", ("cuda:0",)),
+    ("python", 8, "cuda", ("cuda:0",)),
+    ("torchrun --nproc-per-node 2", 0, "auto", ("cpu",)),
+    ("torchrun --nproc-per-node 2", 0, "cuda", ("cuda:0", "cuda:1")),  # a node that has lost its GPUs
+    ("torchrun --nproc-per-node 2", 8, "cpu", ("cpu",)),
+])
+def test_the_devices_of_a_job(monkeypatch: pytest.MonkeyPatch, launcher: str, visible: int, device: str, devices: tuple[str, ...]) -> None:
+    monkeypatch.setattr(supervisor, "visible_gpus", lambda: visible)
+    job = Job.of([*launcher.split(), "-m", "zaya.train", "recipes/quickstart.toml", f"--train.device={device}"])
+    assert supervisor.devices_of(job, load_recipe(Path(job.recipe), job.overrides)) == devices
 
 
 @pytest.mark.parametrize(("options", "gpus", "recipe", "probes"), [

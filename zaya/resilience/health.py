@@ -9,9 +9,12 @@ A process per device and a time limit for each, so that a GPU that hangs is a fi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -39,7 +42,7 @@ ALONE = ("tflops", "copy_gbs", "to_device_gbs", "from_device_gbs")
 
 
 class Floor(NamedTuple):
-    """What a good device of an architecture reaches at least, where it is one of so many that are probed together (0: any number)."""
+    """What a good device of a kind reaches at least, where it is one of so many that are probed together (0: any number)."""
 
     reading: str
     least: float
@@ -48,13 +51,13 @@ class Floor(NamedTuple):
 
 
 FLOORS: Mapping[str, tuple[Floor, ...]] = {
-    "gfx942": (
+    "MI300X": (
         Floor("tflops", 580.0, 0, "0.8 of 724, the least published for bf16 of this size"),
         Floor("copy_gbs", 3200.0, 0, "0.8 of 4,000, the least of published copies"),
         Floor("reduce_gbs", 150.0, 8, "0.75 of 199, the least published for all-reduces of 64 MB over 8 GPUs"),
     ),
 }
-"""Where a whole node is slow there is no median to tell it. By architecture."""
+"""Where a whole node is slow there is no median to tell it. By a word of the device's name."""
 
 
 class Fault(NamedTuple):
@@ -86,7 +89,7 @@ class DeviceReport:
                 raise ValueError(f"a reading is no positive number: {readings}")
             return cls(str(table["device"]), str(table["name"]), str(table["arch"]), readings,
                        [Fault(str(text), str(reading)) for text, reading in table["faults"]])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not what a probe has found ({type(error).__name__}: {error})") from None
 
 
@@ -172,13 +175,15 @@ def check_node(devices: Sequence[str], matmul_s: float = 2.0, overhead_s: float 
     `overhead_s` longer. `is_over` is asked all the time; once it holds, InterruptedCheck. OSError: no process can be started."""
     machine = machine or Machine()
     limit_s = matmul_s + overhead_s
-    reports = _run([["--device", device, "--seconds", str(matmul_s)] for device in devices], devices, limit_s, is_over)
+    reports, _ = _run([["--device", device, "--seconds", str(matmul_s)] for device in devices], devices, limit_s, is_over)
     if len(devices) > 1 and not any(report.faults for report in reports):  # a collective with a broken part tells nothing more
         with tempfile.TemporaryDirectory(prefix="zaya-links-") as folder:
             commands = [["--device", device, "--links", str(rank), str(len(devices)), f"{folder}/store"]
                         for rank, device in enumerate(devices)]
-            for report, linked in zip(reports, _run(commands, devices, limit_s, is_over)):
-                report.readings.update(linked.readings)
+            together, first = _run(commands, devices, limit_s, is_over)
+        for index, (report, linked) in enumerate(zip(reports, together)):
+            report.readings.update(linked.readings)
+            if first in (None, index):  # one that fails in a collective makes the others fail, later
                 report.faults += linked.faults
     for report, fault in [*outliers(reports), *below_floors(reports)]:
         report.faults.append(fault)
@@ -189,8 +194,10 @@ def check_node(devices: Sequence[str], matmul_s: float = 2.0, overhead_s: float 
 _PROBE = (sys.executable, "-m", "zaya.resilience.probes")
 
 
-def _run(arguments: Sequence[Sequence[str]], devices: Sequence[str], limit_s: float, is_over: Callable[[], bool]) -> list[DeviceReport]:
-    """A probe for each device, all at once: what it found, or that it died or did not end."""
+def _run(arguments: Sequence[Sequence[str]], devices: Sequence[str], limit_s: float, is_over: Callable[[], bool]
+         ) -> tuple[list[DeviceReport], int | None]:
+    """A probe for each device, all at once: what it found, or that it died or did not end; and which died first, if any."""
+    first = None
     with tempfile.TemporaryDirectory(prefix="zaya-probes-") as folder, contextlib.ExitStack() as stack:
         started = []
         for index, words in enumerate(arguments):
@@ -204,14 +211,16 @@ def _run(arguments: Sequence[Sequence[str]], devices: Sequence[str], limit_s: fl
         while any(process.poll() is None for process, _, _ in started) and time.monotonic() < until:
             if is_over():
                 raise InterruptedCheck
+            if first is None:
+                first = next((index for index, (process, _, _) in enumerate(started) if process.poll()), None)
             time.sleep(0.05)
-        return [_result(device, process, out, err, limit_s) for device, (process, out, err) in zip(devices, started)]
+        return [_result(device, process, out, err, limit_s) for device, (process, out, err) in zip(devices, started)], first
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """What a GPU's driver holds cannot be killed, and is not waited for."""
     with contextlib.suppress(OSError):
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(1)
 
@@ -220,16 +229,19 @@ def _result(device: str, process: subprocess.Popen[bytes], out: IO[bytes], err: 
     status = process.poll()
     if status is None:
         return DeviceReport(device, faults=[Fault(f"its probe did not end within {limit_s:g} s")])
-    if status == 0:
-        with contextlib.suppress(ValueError):
-            return DeviceReport.of(json.loads(_last_line(out)))
-    return DeviceReport(device, faults=[Fault(f"its probe ended with exit code {status}: {_last_line(err) or 'silently'}")])
+    for line in _last_lines(out) if status == 0 else ():  # a library may have the last word
+        with contextlib.suppress(ValueError, RecursionError):
+            return dataclasses.replace(DeviceReport.of(json.loads(line)), device=device)
+    words = _last_lines(err)
+    # The exception's own line: torch's errors go on with advice.
+    cause = next((line for line in words if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b", line)), words[0] if words else "silently")
+    return DeviceReport(device, faults=[Fault(f"its probe ended with exit code {status}: {cause}")])
 
 
-def _last_line(file: IO[bytes]) -> str:
+def _last_lines(file: IO[bytes]) -> list[str]:
+    """The last one first."""
     file.seek(max(file.seek(0, os.SEEK_END) - 100_000, 0))
-    lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return [line.strip() for line in reversed(file.read().decode(errors="replace").splitlines()) if line.strip()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is slow, and errors
@@ -251,7 +263,7 @@ def outliers(reports: Sequence[DeviceReport], readings: Sequence[str] = ALONE) -
 
 def below_floors(reports: Sequence[DeviceReport]) -> list[tuple[DeviceReport, Fault]]:
     return [(report, Fault(f"{format_reading(report, floor.reading)}, less than {floor.least:g} ({floor.source})", floor.reading))
-            for report in reports for floor in FLOORS.get(report.arch, ())
+            for report in reports for kind, floors in FLOORS.items() if kind in report.name.split() for floor in floors
             if report.readings.get(floor.reading, math.inf) < floor.least and floor.devices in (0, len(reports))]
 
 

@@ -19,8 +19,10 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +43,7 @@ REPEATS = 10
 """Of what is timed; its time is their median."""
 LINK_S = 60.0
 """For a collective."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -78,35 +81,45 @@ def synchronize(device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------------------------- one device
 
 
-def operands(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """a [block, n], b [n, block] and a @ b [block, block], bf16, on the CPU.
+def operands(sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """a [block, n] and b [n, block], integers as fp64, on the CPU, whose product shows every wrong bit of every product in it.
 
-    Integers of 7 bits, of the 8 that bf16 holds. The absolute values of the 8,192 products of an element add up to 2^23 or a little more,
-    less than the 2^24 that fp32 counts to: every partial sum, in whatever order, is exact, and the rounding to bf16 is the only one.
+    a has 8 bits, all that bf16 holds. The absolute values of an element's n = 8,192 products add up to about 2^23, less than the 2^24 that
+    fp32 counts to: every partial sum, in whatever order, is exact. And nearly all products come twice, with both signs, at places far
+    apart: what is left is an integer below 256, which bf16 holds, too, so that no rounding hides anything.
     """
     generator = torch.Generator().manual_seed(0)
-    a = torch.randint(-64, 64, (sizes.block, sizes.matmul), generator=generator)
-    b = torch.randint(-64, 64, (sizes.matmul, sizes.block), generator=generator)
-    return a.bfloat16(), b.bfloat16(), (a.double() @ b.double()).bfloat16()
+    half = sizes.matmul // 2
+    a = torch.randint(-255, 256, (sizes.block, half), generator=generator)
+    b = torch.randint(-15, 16, (half, sizes.block), generator=generator)
+    mixed = torch.randperm(half, generator=generator)
+    rest = torch.zeros_like(b).scatter_(0, torch.randint(half, (1, sizes.block), generator=generator), 1)
+    return torch.cat([a, a[:, mixed]], 1).double(), torch.cat([b, rest - b[mixed]], 0).double()
 
 
 def matmul(device: torch.device, sizes: Sizes, seconds: float) -> tuple[float, list[str]]:
     """Products of two square bf16 matrices, again and again for so long: (TFLOP/s, faults).
 
-    Both are one block repeated, so every block of every product is the same known one: all elements are checked, not a sample.
+    Both are one block repeated, times powers of two that tell the blocks apart, so the whole product is known from one of its blocks: all
+    elements are checked, not a sample. Every second product is the transposed one, in which the sides change roles.
     """
-    block_a, block_b, expected = (tensor.to(device) for tensor in operands(sizes))
     n, times = sizes.matmul, sizes.matmul // sizes.block
-    a, b = block_a.repeat(times, 1), block_b.repeat(1, times)
+    block_a, block_b = operands(sizes)
+    block, block_a, block_b = (block.bfloat16().to(device) for block in (block_a @ block_b, block_a, block_b))
+    numbers = torch.arange(times, dtype=torch.float64).repeat_interleave(sizes.block)
+    rows, columns = (2.0 ** numbers).bfloat16().to(device)[:, None], (2.0 ** (5 * numbers)).bfloat16().to(device)
+    a, b, expected = block_a.repeat(times, 1) * rows, block_b.repeat(1, times) * columns, block.repeat(times, times) * rows * columns
+    ways = [(a, b, expected), (b.t().contiguous(), a.t().contiguous(), expected.t().contiguous())]
     product = torch.empty(n, n, dtype=torch.bfloat16, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     spent: list[float] = []
     until = time.monotonic() + seconds
     with exact_sums():
         while time.monotonic() < until or len(spent) < REPEATS:
+            left, right, known = ways[len(spent) % 2]
             product.fill_(math.nan)
-            spent.append(seconds_of(lambda: torch.mm(a, b, out=product), device))
-            wrong += (product.view(times, sizes.block, times, sizes.block) != expected[:, None, :]).sum()
+            spent.append(seconds_of(lambda: torch.mm(left, right, out=product), device))  # noqa: B023 - called at once
+            wrong += (product != known).sum()
     return 2 * n**3 / statistics.median(spent) / 1e12, fault(wrong, len(spent) * n * n, f"elements of {len(spent)} bf16 products are wrong")
 
 
@@ -148,9 +161,13 @@ def memory(device: torch.device, sizes: Sizes) -> tuple[float, list[str]]:
         for piece, key in zip(pieces, keys):
             wrong += (torch.bitwise_xor(piece, base) != key).sum()
     wrong += (base != pattern()).sum()  # what is wrong in both does not show above
-    times = [seconds_of(lambda: pieces[1].copy_(pieces[0]), device) for _ in range(REPEATS)]
+    times = []
+    for _ in range(REPEATS):
+        pieces[1].zero_()
+        times.append(seconds_of(lambda: pieces[1].copy_(pieces[0]), device))
+        wrong += (pieces[1] != pieces[0]).sum()
     return (2 * sizes.piece_bytes / statistics.median(times) / 1e9,
-            fault(wrong, (2 * len(pieces) + 1) * words, "words of memory do not hold what was written"))
+            fault(wrong, (2 * len(pieces) + 1 + REPEATS) * words, "words of memory do not hold what was written"))
 
 
 def transfer(device: torch.device, sizes: Sizes) -> tuple[float, float, list[str]]:
@@ -172,21 +189,23 @@ def transfer(device: torch.device, sizes: Sizes) -> tuple[float, float, list[str
 
 
 def probe(device: torch.device, seconds: float) -> DeviceReport:
-    """All of one device; `seconds` of products."""
+    """All of one device; `seconds` of products. A device in use is left alone."""
     if device.type == "cpu":
-        report, sizes, lines = DeviceReport("cpu", "CPU", "cpu"), CPU_SIZES, []
+        report, sizes = DeviceReport("cpu", "CPU", "cpu"), CPU_SIZES
     else:
         torch.cuda.set_device(device)
         properties, sizes = torch.cuda.get_device_properties(device), GPU_SIZES
-        arch = getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm_{properties.major}{properties.minor}"
+        arch = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
         report = DeviceReport(str(device), properties.name, arch)
         free, total = torch.cuda.mem_get_info(device)
-        lines = [] if free >= FREE_SHARE * total else [
-            f"{(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB of its memory are taken by another process"]
+        if free < FREE_SHARE * total:
+            taken = (total - free) / 2**30
+            report.faults.append(Fault(f"{taken:.1f} of {total / 2**30:.0f} GiB of its memory are taken; is a job running?"))
+            return report
     report.readings["tflops"], wrong = matmul(device, sizes, seconds)
     report.readings["copy_gbs"], broken = memory(device, sizes)
     report.readings["to_device_gbs"], report.readings["from_device_gbs"], lost = transfer(device, sizes)
-    report.faults += [Fault(line) for line in lines + wrong + broken + lost]
+    report.faults += map(Fault, wrong + broken + lost)
     return report
 
 
@@ -225,6 +244,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=positive, default=2.0, help="how long it multiplies (2)")
     parser.add_argument("--links", nargs=3, metavar=("RANK", "RANKS", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a GPU that nobody asks about any more is free again
     device = arguments.device
     if arguments.links:
         rank, ranks, store = arguments.links

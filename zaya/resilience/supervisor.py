@@ -97,11 +97,13 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def devices_of(job: Job, recipe: Recipe) -> tuple[str, ...]:
-    """Those of this node that the job's ranks will use: a GPU for each that the launcher is told to start, else all that torch sees. Starts
-    torch, where there are GPUs."""
+    """Those of this node that the job's ranks will use: a GPU for each, where the recipe asks for GPUs or torch sees any; it is started to
+    tell, where a driver lists one."""
     visible = 0 if recipe.train.device == "cpu" else visible_gpus()
-    count = job.options.get("nproc-per-node", "")
-    return gpu_devices(int(count) if count.isdecimal() else visible) if visible else ("cpu",)
+    if not visible and recipe.train.device != "cuda":
+        return ("cpu",)
+    count = job.options.get("nproc-per-node", os.environ.get("PET_NPROC_PER_NODE", "1"))  # or a number's name: gpu, auto
+    return gpu_devices(int(count) if count.isdecimal() else max(visible, 1))
 
 
 def end_of(status: int, records: Sequence[ExitRecord]) -> End:
