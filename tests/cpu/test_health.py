@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,42 @@ def test_a_bit_of_memory_that_sticks_is_found_whatever_it_sticks_at(monkeypatch:
 
     monkeypatch.setattr(torch, "bitwise_xor", writing)
     assert probes.memory(CPU, SMALL)[1] == ["1 of 8,704 words of memory do not hold what was written"]
+
+
+def test_pieces_that_share_an_address_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written to the third lands in the first, too."""
+    written: list[torch.Tensor] = []
+    original = torch.bitwise_xor
+
+    def writing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = original(*args, **kwargs)
+        if "out" in kwargs:
+            written.append(result)
+            if len(written) == 3:
+                written[0].copy_(result)
+        return result
+
+    monkeypatch.setattr(torch, "bitwise_xor", writing)
+    assert probes.memory(CPU, SMALL)[1] == ["512 of 8,704 words of memory do not hold what was written"]
+
+
+def test_nine_tenths_of_what_is_free_are_filled_but_for_what_the_check_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dataclasses.replace(SMALL, memory_bytes=None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * 4096, 200 * 4096))
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "empty_like", lambda base: made.append(base.clone()) or made[-1])  # type: ignore[func-returns-value]
+    probes.memory(CPU, sizes)
+    assert len(made) + 1 == 88, "90 pieces of 100, one of them the pattern, and two for a check's own"
+
+
+def test_a_gpu_in_use_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = types.SimpleNamespace(name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (180 << 30, 192 << 30))
+    fault = Fault("12.0 of 192 GiB of its memory are taken; is a job running?")
+    assert probes.probe(torch.device("cuda:3"), 1) == DeviceReport("cuda:3", "AMD Instinct MI300X", "gfx942", {}, [fault])
 
 
 def test_a_copy_within_memory_that_goes_wrong_once_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

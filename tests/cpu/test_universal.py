@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import tiny
 from tools import export_deepspeed, import_deepspeed
 from zaya.checkpoint.errors import CheckpointError
 from zaya.checkpoint.read import Checkpoint
@@ -370,3 +372,9 @@ def test_steps_are_counted_where_no_parameter_does(good: Path, tmp_path: Path) -
     assert checkpoint.read("optim.step") == STEP - SKIPPED
     assert (checkpoint.manifest.step, checkpoint.manifest.position, checkpoint.manifest.tokens) == (STEP, STEP * 8, STEP * 8 * 24)
     assert json.loads(checkpoint.manifest.to_json())["manifest"]["hf_config"] == {}
+
+
+def test_steps_of_a_ramp_are_counted_by_its_batches(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, train__batch_ramp=[2, 2, 12])
+    source: Any = types.SimpleNamespace(step=4, path=tmp_path)
+    assert import_deepspeed.counters(source, {}, recipe)["position"] == 2 + 2 + 4 + 6
