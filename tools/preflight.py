@@ -10,14 +10,13 @@ Takes about half a minute and all of the GPUs' memory: run it where no job runs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
-from zaya.cli import Parser, positive
+from zaya.cli import Parser, count, positive
 from zaya.resilience.exits import Exit
 from zaya.resilience.health import UNITS, NodeReport, check_node, compare_nodes, gpu_devices, host_name, visible_gpus
 
@@ -54,13 +53,13 @@ def read_reports(folder: Path) -> list[NodeReport]:
 
 def main() -> int:
     parser = Parser("tools.preflight", description=__doc__.partition("\n")[0])
-    parser.add_argument("--gpus", type=_count, metavar="N", help="how many GPUs must be there (default: those that torch sees)")
+    parser.add_argument("--gpus", type=count, metavar="N", help="how many GPUs must be there (default: those that torch sees)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: rehearse it there, with two processes")
     parser.add_argument("--seconds", type=positive, default=2.0, help="how long each GPU multiplies (2); more finds rarer faults")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave the report as DIR/HOST.json")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead")
     parser.add_argument("--summary", type=Path, metavar="DIR", help="judge the reports of all nodes in DIR; probes nothing")
-    parser.add_argument("--expect", type=_count, metavar="N", help="with --summary: how many nodes must have left a report")
+    parser.add_argument("--expect", type=count, metavar="N", help="with --summary: how many nodes must have left a report")
     parser.add_argument("--bad", action="store_true", help="with --summary: print only the unfit, as Slurm's --exclude wants them")
     options = parser.parse_args()
     if options.summary is not None:
@@ -78,10 +77,10 @@ def main() -> int:
         parser.error(f"{'--bad' if options.bad else '--expect'} goes with --summary DIR")
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus does not go with --device cpu")
-    count = 0 if options.device == "cpu" else options.gpus or visible_gpus()
-    if options.device == "cuda" and not count:
+    gpus = 0 if options.device == "cpu" else options.gpus or visible_gpus()
+    if options.device == "cuda" and not gpus:
         parser.error("torch sees no GPU here; --device cpu rehearses it")
-    devices = gpu_devices(count) or ("cpu", "cpu")
+    devices = gpu_devices(gpus) or ("cpu", "cpu")
     try:
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -126,12 +125,6 @@ def verdict(wrong: dict[str, list[str]]) -> int:
     fit = sum(not faults for faults in wrong.values())
     print(f"tools.preflight: {fit} of {len(wrong)} nodes are fit", file=sys.stderr)
     return Exit.DONE if fit == len(wrong) else Exit.UNHEALTHY
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1,000,000")
-    return int(text)
 
 
 if __name__ == "__main__":

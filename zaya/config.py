@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zaya.cli import end_in_one_line
+from zaya.shares import blend_rows
 from zaya.tables import apply_override, build_section, check_known, hints, to_toml
 
 DTYPES = ("fp32", "bf16", "fp64")
 ATTENTION_KINDS = ("full", "sliding")
-BLEND_ROWS = 4096
-"""Rows in which every corpus gets exactly its share: one global batch of ZAYA1 (4,096 sequences)."""
+MOST_BATCH_SIZES = 1000
+"""Of a ramp: far more than anyone needs, few enough to go through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,24 +144,6 @@ class DataConfig:
             raise ValueError(f"data.source = {self.source!r} builds one train corpus, one valid corpus and a tokenizer, "
                              f"but data.train has {len(self.train)} entries, data.valid = {self.valid!r}, "
                              f"data.tokenizer = {self.tokenizer!r}; name one of each")
-
-
-def blend_rows(names: typing.Sequence[str], weights: typing.Sequence[float]) -> list[int]:
-    """Of BLEND_ROWS rows, how many each corpus gives: its share of the weights, by largest remainder. ValueError: one would give none."""
-    total = sum(weights)
-    exact = [weight / total * BLEND_ROWS for weight in weights]
-    rows = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: rows[i] - exact[i])
-    for i in by_remainder[:BLEND_ROWS - sum(rows)]:
-        rows[i] += 1
-    for name, weight, count in zip(names, weights, rows, strict=True):
-        if count == 0:
-            raise ValueError(f"corpus {name} has weight {weight:g} of {total:g}, less than one row in {BLEND_ROWS}; "
-                             f"give it at least {total / BLEND_ROWS:g} in data.weights, merge it into another corpus or leave it out")
-    return rows
-
-
-MOST_BATCH_SIZES = 1000  # of a ramp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,7 +443,7 @@ class Recipe:
             share = -(-rows // dp)  # and then a share that is one micro-batch, or several
             share = share if share <= self.train.micro_batch_size else _next_multiple(share, self.train.micro_batch_size)
             raise ValueError(f"train.global_batch_size = {rows} is not a multiple of the {dp} data-parallel ranks; use {share * dp}")
-        micro = self.micro_batch_rows(dp)
+        micro = min(self.train.micro_batch_size, rows // dp)
         if rows // dp % micro:
             raise ValueError(f"train.micro_batch_size = {micro} does not divide a rank's share of {rows // dp} rows "
                              f"(train.global_batch_size = {rows} over {dp} data-parallel ranks); use {math.gcd(rows // dp, micro)}")
@@ -499,11 +482,10 @@ class Recipe:
         return self.train.global_batch_size // dp // self.micro_batch_rows(dp)
 
     def micro_batch_rows(self, dp: int, rows: int | None = None) -> int:
-        """Rows of one forward pass on each of dp data-parallel ranks, of a full batch or of one of train.batch_ramp: there the most that
-        divide a rank's share."""
+        """Rows of one forward pass on each of dp data-parallel ranks, of a batch of so many (by default a full one): at most
+        train.micro_batch_size, and a divisor of a rank's share."""
         share = (rows or self.train.global_batch_size) // dp
-        most = min(self.train.micro_batch_size, share)
-        return most if rows is None else max(n for n in range(1, most + 1) if share % n == 0)
+        return next(n for n in range(min(self.train.micro_batch_size, share), 0, -1) if share % n == 0)
 
     def identity(self) -> dict[str, object]:
         """What makes two recipes the same run: model, data, optim, seed and sequence length. Everything else may change."""

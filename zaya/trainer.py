@@ -161,11 +161,10 @@ class Trainer:
 
     def _micro_batches(self) -> list[tuple[int, int]]:
         """(first row, rows) of each forward pass of the next step on this rank."""
-        dp, train = self.mesh.dp, self.recipe.train
-        batch_rows = batch_size(self.position, train)
+        dp, batch_rows = self.mesh.dp, batch_size(self.position, self.recipe.train)
         share = batch_rows // dp.size
         first = self.position + dp.rank * share
-        rows = self.recipe.micro_batch_rows(dp.size, batch_rows if batch_rows < train.global_batch_size else None)
+        rows = self.recipe.micro_batch_rows(dp.size, batch_rows)
         return [(row, rows) for row in range(first, first + share, rows)]
 
     def _mine(self, batch: Batch) -> Batch:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # module joins a line here, or starts one.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("zaya",),  # the package's own __init__, which everything imports
-    ("zaya.cli", "zaya.preemption", "zaya.runtime", "zaya.tables"),
+    ("zaya.cli", "zaya.preemption", "zaya.runtime", "zaya.shares", "zaya.tables"),
     ("zaya.config",),
     ("zaya.shard", "zaya.dtypes"),
     ("zaya.plan",),
@@ -32,8 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zaya.trainer",),
     ("zaya.train", "tools"),
 )
-STDLIB_ONLY = ("zaya", "zaya.cli", "zaya.config", "zaya.preemption", "zaya.runtime", "zaya.tables", "zaya.shard", "zaya.plan",
-               "zaya.schedule", "zaya.metrics", "tools.setup_env")
+STDLIB_ONLY = ("zaya", "zaya.cli", "zaya.config", "zaya.preemption", "zaya.runtime", "zaya.shares", "zaya.tables", "zaya.shard",
+               "zaya.plan", "zaya.schedule", "zaya.metrics", "tools.setup_env")
 NOTHING_OF_ZAYA = ("zaya.kernels", "tools.setup_env")
 FENCES = {
     "triton": ("zaya.kernels",),

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools import dump_batch
-from zaya.config import BLEND_ROWS, DataConfig
+from zaya.config import DataConfig
 from zaya.data.blend import Blend, Epochs, key, permute
 from zaya.data.corpus import megatron_indexed_dataset
 from zaya.data.loader import IGNORE, Batch, Loader
+from zaya.shares import BLEND_ROWS
 
 SEQ_LEN = 8
 LENGTHS = [5, 1, 1, 20, 3, 8, 8, 1, 40, 2, 13]  # tokens per document: of one token, of a row, of many rows; 102 in all

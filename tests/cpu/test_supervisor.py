@@ -272,7 +272,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
       "-m", "zaya.train", "recipes/quickstart.toml"], "3 data-parallel ranks"),
     (["--", "/nowhere/torchrun", "-m", "zaya.train", "recipes/quickstart.toml"], "cannot run /nowhere/torchrun"),
     (["--", "torchrun", "--nproc-per-node=0", "-m", "zaya.train", "recipes/quickstart.toml"], "start no process"),
-    (["--give-up", "0", "--", "torchrun"], "--give-up: '0' is not a number of starts"),
+    (["--give-up", "0", "--", "torchrun"], "--give-up: '0' is not a number from 1"),
     (["--pause", "-1", "--", "torchrun"], "--pause"),
 ])
 def test_a_bad_call_is_one_line(arguments: list[str], words: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from zaya.config import BLEND_ROWS, blend_rows
+from zaya.shares import BLEND_ROWS, blend_rows
 
 _ROUNDS = 6  # 4 rounds already make a Feistel network pseudo-random (Luby and Rackoff); two more for tiny domains
 

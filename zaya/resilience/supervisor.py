@@ -29,7 +29,7 @@ from typing import NamedTuple
 from zaya import runtime
 from zaya.checkpoint.directory import MANIFEST, complete_steps, local_root, step_path
 from zaya.checkpoint.errors import CheckpointError
-from zaya.cli import Parser, positive, replace_text
+from zaya.cli import Parser, count, positive, replace_text
 from zaya.config import Recipe, check_recipe, load_recipe
 from zaya.metrics import read_rows
 from zaya.preemption import AGAIN_S
@@ -102,8 +102,8 @@ def devices_of(job: Job, recipe: Recipe) -> tuple[str, ...]:
     visible = 0 if recipe.train.device == "cpu" else visible_gpus()
     if not visible and recipe.train.device != "cuda":
         return ("cpu",)
-    count = job.options.get("nproc-per-node", os.environ.get("PET_NPROC_PER_NODE", "1"))  # or a number's name: gpu, auto
-    return gpu_devices(int(count) if count.isdecimal() else max(visible, 1))
+    ranks = job.options.get("nproc-per-node", os.environ.get("PET_NPROC_PER_NODE", "1"))  # or a number's name: gpu, auto
+    return gpu_devices(int(ranks) if ranks.isdecimal() else max(visible, 1))
 
 
 def end_of(status: int, records: Sequence[ExitRecord]) -> End:
@@ -377,7 +377,7 @@ def main(argv: list[str]) -> int:
                           "torchrun ... -m zaya.train RECIPE.toml [--section.key=value ...]",
                     epilog=f"Exit codes: {', '.join(f'{code} {code.name.lower()}' for code in Exit)}. Started again after "
                            f"{', '.join(map(str, map(int, RESTARTED)))}. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the job, its state saved.")
-    parser.add_argument("--give-up", type=_count, default=3, metavar="N",
+    parser.add_argument("--give-up", type=count, default=3, metavar="N",
                         help="give up after N starts in a row that saved no new checkpoint (3)")
     parser.add_argument("--pause", type=positive, default=5.0, metavar="SECONDS",
                         help="before it is started again (5); doubled with each start that saved none")
@@ -397,12 +397,6 @@ def main(argv: list[str]) -> int:
     if arguments.health == "auto" and devices == ("cpu",):
         devices = ()
     return Supervisor(command, Path(recipe.run.dir), arguments.give_up, arguments.pause, local, devices, arguments.report).run()
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of starts from 1 to 1,000,000")
-    return int(text)
 
 
 if __name__ == "__main__":
