@@ -149,7 +149,13 @@ def test_nine_tenths_of_what_is_free_are_filled_but_for_what_the_check_needs(mon
     sizes = dataclasses.replace(SMALL, memory_bytes=None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * 4096, 200 * 4096))
     made: list[torch.Tensor] = []
-    monkeypatch.setattr(torch, "empty_like", lambda base: made.append(base.clone()) or made[-1])  # type: ignore[func-returns-value]
+    empty_like = torch.empty_like
+
+    def counted(base: torch.Tensor) -> torch.Tensor:
+        made.append(empty_like(base))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty_like", counted)
     probes.memory(CPU, sizes)
     assert len(made) + 1 == 88, "90 pieces of 100, one of them the pattern, and two for a check's own"
 
@@ -330,6 +336,11 @@ def test_hidden_gpus_are_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert health.has_gpus(tmp_path) and health.visible_gpus() == 0, "torch sees none here, whatever a driver lists"
     monkeypatch.setattr(health, "has_gpus", lambda: True)
     assert health.visible_gpus() == 0
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    for script, visible in (("echo warning; echo 8", 8), ("echo 8; echo end", 0), ("sleep 99", 0)):  # a driver that hangs
+        write(tmp_path / "python", f"#!/bin/sh\n{script}\n")
+        (tmp_path / "python").chmod(0o755)
+        assert health.visible_gpus(limit_s=1) == visible
 
 
 def test_memory_errors_that_the_driver_counts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

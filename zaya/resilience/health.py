@@ -37,6 +37,7 @@ UNITS = {"tflops": "TFLOP/s", "copy_gbs": "GB/s copied", "to_device_gbs": "GB/s 
          "reduce_gbs": "GB/s all-reduced", "exchange_gbs": "GB/s all-to-all"}
 """Of the readings. tflops: bf16 products; copy_gbs: device memory, read and written; to_device_gbs, from_device_gbs: pinned host memory;
 reduce_gbs, exchange_gbs: bytes that a rank has to send, over the time of a collective of all devices."""
+_PROBE = (sys.executable, "-m", "zaya.resilience.probes")
 ALONE = ("tflops", "copy_gbs", "to_device_gbs", "from_device_gbs")
 """Readings of one device. Those of all together are as slow as the slowest, so within a node no outlier shows."""
 
@@ -150,15 +151,12 @@ def has_gpus(root: Path = Path("/")) -> bool:
     return bool(Machine(root).gpus) or any((root / "dev").glob("nvidia[0-9]*"))
 
 
-def visible_gpus() -> int:
-    """How many torch would use in this environment; takes its start of some seconds. 0 where it does not start within OVERHEAD_S."""
+def visible_gpus(limit_s: float = OVERHEAD_S) -> int:
+    """How many torch would use in this environment; takes its start of some seconds. 0 where it does not answer within `limit_s`."""
     if not has_gpus():
         return 0
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    try:
-        return int(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=OVERHEAD_S).stdout.split()[-1])
-    except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return 0
+    (ended,), _ = _run([[sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]], limit_s)
+    return int(ended.out[0]) if ended.out and ended.out[0].isdecimal() else 0
 
 
 def gpu_devices(count: int) -> tuple[str, ...]:
@@ -175,12 +173,16 @@ def check_node(devices: Sequence[str], matmul_s: float = 2.0, overhead_s: float 
     `overhead_s` longer. `is_over` is asked all the time; once it holds, InterruptedCheck. OSError: no process can be started."""
     machine = machine or Machine()
     limit_s = matmul_s + overhead_s
-    reports, _ = _run([["--device", device, "--seconds", str(matmul_s)] for device in devices], devices, limit_s, is_over)
+
+    def probe(words: Callable[[int], Sequence[str]]) -> tuple[list[DeviceReport], int | None]:
+        commands = [[*_PROBE, "--device", device, *words(index)] for index, device in enumerate(devices)]
+        ended, first = _run(commands, limit_s, is_over)
+        return [_report(device, each, limit_s) for device, each in zip(devices, ended)], first
+
+    reports, _ = probe(lambda index: ["--seconds", str(matmul_s)])
     if len(devices) > 1 and not any(report.faults for report in reports):  # a collective with a broken part tells nothing more
         with tempfile.TemporaryDirectory(prefix="zaya-links-") as folder:
-            commands = [["--device", device, "--links", str(rank), str(len(devices)), f"{folder}/store"]
-                        for rank, device in enumerate(devices)]
-            together, first = _run(commands, devices, limit_s, is_over)
+            together, first = probe(lambda index: ["--links", str(index), str(len(devices)), f"{folder}/store"])
         for index, (report, linked) in enumerate(zip(reports, together)):
             report.readings.update(linked.readings)
             if first in (None, index):  # one that fails in a collective makes the others fail, later
@@ -191,20 +193,24 @@ def check_node(devices: Sequence[str], matmul_s: float = 2.0, overhead_s: float 
     return NodeReport(host_name(), time.time(), tuple(reports), uncorrected, corrected)
 
 
-_PROBE = (sys.executable, "-m", "zaya.resilience.probes")
+class _Ended(NamedTuple):
+    """A process, and what it has written, the last line first."""
+
+    status: int | None
+    """None: it did not end."""
+    out: list[str]
+    err: list[str]
 
 
-def _run(arguments: Sequence[Sequence[str]], devices: Sequence[str], limit_s: float, is_over: Callable[[], bool]
-         ) -> tuple[list[DeviceReport], int | None]:
-    """A probe for each device, all at once: what it found, or that it died or did not end; and which died first, if any."""
+def _run(commands: Sequence[Sequence[str]], limit_s: float, is_over: Callable[[], bool] = lambda: False) -> tuple[list[_Ended], int | None]:
+    """All at once; and which failed first, if any. What does not end is killed, but not waited for: a GPU's driver may hold it."""
     first = None
     with tempfile.TemporaryDirectory(prefix="zaya-probes-") as folder, contextlib.ExitStack() as stack:
         started = []
-        for index, words in enumerate(arguments):
+        for index, command in enumerate(commands):
             out, err = (stack.enter_context(open(f"{folder}/{index}.{name}", "w+b")) for name in ("out", "err"))
             environment = {**os.environ, "LOCAL_RANK": str(index)}  # beside its GPU, as the job's worker is (zaya/runtime.py)
-            process = subprocess.Popen([*_PROBE, *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment,
-                                       start_new_session=True)
+            process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
             stack.callback(_end, process)
             started.append((process, out, err))
         until = time.monotonic() + limit_s
@@ -214,28 +220,27 @@ def _run(arguments: Sequence[Sequence[str]], devices: Sequence[str], limit_s: fl
             if first is None:
                 first = next((index for index, (process, _, _) in enumerate(started) if process.poll()), None)
             time.sleep(0.05)
-        return [_result(device, process, out, err, limit_s) for device, (process, out, err) in zip(devices, started)], first
+        return [_Ended(process.poll(), _last_lines(out), _last_lines(err)) for process, out, err in started], first
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """What a GPU's driver holds cannot be killed, and is not waited for."""
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(1)
 
 
-def _result(device: str, process: subprocess.Popen[bytes], out: IO[bytes], err: IO[bytes], limit_s: float) -> DeviceReport:
-    status = process.poll()
-    if status is None:
+def _report(device: str, ended: _Ended, limit_s: float) -> DeviceReport:
+    """What a probe has found, or that it died or did not end."""
+    if ended.status is None:
         return DeviceReport(device, faults=[Fault(f"its probe did not end within {limit_s:g} s")])
-    for line in _last_lines(out) if status == 0 else ():  # a library may have the last word
+    for line in ended.out if ended.status == 0 else ():  # a library may have the last word
         with contextlib.suppress(ValueError, RecursionError):
             return dataclasses.replace(DeviceReport.of(json.loads(line)), device=device)
-    words = _last_lines(err)
     # The exception's own line: torch's errors go on with advice.
-    cause = next((line for line in words if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b", line)), words[0] if words else "silently")
-    return DeviceReport(device, faults=[Fault(f"its probe ended with exit code {status}: {cause}")])
+    named = (line for line in ended.err if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b", line))
+    cause = next(named, ended.err[0] if ended.err else "silently")
+    return DeviceReport(device, faults=[Fault(f"its probe ended with exit code {ended.status}: {cause}")])
 
 
 def _last_lines(file: IO[bytes]) -> list[str]:
